@@ -1,0 +1,41 @@
+# Everything a newcomer or a developer types. `make demo` and `make test` need nothing but Python 3.11+, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TEXT ?=
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench goals stubs install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e '.[cpu,hf,dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/memstore demo $(if $(TEXT),--text "$(TEXT)")
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd proto && ../$(BIN)/buf lint && ../$(BIN)/buf format -d --exit-code
+	$(BIN)/python -m pytest -q tests/unit/test_layering.py tests/unit/test_stubs.py
+
+stubs: install
+	$(BIN)/python tools/generate_stubs.py
+
+bench: install
+	$(BIN)/python -m benchmarks.run
+
+goals: install
+	$(BIN)/python -m benchmarks.goals
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-report

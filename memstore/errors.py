@@ -1,0 +1,100 @@
+"""Every error that memstore can raise. The gRPC status of each stands in status.py.
+
+MemstoreError
+    InvalidRequest      a field is missing, malformed or beyond its limit
+    NotFound            no such memory, no such sequence to fork
+    AlreadyExists       the name is taken; a seq was used with other rows
+    SequenceGap         carries expected_seq
+    EpochChanged        carries the new epoch
+    PositionExpired     a position or seq that has left, or lies beyond what is published
+    NotAuthenticated    no credential, or a wrong one
+    NotAllowed          the credential does not reach this far
+    Overloaded          carries retry_delay_s
+    QuotaExceeded       a bound that waiting does not lift
+    DeviceMemoryFull    the device has no room for what a memory would reserve
+    NotReady            starting, draining, catalogue gone
+    Expired             the deadline passed before the device was touched
+    Corrupt             a stored catalogue fails its check
+"""
+
+from __future__ import annotations
+
+
+class MemstoreError(Exception):
+    """Base of all. `metadata` travels to the client as text and names what it needs to go on."""
+
+    def __init__(self, message: str, **metadata: int | str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+
+class InvalidRequest(MemstoreError):
+    """The caller's input breaks the contract; the message names the field and the limit."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}", field=field)
+
+
+class NotFound(MemstoreError):
+    """Nothing of that name."""
+
+
+class AlreadyExists(MemstoreError):
+    """The name, or the seq, is taken by something else."""
+
+
+class SequenceGap(MemstoreError):
+    """A seq beyond the next one: an append before it never arrived. Resend from `expected_seq`."""
+
+    def __init__(self, sequence: str, seq: int, expected_seq: int) -> None:
+        message = f"sequences[{sequence!r}].seq: {seq} given, {expected_seq} expected"
+        super().__init__(message, sequence=sequence, expected_seq=expected_seq)
+
+
+class EpochChanged(MemstoreError):
+    """The sequence was reset, or its rows were lost: forget its positions and begin again at seq 0."""
+
+    def __init__(self, sequence: str, given: int, epoch: int) -> None:
+        message = f"sequences[{sequence!r}].epoch: {given} given, the epoch is {epoch} (0: the sequence does not exist)"
+        super().__init__(message, sequence=sequence, epoch=epoch)
+
+
+class PositionExpired(MemstoreError):
+    """A position or seq outside of what is kept."""
+
+
+class NotAuthenticated(MemstoreError):
+    """No credential, or a wrong one."""
+
+
+class NotAllowed(MemstoreError):
+    """The credential is good, but not for this."""
+
+
+class Overloaded(MemstoreError):
+    """Too much at once; worth another try after `retry_delay_s`."""
+
+    def __init__(self, message: str, retry_delay_s: float) -> None:
+        super().__init__(message)
+        self.retry_delay_s = retry_delay_s
+
+
+class QuotaExceeded(MemstoreError):
+    """A bound is reached that waiting does not lift."""
+
+
+class DeviceMemoryFull(MemstoreError):
+    """The device has no room for this; nothing was changed."""
+
+
+class NotReady(MemstoreError):
+    """The server is starting or draining, or its catalogue is out of reach."""
+
+
+class Expired(MemstoreError):
+    """The deadline passed before the device was touched: nothing was done."""
+
+
+class Corrupt(MemstoreError):
+    """Stored state fails its check."""

@@ -1,0 +1,156 @@
+"""The values that travel between the parts of the server: frozen, no I/O, tensors from torch.
+
+Shapes: L layers of the request, S sequences of the batch, N rows of the batch (the sum over its sequences), k hits a
+query, w neighbours a hit (window_before + 1 + window_after), U distinct rows of a reply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KEY = "key"
+"""The name under which the searched vectors themselves are asked for."""
+
+
+class Metric(Enum):
+    """How near two vectors are; a score is larger for a nearer row."""
+
+    L2 = "l2"
+    INNER_PRODUCT = "ip"
+    COSINE = "cosine"
+
+
+class IndexKind(Enum):
+    """How rows are found; both are exact."""
+
+    EXACT = "exact"
+    FAISS_FLAT = "faiss_flat"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PayloadSpec:
+    """An array kept beside the key: `shape` elements of `dtype` an entry."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySpec:
+    """What a memory is, fixed at its creation. Limits stand in the wire contract, and are checked in wire.py."""
+
+    name: str
+    dim: int
+    capacity: int
+    max_sequences: int = 1
+    num_layers: int = 1
+    dtype: torch.dtype = torch.float16
+    metric: Metric = Metric.L2
+    index: IndexKind = IndexKind.EXACT
+    payloads: tuple[PayloadSpec, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencePart:
+    """One sequence's part of a ragged batch; see SequencePart of the wire contract."""
+
+    sequence: str
+    num_rows: int
+    start_of_sequence: bool = False
+    epoch: int = 0
+    seq: int = 0
+    as_of: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrieveOptions:
+    """What a retrieval gives back. Two requests can be joined into one search when these are equal."""
+
+    top_k: int
+    window_before: int = 0
+    window_after: int = 0
+    arrays: tuple[str, ...] = (KEY,)
+    omit_scores: bool = False
+
+    @property
+    def window(self) -> int:
+        """Rows given for each hit."""
+        return self.window_before + 1 + self.window_after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """Retrieve for the keys of a batch of sequences, then append them; either half may be absent.
+
+    keys: (L, N, dim) floating, host or device, finite; read, never kept.
+    payloads: name -> (L, N, *shape), all of the spec's where something is appended, else none.
+    layers: memory layer of each of the L; all layers of the memory where something is appended.
+    fingerprints: one number a part that stands for the content of its rows, to tell a resend from another append that
+    was given the same seq; empty where nothing can be resent.
+    """
+
+    parts: tuple[SequencePart, ...]
+    layers: tuple[int, ...]
+    keys: torch.Tensor
+    payloads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    retrieve: RetrieveOptions | None = None
+    append: bool = False
+    writer: str = ""
+    fingerprints: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceResult:
+    """What happened to one sequence; see SequenceResult of the wire contract."""
+
+    epoch: int
+    as_of: int
+    live_begin: int
+    first_position: int
+    num_appended: int = 0
+    is_replay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hits:
+    """What a batch retrieved, each distinct row once, on the memory's device.
+
+    row_splits: (L * S + 1,) int64; rows of group layer * S + sequence, sorted by position within it.
+    positions: (U,) int64. index: (L, N, k, w) int32 into the rows, -1 where there is none.
+    scores: (L, N, k) float32, best first, -inf where there is no hit; None if not asked for.
+    arrays: name -> (U, ...) in the memory's dtype.
+    """
+
+    row_splits: torch.Tensor
+    positions: torch.Tensor
+    index: torch.Tensor
+    scores: torch.Tensor | None
+    arrays: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One SequenceResult a part, in order, and what was retrieved."""
+
+    sequences: tuple[SequenceResult, ...]
+    hits: Hits | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryCounts:
+    """What a memory holds at one moment; rows are counted over all layers."""
+
+    num_sequences: int
+    num_rows: int
+    reserved_bytes: int
+    appended_rows: int
+    evicted_rows: int
