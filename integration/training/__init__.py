@@ -1,0 +1,1 @@
+"""The demo's base model: its training text, tokenizer and pretraining."""
