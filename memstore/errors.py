@@ -15,6 +15,7 @@ MemstoreError
     NotReady            starting, draining, catalogue gone
     Expired             the deadline passed before the device was touched
     Corrupt             a stored catalogue fails its check
+    Internal            a bug: carries the request_id under which the server's log has the text
 """
 
 from __future__ import annotations
@@ -98,3 +99,10 @@ class Expired(MemstoreError):
 
 class Corrupt(MemstoreError):
     """Stored state fails its check."""
+
+
+class Internal(MemstoreError):
+    """A bug of the server's. Its text stays in the server's log, under the request's id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"internal error; the server's log has it under request {request_id}", request_id=request_id)

@@ -1,0 +1,291 @@
+"""DeviceWorker: the one thread that touches a device, the queue before it, and the joining of its searches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import torch
+
+from memstore.errors import DeviceMemoryFull, Expired, Internal, MemstoreError, NotReady
+from memstore.logs import trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from memstore.admission import Admission
+    from memstore.seams import Clock
+    from memstore.types import RetrieveOptions, StepBatch, StepResult
+
+MAX_JOINED_ROWS = 16_384
+"""Rows of all layers that one joined search has at most, so that its working memory stays bounded."""
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What the worker needs of a memory."""
+
+    def step(self, batches: Sequence[StepBatch]) -> list[StepResult | MemstoreError]:
+        """See Memory.step."""
+
+
+class Observer(Protocol):
+    """Who is told what the worker did; called in its thread, must be quick."""
+
+    def joined(self, memory: str, num_requests: int, num_rows: int, seconds: float) -> None:
+        """One call of Memory.step served so many requests."""
+
+
+class Unobserved:
+    """Nobody is told."""
+
+    def joined(self, memory: str, num_requests: int, num_rows: int, seconds: float) -> None:
+        """Nothing happens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """Whose request it is, how heavy, and until when (in the clock's monotonic seconds) its answer is wanted."""
+
+    tenant: str
+    num_bytes: int
+    deadline: float | None
+    request_id: str
+
+
+class Job(Generic[T]):
+    """A request for the device thread: its ticket and the future of its answer."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.future: Future[T] = Future()
+
+
+class CallJob(Job[T]):
+    """Anything that must run in the device thread by itself. Steps before it are done first, steps after it later."""
+
+    def __init__(self, ticket: Ticket, run: Callable[[], T]) -> None:
+        super().__init__(ticket)
+        self.run = run
+
+
+class StepJob(Job[T]):
+    """A step of one memory. `decode` and `encode` run in the device thread, before and after it."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        memory: str,
+        engine: Engine,
+        decode: Callable[[], StepBatch],
+        encode: Callable[[StepResult], T],
+    ) -> None:
+        super().__init__(ticket)
+        self.memory = memory
+        self.engine = engine
+        self.decode = decode
+        self.encode = encode
+
+
+@dataclass(slots=True)
+class _Group:
+    """Steps of one memory that one search can serve."""
+
+    engine: Engine
+    jobs: list[StepJob[object]] = field(default_factory=list)
+    batches: list[StepBatch] = field(default_factory=list)
+    sequences: set[str] = field(default_factory=set)
+    search: tuple[RetrieveOptions, tuple[int, ...]] | None = None
+    num_rows: int = 0
+
+    def takes(self, batch: StepBatch) -> bool:
+        """True where `batch` can be joined: disjoint sequences, one kind of search, bounded size."""
+        if not self.batches:
+            return True
+        if self.num_rows + _rows(batch) > MAX_JOINED_ROWS:
+            return False
+        if batch.retrieve is not None and self.search not in (None, (batch.retrieve, batch.layers)):
+            return False
+        return self.sequences.isdisjoint(part.sequence for part in batch.parts)
+
+    def add(self, job: StepJob[object], batch: StepBatch) -> None:
+        self.jobs.append(job)
+        self.batches.append(batch)
+        self.sequences.update(part.sequence for part in batch.parts)
+        self.num_rows += _rows(batch)
+        if batch.retrieve is not None:
+            self.search = (batch.retrieve, batch.layers)
+
+
+def _rows(batch: StepBatch) -> int:
+    return batch.keys.shape[0] * batch.keys.shape[1]
+
+
+class DeviceWorker:
+    """One thread that owns a device and every memory on it.
+
+    Whatever is queued is taken at once and never waited for; steps that can be joined become one Memory.step. The
+    order of the steps of a sequence is kept. A request whose deadline has passed never reaches the device.
+    """
+
+    def __init__(
+        self, device: torch.device, admission: Admission, clock: Clock, observer: Observer | None = None
+    ) -> None:
+        self.device = device
+        self.admission = admission
+        self.is_sick = False
+        self._clock = clock
+        self._observer = observer or Unobserved()
+        self._queue: deque[Job[object]] = deque()
+        self._arrived = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name=f"memstore-{device}", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job[T]) -> Future[T]:
+        """Queues a job. Raises Overloaded when the queue is full, Expired when it is late already."""
+        self._check_deadline(job.ticket)
+        self.admission.admit(job.ticket.tenant, job.ticket.num_bytes)
+        return self._enqueue(job)
+
+    def control(self, run: Callable[[], T]) -> Future[T]:
+        """Queues the server's own work, past admission."""
+        return self._enqueue(CallJob(_CONTROL, run))
+
+    def close(self) -> None:
+        """Serves what is queued, refuses what comes after, and ends the thread."""
+        with self._arrived:
+            self._is_closed = True
+            self._arrived.notify()
+        self._thread.join()
+
+    def _enqueue(self, job: Job[T]) -> Future[T]:
+        with self._arrived:
+            if not self._is_closed:
+                self._queue.append(job)  # type: ignore[arg-type]  # only this job's own code meets its answer
+                self._arrived.notify()
+                return job.future
+        self._release(job, 0.0)
+        raise NotReady("the server is stopping")
+
+    def _check_deadline(self, ticket: Ticket) -> None:
+        if ticket.deadline is not None and self._clock.monotonic() >= ticket.deadline:
+            raise Expired("the deadline passed before the device was touched; nothing was done")
+
+    def _run(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        with torch.no_grad():  # not inference_mode: rows handed over in process may enter the reader's autograd
+            while jobs := self._take():
+                self._serve(jobs)
+                jobs.clear()
+
+    def _take(self) -> list[Job[object]]:
+        """All that is queued, waiting for the first; empty once closed."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._queue or self._is_closed)
+            jobs = list(self._queue)
+            self._queue.clear()
+            return jobs
+
+    def _serve(self, jobs: list[Job[object]]) -> None:
+        groups: dict[int, _Group] = {}
+        for job in jobs:
+            if isinstance(job, StepJob):
+                self._join(job, groups)
+            elif isinstance(job, CallJob):
+                self._flush(groups)
+                self._call(job)
+        self._flush(groups)
+
+    def _join(self, job: StepJob[object], groups: dict[int, _Group]) -> None:
+        """Puts a step into its memory's group, serving the group first where they cannot be joined."""
+        batch = self._guarded(job, job.decode)
+        if batch is None:
+            return
+        group = groups.setdefault(id(job.engine), _Group(job.engine))
+        if not group.takes(batch):
+            self._step(groups.pop(id(job.engine)))
+            group = groups[id(job.engine)] = _Group(job.engine)
+        group.add(job, batch)
+
+    def _flush(self, groups: dict[int, _Group]) -> None:
+        for group in groups.values():
+            self._step(group)
+        groups.clear()
+
+    def _call(self, job: CallJob[object]) -> None:
+        begin = self._clock.monotonic()
+        outcome = self._guarded(job, lambda: (job.run(),))
+        if outcome is not None:
+            self._finish(job, outcome[0], self._clock.monotonic() - begin)
+
+    def _step(self, group: _Group) -> None:
+        begin = self._clock.monotonic()
+        try:
+            results = group.engine.step(group.batches)
+        except Exception as error:  # the root: a bug in the engine fails these requests, not the thread
+            for job in group.jobs:
+                self._fail(job, self._known(error, job))
+            return
+        served_s = self._clock.monotonic() - begin
+        self._observer.joined(group.jobs[0].memory, len(group.jobs), group.num_rows, served_s)
+        for job, result in zip(group.jobs, results, strict=True):
+            self._answer(job, result, served_s / len(group.jobs))
+
+    def _answer(self, job: StepJob[object], result: StepResult | MemstoreError, served_s: float) -> None:
+        if isinstance(result, MemstoreError):
+            self._fail(job, result)
+            return
+        try:
+            message = job.encode(result)
+        except Exception as error:  # the root, as above
+            self._fail(job, self._known(error, job))
+            return
+        self._finish(job, message, served_s)
+
+    def _guarded(self, job: Job[object], run: Callable[[], T]) -> T | None:
+        """What `run` gives; None where the job is cancelled, late or fails, and its future is settled then."""
+        if not job.future.set_running_or_notify_cancel():
+            self._release(job, 0.0)
+            return None
+        try:
+            if self.is_sick:
+                raise NotReady(f"device {self.device} has failed; the server must be restarted")
+            self._check_deadline(job.ticket)
+            return run()
+        except Exception as error:  # the root, as above
+            self._fail(job, self._known(error, job))
+            return None
+
+    def _known(self, error: Exception, job: Job[object]) -> MemstoreError:
+        """The error that the caller sees: ours as it is, anything else logged and closed up."""
+        if isinstance(error, MemstoreError):
+            return error
+        if isinstance(error, torch.OutOfMemoryError):
+            return DeviceMemoryFull("no working memory is left on the device for this request")
+        if isinstance(error, torch.AcceleratorError):
+            self.is_sick = True
+        trouble(_log, "request failed", error, request_id=job.ticket.request_id, device=str(self.device))
+        return Internal(job.ticket.request_id)
+
+    def _release(self, job: Job[T], served_s: float) -> None:
+        if job.ticket is not _CONTROL:
+            self.admission.release(job.ticket.tenant, job.ticket.num_bytes, served_s)
+
+    def _finish(self, job: Job[object], outcome: object, served_s: float) -> None:
+        self._release(job, served_s)
+        job.future.set_result(outcome)
+
+    def _fail(self, job: Job[object], error: MemstoreError) -> None:
+        self._release(job, 0.0)
+        job.future.set_exception(error)
+
+
+_CONTROL = Ticket(tenant="", num_bytes=0, deadline=None, request_id="server")

@@ -1,0 +1,223 @@
+"""Plane: how tensors travel beside the control messages; from message to torch and back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from memstore.errors import InvalidRequest
+from memstore.v1 import memstore_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from google.protobuf.message import Message
+
+MAX_TENSOR_DIMS = 8
+DTYPES: dict[pb.DataType.ValueType, torch.dtype] = {
+    pb.DATA_TYPE_FP32: torch.float32,
+    pb.DATA_TYPE_FP16: torch.float16,
+    pb.DATA_TYPE_BF16: torch.bfloat16,
+    pb.DATA_TYPE_INT64: torch.int64,
+    pb.DATA_TYPE_INT32: torch.int32,
+    pb.DATA_TYPE_INT8: torch.int8,
+    pb.DATA_TYPE_UINT8: torch.uint8,
+}
+DATA_TYPES = {dtype: data_type for data_type, dtype in DTYPES.items()}
+
+with warnings.catch_warnings():
+    # Rows of a request are read only, so that they may share the message's bytes. Torch says once a process that it
+    # does not know about that; here it says so to nobody.
+    warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+class Plane(Protocol):
+    """One way for tensors to travel. Thread safe."""
+
+    @property
+    def kind(self) -> pb.Plane.ValueType:
+        """Its name on the wire."""
+
+    @property
+    def max_reply_bytes(self) -> int:
+        """The most that the tensors of one reply may have."""
+
+    @property
+    def has_bytes(self) -> bool:
+        """True where a request carries its elements itself, so that the same request can come again."""
+
+    def read(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
+        """The tensor that a message carries or points to; read only. InvalidRequest names `field`."""
+
+    def write(self, tensor: torch.Tensor) -> pb.Tensor:
+        """What the other end reads as this tensor."""
+
+    def fill(self, targets: Sequence[pb.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        """Writes several tensors at once into messages that are still empty, with one wait for the device at most."""
+
+    def discard(self, message: Message) -> None:
+        """Lets go of every tensor of `message` that has not been read. Nothing happens to those that were."""
+
+
+def element_format(tensor: pb.Tensor, field: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """dtype and shape of a message's tensor, within their limits. InvalidRequest otherwise."""
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise InvalidRequest(f"{field}.dtype", f"{tensor.dtype} is not a data type; give one of DataType")
+    shape = tuple(tensor.shape)
+    if len(shape) > MAX_TENSOR_DIMS:
+        raise InvalidRequest(f"{field}.shape", f"{len(shape)} extents, at most {MAX_TENSOR_DIMS}")
+    if any(extent < 0 for extent in shape):
+        raise InvalidRequest(f"{field}.shape", f"{list(shape)} has an extent below 0")
+    return dtype, shape
+
+
+class InlinePlane:
+    """The elements lie in the message itself."""
+
+    kind = pb.PLANE_INLINE
+    has_bytes = True
+
+    def __init__(self, max_reply_bytes: int) -> None:
+        self.max_reply_bytes = max_reply_bytes
+
+    def read(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
+        """Shares the message's bytes: no copy."""
+        dtype, shape = element_format(tensor, field)
+        if tensor.WhichOneof("payload") != "data":
+            raise InvalidRequest(f"{field}.data", "missing; this connection carries tensors inline only")
+        content = tensor.data
+        expected = math.prod(shape) * dtype.itemsize
+        if len(content) != expected:
+            raise InvalidRequest(
+                f"{field}.data", f"{len(content)} bytes, {expected} expected for {list(shape)} {dtype}"
+            )
+        if not content:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).view(shape)
+
+    def write(self, tensor: torch.Tensor) -> pb.Tensor:
+        return _written(self, tensor)
+
+    def fill(self, targets: Sequence[pb.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        for target, tensor in zip(targets, _on_host(tensors), strict=True):
+            target.dtype = DATA_TYPES[tensor.dtype]
+            target.shape.extend(tensor.shape)
+            target.data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    def discard(self, message: Message) -> None:
+        """Nothing is held."""
+
+
+def _written(plane: Plane, tensor: torch.Tensor) -> pb.Tensor:
+    target = pb.Tensor()
+    plane.fill([target], [tensor])
+    return target
+
+
+def _on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same on the host. Pinned staging lets all copies be queued before the one wait."""
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    if device is None:
+        return list(tensors)
+    staged = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for target, source in zip(staged, tensors, strict=True):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.current_stream(device).synchronize()
+    return staged
+
+
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """A tensor on its way, and on CUDA the moment from which it may be read."""
+
+    tensor: torch.Tensor
+    ready: torch.cuda.Event | None
+
+
+class ProcessPlane:
+    """Within one process the tensor itself is handed over, by number; reading takes it out.
+
+    On CUDA the reader's current stream waits for what the writer's stream had queued: nobody waits on the host.
+    """
+
+    kind = pb.PLANE_PROCESS
+    has_bytes = False
+
+    def __init__(self, max_reply_bytes: int = 1 << 31) -> None:
+        self.max_reply_bytes = max_reply_bytes
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._regions: dict[int, _Handed] = {}
+
+    def __len__(self) -> int:
+        """Tensors that were written and not yet read or discarded."""
+        return len(self._regions)
+
+    def read(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
+        dtype, shape = element_format(tensor, field)
+        if tensor.WhichOneof("payload") != "region" or tensor.region.plane != pb.PLANE_PROCESS:
+            raise InvalidRequest(f"{field}.region", "missing; within one process tensors travel by region")
+        with self._lock:
+            handed = self._regions.pop(tensor.region.region, None)
+        if handed is None:
+            raise InvalidRequest(f"{field}.region", f"no region {tensor.region.region}; each is read once")
+        if handed.tensor.dtype != dtype or tuple(handed.tensor.shape) != shape:
+            raise InvalidRequest(f"{field}.shape", f"{list(shape)} {dtype}, but the region differs")
+        if handed.ready is not None:
+            stream = torch.cuda.current_stream(handed.tensor.device)
+            stream.wait_event(handed.ready)
+            handed.tensor.record_stream(stream)
+        return handed.tensor
+
+    def write(self, tensor: torch.Tensor) -> pb.Tensor:
+        """The tensor is shared, not copied: the writer leaves it as it is from now on."""
+        return _written(self, tensor)
+
+    def fill(self, targets: Sequence[pb.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        ready = torch.cuda.current_stream(device).record_event() if device is not None else None
+        for target, tensor in zip(targets, tensors, strict=True):
+            target.dtype = DATA_TYPES[tensor.dtype]
+            target.shape.extend(tensor.shape)
+            target.region.plane = pb.PLANE_PROCESS
+            target.region.length_bytes = tensor.numel() * tensor.element_size()
+            target.region.region = self._keep(_Handed(tensor.detach(), ready if tensor.is_cuda else None))
+
+    def _keep(self, handed: _Handed) -> int:
+        with self._lock:
+            number = next(self._numbers)
+            self._regions[number] = handed
+        return number
+
+    def discard(self, message: Message) -> None:
+        numbers = [tensor.region.region for tensor in tensors_of(message) if tensor.HasField("region")]
+        with self._lock:
+            for number in numbers:
+                self._regions.pop(number, None)
+
+
+def tensors_of(message: Message) -> Iterator[pb.Tensor]:
+    """Every tensor anywhere in a message."""
+    if isinstance(message, pb.Tensor):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for part in value if field.is_repeated else (value,):
+            yield from tensors_of(part)
+
+
+def tensor_bytes(message: Message) -> int:
+    """Bytes of the elements of all tensors of a message, whichever way they travel."""
+    return sum(
+        tensor.region.length_bytes if tensor.HasField("region") else len(tensor.data) for tensor in tensors_of(message)
+    )

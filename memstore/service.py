@@ -1,0 +1,212 @@
+"""Service: every call of the wire contract as a future, for any front that has a request and a caller."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from memstore import wire
+from memstore.catalog import MemoryId
+from memstore.device import CallJob, StepJob, Ticket
+from memstore.errors import InvalidRequest, MemstoreError
+from memstore.plane import tensor_bytes
+from memstore.sequence import REPLAY_WINDOW
+from memstore.types import MemorySpec
+from memstore.v1 import memstore_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from google.protobuf.message import Message
+
+    from memstore.plane import Plane
+    from memstore.registry import Loaded, Registry
+    from memstore.types import StepResult
+
+VERSION = "0.1.0"
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who calls, how tensors travel, and until when (monotonic seconds) the answer is wanted; None: for ever."""
+
+    tenant: str
+    plane: Plane
+    deadline: float | None = None
+    request_id: str = ""
+
+
+class Service:
+    """The calls of memstore.v1.MemoryService, without a network. Thread safe; nothing blocks."""
+
+    def __init__(self, registry: Registry, started_at: float) -> None:
+        """started_at: Unix seconds."""
+        self.registry = registry
+        self._started_at = started_at
+        self._worker = registry.worker
+        self._methods: Mapping[str, Callable[..., Future[Message]]] = {
+            "CreateMemory": self._create,
+            "DescribeMemory": self._describe,
+            "ListMemories": self._list,
+            "DropMemory": self._drop,
+            "Step": self._step,
+            "Retrieve": self._step,
+            "Append": self._step,
+            "Reset": self._reset,
+            "Fork": self._fork,
+            "ServerInfo": self._server_info,
+        }
+
+    def call(self, method: str, request: Message, caller: Caller) -> Future[Message]:
+        """The answer to `request`. A failure is a MemstoreError in the future; `call` itself never raises one.
+
+        Cancelling the future leaves undone what the device has not begun. Tensors of a failed request are let go of.
+        """
+        future: Future[Message]
+        try:
+            future = self._methods[method](request, caller)
+        except MemstoreError as error:
+            future = Future()
+            future.set_exception(error)
+        if not caller.plane.has_bytes:
+            future.add_done_callback(lambda _: caller.plane.discard(request))
+        return future
+
+    def _step(self, request: wire.StepLike, caller: Caller) -> Future[Message]:
+        loaded = self.registry.find(caller.tenant, request.memory)
+        encode: Callable[[StepResult, Plane], Message] = _ENCODERS[type(request)]
+        job: StepJob[Message] = StepJob(
+            _ticket(request, caller),
+            loaded.id.name,
+            loaded.engine,
+            lambda: wire.decode_batch(request, loaded.spec, caller.plane),
+            lambda result: encode(result, caller.plane),
+        )
+        return self._worker.submit(job)
+
+    def _reset(self, request: pb.ResetRequest, caller: Caller) -> Future[Message]:
+        names = wire.sequence_names(request.sequences, "sequences")
+        engine = self.registry.find(caller.tenant, request.memory).engine
+
+        def reset() -> Message:
+            return pb.ResetResponse(epochs=engine.reset(names, request.release))
+
+        return self._worker.submit(CallJob(_ticket(request, caller), reset))
+
+    def _fork(self, request: pb.ForkRequest, caller: Caller) -> Future[Message]:
+        source, target, as_of = wire.decode_fork(request)
+        engine = self.registry.find(caller.tenant, request.memory).engine
+        job: CallJob[Message] = CallJob(
+            _ticket(request, caller),
+            lambda: wire.encode_fork(engine.fork(source, target, as_of, request.epoch)),
+        )
+        return self._worker.submit(job)
+
+    def _create(self, request: pb.CreateMemoryRequest, caller: Caller) -> Future[Message]:
+        if not request.HasField("spec"):
+            raise InvalidRequest("spec", "missing")
+        spec = wire.decode_spec(request.spec)
+        made = self.registry.create(MemoryId(caller.tenant, spec.name), spec, request.exist_ok)
+        return _then(
+            made,
+            lambda outcome: _then(
+                self._described(outcome[0]),
+                lambda description: _done(pb.CreateMemoryResponse(memory=description, created=outcome[1])),
+            ),
+        )
+
+    def _describe(self, request: pb.DescribeMemoryRequest, caller: Caller) -> Future[Message]:
+        description = self._described(self.registry.find(caller.tenant, request.name))
+        return _then(description, lambda found: _done(pb.DescribeMemoryResponse(memory=found)))
+
+    def _list(self, request: pb.ListMemoriesRequest, caller: Caller) -> Future[Message]:
+        listed = self.registry.listing(caller.tenant, request.name_prefix)
+
+        def describe(memories: list[Loaded | MemorySpec]) -> Future[Message]:
+            every = self._worker.control(lambda: [self._description(memory) for memory in memories])
+            return _then(every, lambda found: _done(pb.ListMemoriesResponse(memories=found)))
+
+        return _then(listed, describe)
+
+    def _drop(self, request: pb.DropMemoryRequest, caller: Caller) -> Future[Message]:
+        memory = MemoryId(caller.tenant, wire.memory_name(request.name, "name"))
+        return _then(self.registry.drop(memory), lambda _: _done(pb.DropMemoryResponse()))
+
+    def _server_info(self, request: pb.ServerInfoRequest, caller: Caller) -> Future[Message]:
+        del request
+        budget = self.registry.budget
+        return _done(
+            pb.ServerInfoResponse(
+                version=VERSION,
+                device=str(self._worker.device),
+                planes=[caller.plane.kind],
+                max_message_bytes=wire.MAX_MESSAGE_BYTES,
+                capacity_bytes=budget.capacity_bytes,
+                reserved_bytes=budget.reserved_bytes,
+                replay_window=REPLAY_WINDOW,
+                started_at=wire.encode_time(self._started_at),
+            )
+        )
+
+    def _described(self, loaded: Loaded) -> Future[pb.MemoryDescription]:
+        return self._worker.control(lambda: self._description(loaded))
+
+    def _description(self, memory: Loaded | MemorySpec) -> pb.MemoryDescription:
+        """Runs in the device thread."""
+        if isinstance(memory, MemorySpec):
+            return pb.MemoryDescription(spec=wire.encode_spec(memory))
+        counts = memory.engine.counts()
+        return wire.encode_description(memory.spec, counts, memory.created_at, str(self._worker.device))
+
+
+_ENCODERS: dict[type[wire.StepLike], Callable[[StepResult, Plane], Message]] = {
+    pb.StepRequest: wire.encode_step,
+    pb.RetrieveRequest: wire.encode_retrieve,
+    pb.AppendRequest: wire.encode_append,
+}
+
+
+def _ticket(request: Message, caller: Caller) -> Ticket:
+    return Ticket(
+        tenant=caller.tenant,
+        num_bytes=tensor_bytes(request),
+        deadline=caller.deadline,
+        request_id=caller.request_id,
+    )
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+def _then(first: Future[T], follow: Callable[[T], Future[R]]) -> Future[R]:
+    """The outcome of `follow`, which is given the result of `first`; the failure of either."""
+    outcome: Future[R] = Future()
+    outcome.set_running_or_notify_cancel()  # what is under way is finished
+
+    def pass_on(second: Future[R]) -> None:
+        error = second.exception()
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(second.result())
+
+    def go_on(done: Future[T]) -> None:
+        error = done.exception()
+        if error is not None:
+            outcome.set_exception(error)
+            return
+        try:
+            second = follow(done.result())
+        except MemstoreError as refused:
+            outcome.set_exception(refused)
+        else:
+            second.add_done_callback(pass_on)
+
+    first.add_done_callback(go_on)
+    return outcome

@@ -1,0 +1,198 @@
+"""Step, Retrieve and Append requests -> StepBatch: all of a request is checked before any of it is used."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from memstore.errors import InvalidRequest
+from memstore.types import KEY, MemorySpec, RetrieveOptions, SequencePart, StepBatch
+from memstore.v1 import memstore_pb2 as pb
+from memstore.wire import fields, limits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memstore.plane import Plane
+
+StepLike = pb.StepRequest | pb.RetrieveRequest | pb.AppendRequest
+_KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ask:
+    """What the three kinds of request have in common."""
+
+    layers: Sequence[int]
+    retrieve: pb.RetrieveOptions | None
+    append: bool
+    writer: str
+    payloads: Sequence[pb.NamedTensor]
+
+
+def _ask(request: StepLike) -> _Ask:
+    match request:
+        case pb.StepRequest():
+            return _Ask(
+                layers=request.layers,
+                retrieve=request.retrieve if request.HasField("retrieve") else None,
+                append=request.append,
+                writer=request.writer,
+                payloads=request.payloads,
+            )
+        case pb.RetrieveRequest():
+            if not request.HasField("retrieve"):
+                raise InvalidRequest("retrieve", "missing")
+            return _Ask(layers=request.layers, retrieve=request.retrieve, append=False, writer="", payloads=())
+        case pb.AppendRequest():
+            return _Ask(layers=(), retrieve=None, append=True, writer=request.writer, payloads=request.payloads)
+
+
+def decode_batch(request: StepLike, spec: MemorySpec, plane: Plane) -> StepBatch:
+    """The batch of a request to the memory `spec`; its tensors share the request's bytes where the plane allows."""
+    ask = _ask(request)
+    parts = _parts(request.sequences)
+    layers = _layers(ask, spec)
+    retrieve = None if ask.retrieve is None else _retrieve(ask.retrieve, spec)
+    writer = fields.printable(ask.writer, "writer", 0, limits.MAX_WRITER_NAME)
+    num_rows = sum(part.num_rows for part in parts)
+    if retrieve is not None:
+        _check_reply_size(retrieve, len(layers) * num_rows, plane)
+    keys = _keys(request, (len(layers), num_rows, spec.dim), spec if ask.append else None, plane)
+    payloads = _payloads(ask, spec, keys.shape[:2], plane)
+    is_resendable = plane.has_bytes and ask.append and writer != ""
+    return StepBatch(
+        parts=parts,
+        layers=layers,
+        keys=keys,
+        payloads=payloads,
+        retrieve=retrieve,
+        append=ask.append,
+        writer=writer,
+        fingerprints=_fingerprints(parts, (keys, *payloads.values())) if is_resendable else (),
+    )
+
+
+def _parts(sequences: Sequence[pb.SequencePart]) -> tuple[SequencePart, ...]:
+    if not 1 <= len(sequences) <= limits.MAX_PARTS:
+        raise InvalidRequest("sequences", f"{len(sequences)} sequences, 1 to {limits.MAX_PARTS:,} in a batch")
+    parts = tuple(_part(part, f"sequences[{i}]") for i, part in enumerate(sequences))
+    if len({part.sequence for part in parts}) < len(parts):
+        raise InvalidRequest("sequences", "a sequence stands in the batch twice")
+    return parts
+
+
+def _part(part: pb.SequencePart, field: str) -> SequencePart:
+    as_of = part.as_of if part.HasField("as_of") else None
+    if part.num_rows < 0 or part.seq < 0 or (as_of is not None and as_of < 0):
+        raise InvalidRequest(field, "num_rows, seq and as_of are 0 or more")
+    return SequencePart(
+        sequence=sequence_name(part.sequence, f"{field}.sequence"),
+        num_rows=part.num_rows,
+        start_of_sequence=part.start_of_sequence,
+        epoch=part.epoch,
+        seq=part.seq,
+        as_of=as_of,
+    )
+
+
+def sequence_name(value: str, field: str) -> str:
+    """1 to 128 printable ASCII characters."""
+    return fields.printable(value, field, 1, limits.MAX_SEQUENCE_NAME)
+
+
+def _layers(ask: _Ask, spec: MemorySpec) -> tuple[int, ...]:
+    every = tuple(range(spec.num_layers))
+    layers = tuple(ask.layers) or every
+    if any(a >= b for a, b in itertools.pairwise(layers)):
+        raise InvalidRequest("layers", "ascending and without repeats")
+    if layers[0] < 0 or layers[-1] >= spec.num_layers:
+        raise InvalidRequest("layers", f"the memory has layers 0 to {spec.num_layers - 1}")
+    if ask.append and layers != every:
+        raise InvalidRequest("layers", f"an append is for all {spec.num_layers} layers of the memory")
+    return layers
+
+
+def _retrieve(options: pb.RetrieveOptions, spec: MemorySpec) -> RetrieveOptions:
+    arrays = tuple(options.arrays)
+    known = {KEY, *(payload.name for payload in spec.payloads)}
+    for name in arrays:
+        if name not in known:
+            raise InvalidRequest("retrieve.arrays", f"{fields.clipped(name)} is not one of {sorted(known)}")
+    if len(set(arrays)) < len(arrays):
+        raise InvalidRequest("retrieve.arrays", "an array stands there twice")
+    return RetrieveOptions(
+        top_k=fields.whole(options.top_k, "retrieve.top_k", 1, limits.MAX_TOP_K),
+        window_before=fields.whole(options.window_before, "retrieve.window_before", 0, limits.MAX_WINDOW_SIDE),
+        window_after=fields.whole(options.window_after, "retrieve.window_after", 0, limits.MAX_WINDOW_SIDE),
+        arrays=arrays,
+        omit_scores=options.omit_scores,
+    )
+
+
+def _check_reply_size(options: RetrieveOptions, num_queries: int, plane: Plane) -> None:
+    """Bounds the part of a reply whose size the request decides: 4 bytes a neighbour, and 4 a score."""
+    size = num_queries * options.top_k * (options.window + (not options.omit_scores)) * 4
+    if size > plane.max_reply_bytes:
+        raise InvalidRequest(
+            "retrieve",
+            f"index and scores of {num_queries} queries x {options.top_k} hits x {options.window} neighbours have "
+            f"{size:,} bytes, at most {plane.max_reply_bytes:,}; ask for fewer rows at once",
+        )
+
+
+def _keys(request: StepLike, shape: tuple[int, int, int], stored: MemorySpec | None, plane: Plane) -> torch.Tensor:
+    """The keys, of this shape, finite, and within the range of `stored` where they are to be kept."""
+    if not request.HasField("keys"):
+        raise InvalidRequest("keys", "missing")
+    if tuple(request.keys.shape) != shape:
+        raise InvalidRequest(
+            "keys.shape",
+            f"{list(request.keys.shape)} given, {list(shape)} expected: [layers, rows of all sequences, dim]",
+        )
+    keys = plane.read(request.keys, "keys")
+    if keys.dtype not in _KEY_DTYPES:
+        raise InvalidRequest("keys.dtype", f"{keys.dtype}: keys are FP32, FP16 or BF16")
+    if keys.numel():
+        most = min(limits.MAX_KEY_ABS, torch.finfo(keys.dtype if stored is None else stored.dtype).max)
+        low, high = (float(value) for value in torch.aminmax(keys))
+        if not (low >= -most and high <= most):  # false for NaN, which aminmax passes on
+            raise InvalidRequest("keys", f"an element is NaN, infinite or beyond +-{most:g}")
+    return keys
+
+
+def _payloads(ask: _Ask, spec: MemorySpec, rows: Sequence[int], plane: Plane) -> dict[str, torch.Tensor]:
+    expected = {payload.name: payload for payload in spec.payloads} if ask.append else {}
+    names = [named.name for named in ask.payloads]
+    if sorted(names) != sorted(expected):
+        given = [fields.clipped(name) for name in names[: limits.MAX_PAYLOADS + 1]]
+        raise InvalidRequest("payloads", f"{given} given, each of {sorted(expected)} expected once")
+    payloads: dict[str, torch.Tensor] = {}
+    for i, named in enumerate(ask.payloads):
+        payload = expected[named.name]
+        tensor = plane.read(named.tensor, f"payloads[{i}].tensor")
+        shape = (*rows, *payload.shape)
+        if tuple(tensor.shape) != shape or tensor.dtype != payload.dtype:
+            problem = f"{list(tensor.shape)} {tensor.dtype} given, {list(shape)} {payload.dtype} expected"
+            raise InvalidRequest(f"payloads[{i}].tensor", problem)
+        payloads[named.name] = tensor
+    return {name: payloads[name] for name in expected}
+
+
+def _fingerprints(parts: Sequence[SequencePart], arrays: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """CRC-32 of each part's rows in every layer and array, in the order of the spec."""
+    views = [array.flatten(2).view(torch.uint8).numpy() for array in arrays if array.numel()]
+    fingerprints, begin = [], 0
+    for part in parts:
+        end = begin + part.num_rows
+        value = 0
+        for view in views:
+            for layer in view:
+                value = zlib.crc32(layer[begin:end], value)
+        fingerprints.append(value)
+        begin = end
+    return tuple(fingerprints)

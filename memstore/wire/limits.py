@@ -1,0 +1,25 @@
+"""The limits of the wire contract, in numbers; proto/memstore/v1/memstore.proto says them in words."""
+
+from __future__ import annotations
+
+MAX_MEMORY_NAME = 128
+MAX_SEQUENCE_NAME = 128
+MAX_WRITER_NAME = 64
+MAX_PAYLOAD_NAME = 64
+MAX_DIM = 8_192
+MAX_CAPACITY = 16_777_216
+MAX_SEQUENCES = 65_536
+MAX_LAYERS = 256
+MAX_PAYLOADS = 8
+MAX_PAYLOAD_DIMS = 4
+MAX_PAYLOAD_BYTES = 1 << 24
+"""Bytes of one payload array of one entry: 16 MiB, a quarter of the largest message."""
+MAX_TAGS = 64
+MAX_TAG_KEY = 63
+MAX_TAG_VALUE = 255
+MAX_PARTS = 4_096
+MAX_TOP_K = 1_024
+MAX_WINDOW_SIDE = 64
+MAX_MESSAGE_BYTES = 64 << 20
+MAX_KEY_ABS = 1e17
+"""Largest magnitude of a key's element: squares of 8,192 of them still have a finite sum in binary32."""
