@@ -1,0 +1,103 @@
+"""The contract of an index, and what all of them share: the view of a slab and the final ranking of candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from memstore import ring
+from memstore.slab import inverse_norms
+from memstore.types import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memstore.slab import Slab
+
+SCRATCH_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""What a search may take beside its result, by the type of its device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchBatch:
+    """One search of a ragged batch: S sequences, their queries one behind the other, in each of L layers.
+
+    queries: (L, N, dim) floating, on the slab's device, finite. layers: (L,) layers of the slab. The rest is (S,): place
+    in the slab, number of queries, and the positions [begin, end) that they see.
+    """
+
+    queries: torch.Tensor
+    layers: tuple[int, ...]
+    places: tuple[int, ...]
+    counts: tuple[int, ...]
+    begins: tuple[int, ...]
+    ends: tuple[int, ...]
+    top_k: int
+
+    def sequences(self) -> Iterator[tuple[int, int, int]]:
+        """(sequence, first query, end of queries) of each sequence that has queries."""
+        first = 0
+        for sequence, count in enumerate(self.counts):
+            if count:
+                yield sequence, first, first + count
+            first += count
+
+    def per_query(self, values: tuple[int, ...]) -> torch.Tensor:
+        """One value a sequence -> (N,) int64 on the device, the value of each query's sequence."""
+        counts = torch.tensor(self.counts)
+        return torch.tensor(values, dtype=torch.int64).repeat_interleave(counts).to(self.queries.device)
+
+
+class VectorIndex(Protocol):
+    """Finds the `top_k` best rows for each query of a batch, by scanning: it keeps nothing between calls.
+
+    Gives positions (L, N, k) int64, -1 where fewer are visible, and scores (L, N, k) float32, -inf there; best first,
+    lower positions first among equal scores. Exact: queries in float32 against the rows as they are stored, every
+    product and sum in float32 or better. Which of several rows is given whose scores differ by less than float32
+    rounding of |q|^2 + |x|^2 (l2) or |q||x| (ip) is not said. Scratch is bounded by SCRATCH_BYTES.
+    Values whose squared norm exceeds 1e37 may overflow and are then ranked arbitrarily.
+    """
+
+    def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Searches; reads the slab and the batch and changes neither."""
+        ...
+
+
+def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores candidates afresh from their rows and sorts them: the one place where a score is made.
+
+    candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query. Gives what VectorIndex.search gives.
+    """
+    positions = candidates.sort(-1).values  # stable sorting by score then puts lower positions first
+    layers = torch.tensor(batch.layers, device=positions.device)
+    first_cells = slab.first_cells(layers[:, None], batch.per_query(batch.places))
+    cells = first_cells[..., None] + ring.slot_of(positions.clamp(min=0), slab.capacity)
+    scores = torch.empty(positions.shape, device=positions.device)
+    step = max(SCRATCH_BYTES[slab.device.type] // (12 * slab.keys.shape[-1] * max(positions.shape[-1], 1)), 1)
+    flat = (batch.queries.flatten(0, 1), cells.flatten(0, 1), scores.flatten(0, 1))
+    for queries, some_cells, some_scores in zip(*(torch.split(tensor, step) for tensor in flat), strict=True):
+        some_scores.copy_(_scores(slab, queries, some_cells))
+    scores.masked_fill_(positions < 0, -torch.inf)
+    scores, order = scores.sort(stable=True, dim=-1, descending=True)
+    return positions.gather(-1, order), scores
+
+
+def _scores(slab: Slab, queries: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """(n, dim) queries, (n, k) cells of the whole slab -> (n, k) float32."""
+    rows = slab.keys.flatten(0, 2).index_select(0, cells.flatten()).float().view(*cells.shape, slab.keys.shape[-1])
+    queries = queries.float()[:, None]
+    if slab.metric is Metric.L2:
+        return rows.sub_(queries).square_().sum(-1).neg_()
+    products = rows.mul_(queries).sum(-1)
+    if slab.norms is None:
+        return products
+    return products * slab.norms.flatten()[cells] * inverse_norms(queries)
+
+
+def nothing_found(batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The answer where nothing is visible, to be filled in."""
+    shape = (*batch.queries.shape[:2], batch.top_k)
+    device = batch.queries.device
+    return torch.full(shape, -1, device=device), torch.full(shape, -torch.inf, device=device)

@@ -1,0 +1,219 @@
+"""Sequences: which exist, how far each is written, and what was answered to each writer.
+
+A writer numbers its appends to a sequence from 0 within an epoch. The replies to the last 256 of them are kept, for the
+64 writers that appended most recently: an append that is sent again is answered again and not applied.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from memstore import ring
+from memstore.errors import AlreadyExists, EpochChanged, PositionExpired, QuotaExceeded, SequenceGap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memstore.types import SequencePart, StepBatch
+
+REPLAY_WINDOW = 256
+"""Appends of a (writer, sequence, epoch) whose answers are kept."""
+
+MAX_WRITERS = 64
+"""Writers of a sequence and epoch that are remembered; the one that appended longest ago is forgotten first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What the first arrival of an append was answered. begun_from: epoch it was sent with, if it began this one."""
+
+    num_rows: int
+    fingerprint: int
+    as_of: int
+    first_position: int
+    begun_from: int | None = None
+
+
+@dataclass(slots=True)
+class Writer:
+    """The appends of one writer: seq [next_seq - len(replies), next_seq) can be answered again."""
+
+    next_seq: int = 0
+    replies: OrderedDict[int, Reply] = field(default_factory=OrderedDict)
+
+    def remember(self, reply: Reply) -> None:
+        """Counts one append."""
+        self.replies[self.next_seq] = reply
+        self.next_seq += 1
+        if len(self.replies) > REPLAY_WINDOW:
+            self.replies.popitem(last=False)
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One stream of entries in all layers: its place in the slab and its one counter of positions.
+
+    floor: first position that this sequence was ever given, above 0 for one that was forked from a wrapped ring.
+    """
+
+    place: int
+    epoch: int
+    next_position: int = 0
+    floor: int = 0
+    writers: OrderedDict[str, Writer] = field(default_factory=OrderedDict)
+
+    def begin(self, capacity: int) -> int:
+        """The first live position."""
+        return max(ring.live_begin(self.next_position, capacity), self.floor)
+
+    def restart(self, epoch: int) -> None:
+        """Forgets everything; positions begin at 0 again."""
+        self.epoch, self.next_position, self.floor = epoch, 0, 0
+        self.writers.clear()
+
+    def remember(self, writer: str, reply: Reply) -> None:
+        """Counts one append of a writer, who is now the most recent one."""
+        self.writers.setdefault(writer, Writer()).remember(reply)
+        self.writers.move_to_end(writer)
+        if len(self.writers) > MAX_WRITERS:
+            self.writers.popitem(last=False)
+
+
+class SequenceTable:
+    """The sequences of one memory by name, each with a place of its own."""
+
+    def __init__(self, num_places: int) -> None:
+        self._by_name: dict[str, Sequence] = {}
+        self._free_places = list(range(num_places - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._by_name.values())
+
+    def __getitem__(self, name: str) -> Sequence:
+        return self._by_name[name]
+
+    @property
+    def num_free(self) -> int:
+        """Sequences that can still begin to exist."""
+        return len(self._free_places)
+
+    def get(self, name: str) -> Sequence | None:
+        """The sequence of that name, if it exists."""
+        return self._by_name.get(name)
+
+    def create(self, name: str, epoch: int) -> Sequence:
+        """A new, empty sequence in the lowest place that is free. Raises QuotaExceeded."""
+        if not self._free_places:
+            raise QuotaExceeded(f"sequences[{name!r}]: {len(self)} sequences exist, as many as the memory can hold")
+        sequence = Sequence(self._free_places.pop(), epoch)
+        self._by_name[name] = sequence
+        return sequence
+
+    def remove(self, name: str) -> None:
+        """Ends a sequence that exists; its place is free."""
+        self._free_places.append(self._by_name.pop(name).place)
+        self._free_places.sort(reverse=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartPlan:
+    """What one part of a batch will do, decided before anything is changed.
+
+    sequence: None where it does not exist yet. begin, as_of: the range its retrieval sees. first_position: where its
+    rows go, or went at the first arrival where this is a replay.
+    """
+
+    part: SequencePart
+    sequence: Sequence | None
+    fingerprint: int
+    begin: int
+    as_of: int
+    first_position: int
+    is_replay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """A batch that fits the state, and what each of its parts will do."""
+
+    batch: StepBatch
+    parts: tuple[PartPlan, ...]
+
+    @property
+    def num_new(self) -> int:
+        """Sequences that the batch brings into being."""
+        return sum(part.sequence is None for part in self.parts) if self.batch.append else 0
+
+
+def plan_part(
+    part: SequencePart, sequence: Sequence | None, capacity: int, *, writer: str | None, fingerprint: int
+) -> PartPlan:
+    """Decides one part against the state. writer: None where nothing is appended, "" where appends are not numbered.
+
+    Raises EpochChanged, SequenceGap, PositionExpired, AlreadyExists; nothing is changed in any case.
+    """
+    replay = _find_replay(part, sequence, writer, fingerprint)
+    if sequence is not None and replay is not None:
+        return PartPlan(
+            part=part,
+            sequence=sequence,
+            fingerprint=fingerprint,
+            begin=min(sequence.begin(capacity), replay.as_of),
+            as_of=replay.as_of,
+            first_position=replay.first_position,
+            is_replay=True,
+        )
+    epoch = 0 if sequence is None else sequence.epoch
+    if part.epoch not in (0, epoch):
+        raise EpochChanged(part.sequence, part.epoch, epoch)
+    if writer:
+        _check_next_seq(part, sequence, writer)
+    begin, published = 0, 0
+    if sequence is not None and not part.start_of_sequence:
+        begin, published = sequence.begin(capacity), sequence.next_position
+    as_of = published if part.as_of is None else part.as_of
+    if not 0 <= as_of <= published:
+        raise PositionExpired(f"sequences[{part.sequence!r}].as_of: {as_of} given, {published} published")
+    return PartPlan(
+        part=part,
+        sequence=sequence,
+        fingerprint=fingerprint,
+        begin=min(begin, as_of),
+        as_of=as_of,
+        first_position=published,
+    )
+
+
+def _find_replay(part: SequencePart, sequence: Sequence | None, writer: str | None, fingerprint: int) -> Reply | None:
+    """The first answer to this append, if it is remembered."""
+    known = sequence.writers.get(writer) if sequence is not None and writer else None
+    reply = None if known is None else known.replies.get(part.seq)
+    if sequence is None or known is None or reply is None:
+        return None
+    is_same = (reply.num_rows, reply.fingerprint) == (part.num_rows, fingerprint)
+    if part.start_of_sequence:
+        # It asks for a new epoch, so it is a resend only if it is what began the present one. Sent with epoch 0 that
+        # cannot be told once more was appended; then it begins again, and so does all that is resent after it.
+        is_first = reply.begun_from == part.epoch and (part.epoch != 0 or known.next_seq == 1)
+        return reply if is_same and is_first else None
+    if part.epoch not in (0, sequence.epoch):
+        return None
+    if not is_same:
+        raise AlreadyExists(f"sequences[{part.sequence!r}].seq: {part.seq} was used with other rows")
+    return reply
+
+
+def _check_next_seq(part: SequencePart, sequence: Sequence | None, writer: str) -> None:
+    known = None if sequence is None or part.start_of_sequence else sequence.writers.get(writer)
+    expected = 0 if known is None else known.next_seq
+    if part.seq > expected:
+        raise SequenceGap(part.sequence, part.seq, expected)
+    if part.seq < expected:
+        raise PositionExpired(
+            f"sequences[{part.sequence!r}].seq: {part.seq} is no longer remembered", expected_seq=expected
+        )

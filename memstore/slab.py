@@ -1,0 +1,139 @@
+"""The slab: the tensors that hold all rows of one memory, reserved and touched once.
+
+    keys      (layers, places, capacity, dim)      the searched vectors in the memory's dtype
+    norms     (layers, places, capacity) float32   |row|^2 for l2, 1 / |row| for cosine (0 for a zero row), none for ip
+    payloads  name -> (layers, places, capacity, *shape)
+
+A place holds one sequence. Everything here is addressed by place and slot; positions are the ring's.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from memstore.errors import DeviceMemoryFull
+from memstore.types import KEY, MemorySpec, Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class StagedRows:
+    """Rows as the slab stores them: keys (layers, n, dim), norms (layers, n), payloads (layers, n, *shape)."""
+
+    keys: torch.Tensor
+    norms: torch.Tensor | None
+    payloads: Mapping[str, torch.Tensor]
+
+
+class Slab:
+    """Owns the storage. Raises DeviceMemoryFull at creation, never later."""
+
+    def __init__(self, spec: MemorySpec, device: torch.device) -> None:
+        self.metric = spec.metric
+        self.capacity = spec.capacity
+        self.num_layers = spec.num_layers
+        self.num_places = spec.max_sequences
+        self.device = device
+        _check_host_room(spec, device)
+        places = (spec.num_layers, spec.max_sequences, spec.capacity)
+        try:
+            self.keys = _touched((*places, spec.dim), spec.dtype, device)
+            self.norms = None if spec.metric is Metric.INNER_PRODUCT else _touched(places, torch.float32, device)
+            self.payloads = {p.name: _touched((*places, *p.shape), p.dtype, device) for p in spec.payloads}
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            raise DeviceMemoryFull(f"no room for {bytes_needed(spec)} bytes on {device}") from error
+
+    def stage(self, keys: torch.Tensor, payloads: Mapping[str, torch.Tensor]) -> StagedRows:
+        """Converts rows to what is stored. Raises torch.OutOfMemoryError, before anything is changed.
+
+        keys: (layers, n, dim) floating, on the device; finite values beyond the range of the memory's dtype are kept
+        as its largest. payloads: name -> (layers, n, *shape).
+        """
+        stored = _rounded(keys, self.keys.dtype)
+        converted = {name: payloads[name].to(slab.dtype).contiguous() for name, slab in self.payloads.items()}
+        return StagedRows(stored, None if self.norms is None else _norms(stored, self.metric), converted)
+
+    def write(self, rows: StagedRows, cells: torch.Tensor) -> None:
+        """Overwrites the same cells of every layer. cells: (n,) int64, place * capacity + slot, distinct."""
+        everywhere = self._in_all_layers(cells)
+        self.keys.flatten(0, 2).index_copy_(0, everywhere, rows.keys.flatten(0, 1))
+        if self.norms is not None and rows.norms is not None:
+            self.norms.flatten().index_copy_(0, everywhere, rows.norms.flatten())
+        for name, slab in self.payloads.items():
+            slab.flatten(0, 2).index_copy_(0, everywhere, rows.payloads[name].flatten(0, 1))
+
+    def gather(self, name: str, cells: torch.Tensor) -> torch.Tensor:
+        """Rows of the keys or a payload. cells: (U,) int64, (layer * places + place) * capacity + slot."""
+        slab = self.keys if name == KEY else self.payloads[name]
+        return slab.flatten(0, 2).index_select(0, cells)
+
+    def first_cells(self, layers: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The cell of slot 0 of each (layer, place), as `gather` counts cells; the two are broadcast, int64."""
+        return (layers * self.num_places + places) * self.capacity
+
+    def copy_place(self, source: int, target: int, slot: int, length: int) -> None:
+        """Copies slots [slot, slot + length) of one place to the same slots of another, in every layer."""
+        tensors = [self.keys, *self.payloads.values()]
+        tensors += [] if self.norms is None else [self.norms]
+        for tensor in tensors:
+            tensor[:, target, slot : slot + length].copy_(tensor[:, source, slot : slot + length])
+
+    def free(self) -> None:
+        """Gives the storage back; the slab is of no use afterwards."""
+        empty = torch.empty(0)
+        self.keys, self.norms, self.payloads = empty, None, {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _in_all_layers(self, cells: torch.Tensor) -> torch.Tensor:
+        if self.num_layers == 1:
+            return cells
+        layers = torch.arange(self.num_layers, device=cells.device)
+        return (self.first_cells(layers[:, None], torch.zeros_like(layers[:1])) + cells).flatten()
+
+
+def bytes_needed(spec: MemorySpec) -> int:
+    """Bytes that a slab of this spec reserves."""
+    entry = spec.dim * spec.dtype.itemsize
+    if spec.metric is not Metric.INNER_PRODUCT:
+        entry += torch.float32.itemsize
+    for payload in spec.payloads:
+        entry += torch.Size(payload.shape).numel() * payload.dtype.itemsize
+    return entry * spec.capacity * spec.max_sequences * spec.num_layers
+
+
+def _check_host_room(spec: MemorySpec, device: torch.device) -> None:
+    """Touching more than the host has would end the process, not raise."""
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cpu" and bytes_needed(spec) > host_bytes:
+        raise DeviceMemoryFull(f"no room for {bytes_needed(spec)} bytes: the host has {host_bytes}")
+
+
+def _touched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device).zero_()
+
+
+def _rounded(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Converts without making infinities of large finite values."""
+    if keys.dtype == dtype:
+        return keys
+    limit = torch.finfo(dtype).max
+    return keys.clamp(-limit, limit).to(dtype)
+
+
+def _norms(stored: torch.Tensor, metric: Metric) -> torch.Tensor:
+    if metric is Metric.L2:
+        return stored.float().square().sum(-1)
+    return inverse_norms(stored)
+
+
+def inverse_norms(rows: torch.Tensor) -> torch.Tensor:
+    """1 / |row| in float32 over the last axis; 0 for a zero row, so that its cosine with anything is 0."""
+    norms = torch.linalg.vector_norm(rows.float(), dim=-1)
+    return torch.where(norms > 0, 1 / norms, 0.0)
