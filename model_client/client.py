@@ -1,0 +1,135 @@
+"""MemoryClient: the door to a memstore, in this process or over the network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Unpack
+
+from memstore.v1 import memstore_pb2 as pb
+from model_client.breaker import Breaker
+from model_client.core import Core, M, Running, drive
+from model_client.session import Session
+from model_client.stats import ClientStats
+from model_client.transport import TransportOptions, open_transport
+from model_client.wire import MemoryOptions, memory_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from google.protobuf.message import Message
+
+    from model_client.transport.base import Transport
+
+
+class ClientOptions(TransportOptions, total=False):
+    """What a client may be given besides its target."""
+
+    timeout_s: float
+    """Deadline of each call that is given none, in seconds; 5 if not given."""
+    breaker_failures: int
+    """Failures in a row after which calls fail at once (CircuitOpen); 5 if not given."""
+    breaker_s: float
+    """How long they do, in seconds, before one is tried again; 5 if not given."""
+    transport: Transport
+    """A ready one to use instead of opening `target`; closed with the client."""
+
+
+class ClientBase:
+    """What MemoryClient and AsyncMemoryClient have in common: everything up to the waiting."""
+
+    def __init__(self, target: str = ":memory:", **options: Unpack[ClientOptions]) -> None:
+        """A client of the memstore at `target`: ":memory:" (in this process), "host:port" or "unix:///path"."""
+        self.stats = ClientStats()
+        self._timeout_s = options.get("timeout_s", 5.0)
+        self._transport = options.get("transport") or open_transport(target, options, self.stats)
+        breaker = Breaker(options.get("breaker_failures", 5), options.get("breaker_s", 5.0))
+        self._core = Core(self._transport, breaker, self.stats)
+
+    @property
+    def transport(self) -> str:
+        """How requests travel: "process", "grpc" or "grpc-stream"."""
+        return self._transport.name
+
+    def _begin(self, method: str, request: Message, reply: type[M], is_repeatable: bool = True) -> Running[M]:
+        return Running(self._core.call(method, request, reply, self._timeout_s, is_repeatable))
+
+    def _begin_create(self, name: str, options: MemoryOptions) -> Running[pb.CreateMemoryResponse]:
+        exist_ok = options.get("exist_ok", False)
+        request = pb.CreateMemoryRequest(spec=memory_spec(name, options), exist_ok=exist_ok)
+        return self._begin("CreateMemory", request, pb.CreateMemoryResponse, is_repeatable=exist_ok)
+
+    def _begin_describe(self, name: str) -> Running[pb.DescribeMemoryResponse]:
+        return self._begin("DescribeMemory", pb.DescribeMemoryRequest(name=name), pb.DescribeMemoryResponse)
+
+    def _begin_list(self, prefix: str) -> Running[pb.ListMemoriesResponse]:
+        return self._begin("ListMemories", pb.ListMemoriesRequest(name_prefix=prefix), pb.ListMemoriesResponse)
+
+    def _begin_drop(self, name: str) -> Running[pb.DropMemoryResponse]:
+        return self._begin("DropMemory", pb.DropMemoryRequest(name=name), pb.DropMemoryResponse, is_repeatable=False)
+
+    def _begin_reset(self, memory: str, names: Sequence[str], release: bool) -> Running[pb.ResetResponse]:
+        request = pb.ResetRequest(memory=memory, sequences=names, release=release)
+        return self._begin("Reset", request, pb.ResetResponse)
+
+    def _begin_fork(
+        self, memory: str, source: str, target: str, as_of: int | None, epoch: int
+    ) -> Running[pb.ForkResponse]:
+        request = pb.ForkRequest(memory=memory, source=source, target=target, as_of=as_of, epoch=epoch)
+        return self._begin("Fork", request, pb.ForkResponse, is_repeatable=False)
+
+    def _begin_info(self) -> Running[pb.ServerInfoResponse]:
+        return self._begin("ServerInfo", pb.ServerInfoRequest(), pb.ServerInfoResponse)
+
+
+class MemoryClient(ClientBase):
+    """A blocking client, safe from any thread (each of its sessions from one at a time). Close it, or use `with`.
+
+    Every call raises a MemstoreClientError where it fails.
+    """
+
+    def info(self) -> pb.ServerInfoResponse:
+        """What the server is, can do and allows."""
+        return drive(self._begin_info())
+
+    def create_memory(self, name: str, **options: Unpack[MemoryOptions]) -> pb.MemoryDescription:
+        """A new memory, all of it reserved; with `exist_ok` an existing one of an equal spec."""
+        return drive(self._begin_create(name, options)).memory
+
+    def describe_memory(self, name: str) -> pb.MemoryDescription:
+        """Spec and counters of one memory."""
+        return drive(self._begin_describe(name)).memory
+
+    def list_memories(self, prefix: str = "") -> list[pb.MemoryDescription]:
+        """The memories whose names begin with `prefix`, in the order of their names."""
+        return list(drive(self._begin_list(prefix)).memories)
+
+    def drop_memory(self, name: str) -> None:
+        """Drops a memory with all its rows."""
+        drive(self._begin_drop(name))
+
+    def reset(self, memory: str, names: Sequence[str], release: bool = False) -> list[int]:
+        """Empties sequences, or ends them with `release`; their new epochs, 0 for one that does not exist."""
+        return list(drive(self._begin_reset(memory, names, release)).epochs)
+
+    def fork(
+        self, memory: str, source: str, target: str, *, as_of: int | None = None, epoch: int = 0
+    ) -> pb.ForkResponse:
+        """Gives the new sequence `target` the live positions of `source` below `as_of`, all if None."""
+        return drive(self._begin_fork(memory, source, target, as_of, epoch))
+
+    def session(self, memory: str, sequences: Sequence[str]) -> Session:
+        """A new writer of these sequences of a memory. Nothing is sent."""
+        return Session(self._core, memory, sequences, self._timeout_s)
+
+    def close(self) -> None:
+        """Ends every thread and connection; calls under way fail. May be called again."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

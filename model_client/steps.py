@@ -1,0 +1,322 @@
+"""SessionCore: the steps of one session as flows, each append applied exactly once and in order.
+
+A step that changes sequences (appends, or starts one) is under way from its sending until its outcome is known. What is
+under way is kept, rows included, and asked for again with the same seqs before anything later of the session is sent,
+so an append is never applied twice, never out of order, and no seq is ever given to other rows. See Session.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memstore.v1 import memstore_pb2 as pb
+from model_client import wire
+from model_client.core import Core, Flow, OneCall, expect
+from model_client.errors import (
+    AlreadyExists,
+    CircuitOpen,
+    Corrupt,
+    EpochChanged,
+    Internal,
+    InvalidRequest,
+    Late,
+    MemstoreClientError,
+    NotAllowed,
+    NotAuthenticated,
+    NotFound,
+    Overloaded,
+    PositionExpired,
+    SequenceGap,
+)
+from model_client.numbering import Numbering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from google.protobuf.message import Message
+
+MAX_UNDER_WAY = 2
+"""Steps whose outcome is not known that a session keeps."""
+
+_FINAL = (InvalidRequest, NotFound, NotAllowed, NotAuthenticated, Corrupt, AlreadyExists, PositionExpired)
+"""Refusals that any copy of a request meets."""
+
+
+class Step:
+    """One step of a session: its request, the sending under way, and in the end its outcome."""
+
+    def __init__(self, core: Core, request: pb.StepRequest, rows: wire.StepRows) -> None:
+        self.request = request
+        self.future: Future[Message] | None = None
+        self.outcome: Future[Message] = Future()
+        self.may_be_done = False  # a sending whose effect is not known
+        self.num_sendings = 0
+        self.seqs_before: dict[str, int] = {}
+        self._core = core
+        self._rows = rows if core.transport.plane.is_single_use else None
+        self._is_abandoned = False
+
+    @property
+    def has_start(self) -> bool:
+        """True where a sequence is emptied."""
+        return any(part.start_of_sequence for part in self.request.sequences)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step in each layer."""
+        return sum(part.num_rows for part in self.request.sequences)
+
+    def part(self, sequence: str) -> pb.SequencePart:
+        """The part of one sequence."""
+        for part in self.request.sequences:
+            if part.sequence == sequence:
+                return part
+        raise Internal(f"the server answered about a sequence that was not asked for: {sequence!r}")
+
+    def submit(self, timeout_s: float) -> Future[Message]:
+        """The outcome if it is known, the sending under way if there is one, else a new sending."""
+        if self.outcome.done():
+            return self.outcome
+        if self.future is None:
+            if self.num_sendings:
+                self._core.stats.add("resends")
+                if self._rows is not None:
+                    wire.write_rows(self._core.transport.plane, self.request, self._rows)
+            self.num_sendings += 1
+            self.future = self._core.transport.call("Step", self.request, timeout_s)
+            if self._is_abandoned:
+                self.future.add_done_callback(self._discard)
+        return self.future
+
+    def note(self, future: Future[Message], error: MemstoreClientError) -> bool:
+        """Forgets a sending that has failed; one that is merely late stays under way."""
+        if future.done():
+            self.may_be_done |= error.is_outcome_unknown
+            if future is self.future:
+                self.future = None
+        return True
+
+    def abandon(self) -> None:
+        """Tells that nobody will read the answer."""
+        self._is_abandoned = True
+        self.outcome.add_done_callback(self._discard)
+        if self.future is not None:
+            self.future.add_done_callback(self._discard)
+
+    def _discard(self, future: Future[Message]) -> None:
+        if future.exception() is None:
+            self._core.transport.plane.discard(future.result())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCall:
+    """What a step is asked to do; the parts have their rows and starts, and no numbers yet."""
+
+    rows: wire.StepRows
+    parts: Sequence[pb.SequencePart]
+    retrieve: wire.Retrieval | None
+    append: bool
+
+
+class SessionCore:
+    """What Session and AsyncSession do, as flows."""
+
+    def __init__(self, core: Core, memory: str, sequences: Sequence[str], writer: str) -> None:
+        self.memory = memory
+        self.sequences = tuple(sequences)
+        self._core = core
+        self._writer = writer
+        self._numbering = Numbering(self.sequences)
+        self._under_way: list[Step] = []
+        self._waiting: Step | None = None
+
+    def step(self, call: StepCall, timeout_s: float) -> Flow[wire.StepResult]:
+        """One step, from the breaker to tensors on the device of its keys."""
+        try:
+            return (yield from self._core.guarded(self._step(call, self._core.clock() + timeout_s)))
+        except CircuitOpen:
+            if call.append:
+                self._core.stats.add("dropped_rows", sum(part.num_rows for part in call.parts))
+            raise
+
+    def reset(self, timeout_s: float) -> Flow[None]:
+        """Empties every sequence of the session; what is under way is settled or given up first."""
+        return self._core.guarded(self._reset(self._core.clock() + timeout_s))
+
+    def fork(self, source: str, target: str, timeout_s: float) -> Flow[pb.ForkResponse]:
+        """Gives `target` what `source` holds once all that is under way is settled."""
+        return self._core.guarded(self._fork(source, target, self._core.clock() + timeout_s))
+
+    def _step(self, call: StepCall, until: float) -> Flow[wire.StepResult]:
+        plane = self._core.transport.plane
+        request = wire.step_request(plane, self.memory, call.rows, call.retrieve, call.append, self._writer)
+        request.sequences.extend(call.parts)
+        step = Step(self._core, request, call.rows)
+        is_read = False
+        try:
+            if call.append or step.has_start:
+                reply = yield from self._change(step, until)
+            else:
+                while any(other.has_start for other in self._under_way):
+                    yield from self._settle_first(until)
+                reply = expect((yield from self._core.attempts(step, until)), pb.StepResponse)
+            result = wire.step_result(plane, reply, call.rows.keys.device)
+            is_read = True
+            return result
+        finally:
+            if not is_read:
+                step.abandon()
+            if not step.num_sendings:
+                self._drop(step)
+                plane.discard(request)
+
+    def _change(self, step: Step, until: float) -> Flow[pb.StepResponse]:
+        """Waits until the step may be sent, numbers and sends it, and settles it."""
+        if self._waiting is not None:
+            raise Overloaded(f"{MAX_UNDER_WAY} steps of this session are under way and one waits; await those first")
+        self._waiting = step
+        try:
+            self._collect()
+            self._give_up(lambda other: _is_superseded(other, step))
+            while not self._may_follow(step):
+                yield from self._settle_first(until)
+        finally:
+            self._waiting = None
+        self._under_way.append(step)
+        for part in step.request.sequences:
+            self._stamp(step, part)
+        return (yield from self._settle(step, until))
+
+    def _may_follow(self, step: Step) -> bool:
+        """True where `step` can be sent before what is under way is settled: the server tells them apart by their seqs,
+        so it takes known epochs, no start among them, and nothing that has failed and must be sent again first.
+        """
+        if not self._under_way:
+            return True
+        has_start = any(other.has_start for other in (*self._under_way, step))
+        has_failed = any(other.future is None or other.future.done() for other in self._under_way)
+        is_known = all(self._numbering.epoch(part.sequence) for part in step.request.sequences)
+        return is_known and not has_start and not has_failed and len(self._under_way) < MAX_UNDER_WAY
+
+    def _settle_first(self, until: float) -> Flow[None]:
+        """Settles the oldest step under way; raises only where its outcome is still not known."""
+        oldest = self._under_way[0]
+        try:
+            yield from self._settle(oldest, until)
+        except MemstoreClientError:
+            if oldest in self._under_way:
+                raise
+
+    def _settle(self, step: Step, until: float) -> Flow[pb.StepResponse]:
+        """Sends a step, again where needed, until its outcome is known. Any of the session's flows may do it."""
+        for _ in range(4 + 2 * len(step.request.sequences)):
+            try:
+                reply = expect((yield from self._core.attempts(step, until)), pb.StepResponse)
+            except (EpochChanged, SequenceGap) as error:
+                if step.future is None and not step.outcome.done():
+                    yield from self._correct(step, error, until)
+            except MemstoreClientError as error:
+                self._refuse(step, error)
+                raise
+            else:
+                self._acknowledge(step, reply)
+                return reply
+        raise Internal(f"the epochs of {list(self.sequences)} change faster than a step can follow")
+
+    def _correct(self, step: Step, error: MemstoreClientError, until: float) -> Flow[None]:
+        """Numbers one sequence anew after EpochChanged; fills the hole before it after SequenceGap."""
+        part = step.part(error.metadata.get("sequence", ""))
+        while self._under_way[0] is not step:
+            yield from self._settle_first(until)
+        if isinstance(error, EpochChanged):
+            if part.epoch == self._numbering.epoch(part.sequence):
+                self._numbering.adopt(part.sequence, int(error.metadata["epoch"]))
+                self._core.stats.add("lost_epochs")
+            self._stamp(step, part)
+            return
+        for seq in range(int(error.metadata["expected_seq"]), part.seq):
+            yield from self._fill(step, part, seq, until)
+
+    def _fill(self, step: Step, part: pb.SequencePart, seq: int, until: float) -> Flow[None]:
+        """Uses up a seq whose append was refused after a later one had left: nothing can be applied under it then."""
+        empty = wire.StepRows(
+            keys=wire.empty_like(step.request.keys),
+            payloads={each.name: wire.empty_like(each.tensor) for each in step.request.payloads},
+        )
+        request = wire.step_request(self._core.transport.plane, self.memory, empty, None, True, self._writer)
+        request.sequences.add(sequence=part.sequence, epoch=part.epoch, seq=seq)
+        try:
+            yield from self._core.attempts(Step(self._core, request, empty), until)
+        except AlreadyExists:
+            return
+
+    def _stamp(self, step: Step, part: pb.SequencePart) -> None:
+        step.seqs_before[part.sequence] = self._numbering.stamp(part, step.request.append)
+
+    def _collect(self) -> None:
+        """Acknowledges what was answered while nobody waited."""
+        for step in tuple(self._under_way):
+            if step.future is not None and step.future.done() and step.future.exception() is None:
+                self._acknowledge(step, expect(step.future.result(), pb.StepResponse))
+
+    def _acknowledge(self, step: Step, reply: pb.StepResponse) -> None:
+        if step in self._under_way:
+            self._under_way.remove(step)
+            self._numbering.acknowledge(step.request, reply.sequences)
+            step.outcome.set_result(reply)
+
+    def _refuse(self, step: Step, error: MemstoreClientError) -> None:
+        """Ends a step that was certainly not done and will not be; any other stays under way."""
+        is_certain = step.future is None and not error.is_outcome_unknown and not step.may_be_done
+        if step not in self._under_way or not (is_certain or isinstance(error, _FINAL)):
+            return
+        self._end(step, error)
+        for part in step.request.sequences:
+            if isinstance(error, NotFound):
+                self._numbering.adopt(part.sequence, 0)
+            elif not isinstance(error, AlreadyExists | PositionExpired):
+                self._numbering.take_back(part, step.seqs_before[part.sequence])
+
+    def _give_up(self, is_needless: Callable[[Step], bool]) -> None:
+        """Ends those that have failed, are not being sent, and are needless."""
+        for step in tuple(self._under_way):
+            if (step.future is None or step.future.done()) and is_needless(step):
+                self._end(step, Late("given up: its sequences were emptied before it was known to be done"))
+
+    def _end(self, step: Step, error: MemstoreClientError) -> None:
+        self._under_way.remove(step)
+        self._drop(step)
+        step.outcome.set_exception(error)
+
+    def _drop(self, step: Step) -> None:
+        if step.request.append:
+            self._core.stats.add("dropped_rows", step.num_rows)
+
+    def _reset(self, until: float) -> Flow[None]:
+        self._give_up(lambda step: True)
+        while self._under_way:
+            yield from self._settle_first(until)
+        request = pb.ResetRequest(memory=self.memory, sequences=self.sequences)
+        exchange = OneCall(self._core.transport, "Reset", request)
+        reply = expect((yield from self._core.attempts(exchange, until)), pb.ResetResponse)
+        for name, epoch in zip(self.sequences, reply.epochs, strict=True):
+            self._numbering.adopt(name, epoch)
+
+    def _fork(self, source: str, target: str, until: float) -> Flow[pb.ForkResponse]:
+        while self._under_way:
+            yield from self._settle_first(until)
+        epoch = self._numbering.epoch(source) if source in self.sequences else 0
+        request = pb.ForkRequest(memory=self.memory, source=source, target=target, epoch=epoch)
+        exchange = OneCall(self._core.transport, "Fork", request, is_repeatable=False)
+        reply = expect((yield from self._core.attempts(exchange, until)), pb.ForkResponse)
+        if target in self.sequences:
+            self._numbering.adopt(target, reply.epoch)
+        return reply
+
+
+def _is_superseded(older: Step, newer: Step) -> bool:
+    """True where `newer` empties all that `older` may have appended to, and no copy of `older` can empty it again."""
+    started = {part.sequence for part in newer.request.sequences if part.start_of_sequence}
+    return not older.has_start and started.issuperset(part.sequence for part in older.request.sequences)

@@ -1,0 +1,133 @@
+"""StepStream: one kept-open stream of steps, answered by number."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from memstore.v1 import memstore_pb2 as pb
+from model_client.errors import ClientClosed, Late, MemstoreClientError, NotAllowed, NotAuthenticated, Unavailable
+from model_client.transport import status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from google.protobuf.message import Message
+
+METHOD = "/memstore.v1.MemoryService/StepStream"
+GRACE_S = 1.0
+"""How long after its deadline an unanswered step is still waited for."""
+
+_STEP_TAG = b"\x7a"  # field 15, length-delimited
+
+
+class StepStream:
+    """Steps sent in order, several under way at once. Its reader thread ends with the stream."""
+
+    def __init__(
+        self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...], on_received: Callable[[int], None]
+    ) -> None:
+        self.is_supported = True
+        self._on_received = on_received
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, tuple[Future[Message], float]] = {}
+        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._ended: MemstoreClientError | None = None
+        begin: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(
+            METHOD, request_serializer=None, response_deserializer=None
+        )
+        self._call = begin(iter(self._requests.get, None), metadata=metadata)
+        self._reader = threading.Thread(target=self._read, name="memstore-step-stream", daemon=True)
+        self._reader.start()
+
+    @property
+    def is_broken(self) -> bool:
+        """True once no step can be sent any more."""
+        return self._ended is not None
+
+    def send(self, step: bytes, timeout_s: float) -> Future[Message] | None:
+        """Sends one StepRequest in wire form; None where the stream is broken, and then nothing was sent."""
+        number = next(self._numbers)
+        future: Future[Message] = Future()
+        now = time.monotonic()
+        with self._lock:
+            if self._ended is not None:
+                return None
+            late = [each for each, (_, until) in self._waiting.items() if until < now]
+            overdue = [self._waiting.pop(each)[0] for each in late]
+            self._waiting[number] = (future, now + timeout_s + GRACE_S)
+            self._requests.put(_framed(number, timeout_s, step))
+        for each in overdue:
+            each.set_exception(Late("no answer before the deadline"))
+        return future
+
+    def close(self) -> None:
+        """Ends the stream and its threads; steps under way fail with ClientClosed."""
+        self._is_closed = True
+        self._requests.put(None)
+        self._call.cancel()
+        self._reader.join()
+
+    def _read(self) -> None:
+        try:
+            for content in self._call:
+                self._on_received(len(content))
+                self._answer(pb.StepStreamResponse.FromString(content))
+            self._end(Unavailable("the server ended the stream"))
+        except grpc.RpcError:
+            self._end(self._error())
+
+    def _answer(self, response: pb.StepStreamResponse) -> None:
+        with self._lock:
+            future, _ = self._waiting.pop(response.call_id, (None, 0.0))
+        if future is None:  # it was late, and nobody waits for it any more
+            return
+        if response.WhichOneof("outcome") == "failure":
+            future.set_exception(status.from_stream(response.failure))
+        else:
+            future.set_result(response.step)
+
+    def _error(self) -> MemstoreClientError:
+        """Why the stream broke. That says nothing about the single steps unless the stream was refused altogether."""
+        if self._is_closed:
+            return ClientClosed("the client is closed")
+        self.is_supported = self._call.code() is not grpc.StatusCode.UNIMPLEMENTED
+        error = status.from_call(self._call)
+        if isinstance(error, NotAuthenticated | NotAllowed):
+            return error
+        return Unavailable(f"the stream broke: {error.message}")
+
+    def _end(self, error: MemstoreClientError) -> None:
+        with self._lock:
+            self._ended = error
+            waiting = [future for future, _ in self._waiting.values()]
+            self._waiting.clear()
+        self._requests.put(None)
+        for future in waiting:
+            future.set_exception(error)
+
+
+def _framed(number: int, timeout_s: float, step: bytes) -> bytes:
+    """A StepStreamRequest in wire form, without another copy of the step as a message."""
+    timeout = Duration()
+    timeout.FromNanoseconds(int(timeout_s * 1e9))
+    head = pb.StepStreamRequest(call_id=number, timeout=timeout).SerializeToString()
+    return b"".join((head, _STEP_TAG, _varint(len(step)), step))
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

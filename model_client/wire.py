@@ -1,0 +1,228 @@
+"""Values of the client <-> messages of the contract: what may be asked, what comes back, and tensors as bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Required, TypedDict
+
+import torch
+
+from memstore.v1 import memstore_pb2 as pb
+from model_client.errors import Internal, InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from google.protobuf.message import Message
+
+    from model_client.transport.base import TensorPlane
+
+KEY = "key"
+"""The name under which the searched vectors themselves are asked for."""
+
+_TO_WIRE = {
+    torch.float32: pb.DATA_TYPE_FP32,
+    torch.float16: pb.DATA_TYPE_FP16,
+    torch.bfloat16: pb.DATA_TYPE_BF16,
+    torch.int64: pb.DATA_TYPE_INT64,
+    torch.int32: pb.DATA_TYPE_INT32,
+    torch.int8: pb.DATA_TYPE_INT8,
+    torch.uint8: pb.DATA_TYPE_UINT8,
+}
+_FROM_WIRE = {code: dtype for dtype, code in _TO_WIRE.items()}
+
+_METRICS = {"l2": pb.METRIC_L2, "ip": pb.METRIC_INNER_PRODUCT, "cosine": pb.METRIC_COSINE}
+_INDEXES = {"exact": pb.INDEX_KIND_EXACT, "faiss_flat": pb.INDEX_KIND_FAISS_FLAT}
+
+
+class MemoryOptions(TypedDict, total=False):
+    """What a memory is, besides its name."""
+
+    dim: Required[int]
+    """Width of a key."""
+    capacity: Required[int]
+    """Entries that one layer of one sequence holds."""
+    max_sequences: int
+    """Sequences that can exist at once; 1 if not given."""
+    num_layers: int
+    """Retrieval layers, each with rings of its own; 1 if not given."""
+    dtype: torch.dtype
+    """In which keys are kept: float16 (if not given), float32 or bfloat16."""
+    metric: str
+    """"l2" (if not given), "ip" or "cosine"."""
+    index: str
+    """"exact" (if not given) or "faiss_flat"."""
+    payloads: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    """Arrays kept beside the key: name -> dtype and shape of one entry."""
+    tags: Mapping[str, str]
+    """Free words of the owner."""
+    exist_ok: bool
+    """True: an existing memory of an equal spec is given back instead of AlreadyExists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What a retrieval gives back: `top_k` hits a query, each with `before` + 1 + `after` neighbours by position.
+
+    arrays: "key" or names of the memory's payloads; empty for positions and scores only.
+    """
+
+    top_k: int
+    before: int = 0
+    after: int = 0
+    arrays: tuple[str, ...] = (KEY,)
+    scores: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hits:
+    """What a batch retrieved, each distinct row once, on the queries' device.
+
+    L layers, S sequences, N queries (of all sequences, in order), k hits, w neighbours a hit, U distinct rows.
+    rows: name -> (U, ...) in the memory's dtype. positions: (U,) int64, ascending within a group.
+    row_splits: (L * S + 1,) int64; group layer * S + sequence has the rows [row_splits[group], row_splits[group + 1]).
+    index: (L, N, k, w) int32, the number of the row; -1 where there is none.
+    scores: (L, N, k) float32, best first, -inf where there is no hit; None if not asked for.
+    """
+
+    rows: Mapping[str, torch.Tensor]
+    positions: torch.Tensor
+    row_splits: torch.Tensor
+    index: torch.Tensor
+    scores: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One pb.SequenceResult for each sequence of the step, in order, and what was retrieved."""
+
+    sequences: tuple[pb.SequenceResult, ...]
+    hits: Hits | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRows:
+    """The tensors of one step, checked for shape. keys: (L, N, dim); payloads: name -> (L, N, ...)."""
+
+    keys: torch.Tensor
+    payloads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class InlinePlane:
+    """Tensors as bytes inside the message."""
+
+    is_single_use = False
+
+    def write(self, tensor: torch.Tensor, into: pb.Tensor) -> None:
+        """One contiguous copy to the host at most, then bytes."""
+        into.dtype = wire_dtype(tensor.dtype)
+        into.shape[:] = tensor.shape
+        into.data = _as_bytes(tensor)
+
+    def read(self, message: pb.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor of its own memory, on `device`."""
+        dtype = _FROM_WIRE.get(message.dtype)
+        if dtype is None:
+            raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
+        buffer = bytearray(message.data)
+        try:
+            flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+            return flat.reshape(tuple(message.shape)).to(device)
+        except (RuntimeError, ValueError) as error:
+            raise Internal(f"the reply has a tensor of {len(buffer)} bytes and shape {list(message.shape)}") from error
+
+    def discard(self, message: Message) -> None:
+        """Nothing is held."""
+
+
+def wire_dtype(dtype: torch.dtype) -> pb.DataType.ValueType:
+    """The number format's name on the wire; InvalidRequest where it has none."""
+    code = _TO_WIRE.get(dtype)
+    if code is None:
+        raise InvalidRequest(f"dtype: {dtype} does not travel; convert to one of {sorted(map(str, _TO_WIRE))}")
+    return code
+
+
+def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
+    """The spec of a memory as a message; InvalidRequest where a word is unknown. The server checks the numbers."""
+    metric, index = options.get("metric", "l2"), options.get("index", "exact")
+    if metric not in _METRICS:
+        raise InvalidRequest(f"metric: {metric!r} is none of {sorted(_METRICS)}")
+    if index not in _INDEXES:
+        raise InvalidRequest(f"index: {index!r} is none of {sorted(_INDEXES)}")
+    return pb.MemorySpec(
+        name=name,
+        dim=options["dim"],
+        capacity=options["capacity"],
+        max_sequences=options.get("max_sequences", 1),
+        num_layers=options.get("num_layers", 1),
+        dtype=wire_dtype(options.get("dtype", torch.float16)),
+        metric=_METRICS[metric],
+        index=_INDEXES[index],
+        payloads=[
+            pb.PayloadSpec(name=each, dtype=wire_dtype(dtype), shape=shape)
+            for each, (dtype, shape) in options.get("payloads", {}).items()
+        ],
+        tags=options.get("tags", {}),
+    )
+
+
+def step_request(
+    plane: TensorPlane, memory: str, rows: StepRows, retrieve: Retrieval | None, append: bool, writer: str
+) -> pb.StepRequest:
+    """A step without its sequences, which are numbered just before it leaves."""
+    request = pb.StepRequest(memory=memory, append=append, writer=writer if append else "")
+    if retrieve is not None:
+        request.retrieve.CopyFrom(retrieve_options(retrieve))
+    write_rows(plane, request, rows)
+    return request
+
+
+def write_rows(plane: TensorPlane, request: pb.StepRequest, rows: StepRows) -> None:
+    """Gives a request its tensors, in place of those it had."""
+    del request.payloads[:]
+    if request.append:
+        for name, payload in rows.payloads.items():
+            plane.write(payload, request.payloads.add(name=name).tensor)
+    plane.write(rows.keys, request.keys)
+
+
+def empty_like(message: pb.Tensor) -> torch.Tensor:
+    """No rows of the format of a tensor [layers, rows, ...] in a message."""
+    layers, _, *rest = message.shape
+    return torch.empty((layers, 0, *rest), dtype=_FROM_WIRE[message.dtype])
+
+
+def retrieve_options(retrieve: Retrieval) -> pb.RetrieveOptions:
+    """A Retrieval as a message."""
+    return pb.RetrieveOptions(
+        top_k=retrieve.top_k,
+        window_before=retrieve.before,
+        window_after=retrieve.after,
+        arrays=retrieve.arrays,
+        omit_scores=not retrieve.scores,
+    )
+
+
+def step_result(plane: TensorPlane, reply: pb.StepResponse, device: torch.device) -> StepResult:
+    """A reply as tensors on `device`."""
+    hits = read_hits(plane, reply.hits, device) if reply.HasField("hits") else None
+    return StepResult(sequences=tuple(reply.sequences), hits=hits)
+
+
+def read_hits(plane: TensorPlane, hits: pb.Hits, device: torch.device) -> Hits:
+    """What was retrieved, as tensors on `device`."""
+    return Hits(
+        rows={each.name: plane.read(each.tensor, device) for each in hits.arrays},
+        positions=plane.read(hits.positions, device),
+        row_splits=plane.read(hits.row_splits, device),
+        index=plane.read(hits.index, device),
+        scores=plane.read(hits.scores, device) if hits.HasField("scores") else None,
+    )
+
+
+def _as_bytes(tensor: torch.Tensor) -> bytes:
+    host = tensor.detach().to("cpu").contiguous()
+    if host.dtype == torch.bfloat16:  # numpy has no such dtype
+        host = host.view(torch.int16)
+    return host.numpy().tobytes()
