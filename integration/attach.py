@@ -1,0 +1,338 @@
+"""AttachedMemory: a decoder model that reads and keeps its own past states, for as long as it is attached."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
+
+import torch
+
+from integration.families import find_decoder
+from integration.forward import Answer, Forward
+from integration.held import HeldRows, RowBatch
+from integration.layout import TokenLayout
+from integration.store import HIDDEN, MemoryLink
+from integration.trace import MemoryStats, ReadTrace
+from integration.weights import MemoryWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from torch import nn
+
+    from integration.config import MemoryConfig
+    from integration.families import Decoder
+    from model_client import MemoryClient
+    from model_client.cache_attention import Carry
+
+_attached: WeakSet[nn.Module] = WeakSet()
+
+
+class AttachError(RuntimeError):
+    """The model cannot be attached, or is used in a way that its memory cannot follow; the message says which."""
+
+
+def attach(
+    model: nn.Module,
+    client: MemoryClient,
+    config: MemoryConfig,
+    weights: MemoryWeights | None = None,
+    sequences: Sequence[str] | None = None,
+) -> AttachedMemory:
+    """Gives the model a memory within a `with` block; outside of it the model is what it was.
+
+    weights: trained ones; untrained ones leave every output as it is. sequences: names of the rows of the batch; what
+    the memory already holds under them is read on from. By default they are new and gone afterwards.
+    Raises ConfigError, UnknownFamily, or AttachError where the model is attached already.
+    """
+    return AttachedMemory(model, client, config, weights, sequences)
+
+
+class AttachedMemory:
+    """The memory of one model. Made by `attach`; hooks live from `__enter__` to `__exit__`.
+
+    weights: the trained part, a torch module. enabled: False makes every forward that of the bare model, bit by bit.
+    read_only: True reads and appends nothing. is_tracing: True keeps `last_trace`. stats: counters.
+    One thread at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        client: MemoryClient,
+        config: MemoryConfig,
+        weights: MemoryWeights | None,
+        sequences: Sequence[str] | None,
+    ) -> None:
+        config.check_model(model)
+        self.config = config
+        self.weights = MemoryWeights.for_model(model, config) if weights is None else weights
+        self.stats = MemoryStats()
+        self.enabled = True
+        self.read_only = False
+        self.is_tracing = False
+        self.last_trace: ReadTrace | None = None
+        self._decoder: Decoder = find_decoder(model)
+        self._parameters = tuple(inspect.signature(self._decoder.module.forward).parameters)
+        self._client = client
+        self._link: MemoryLink | None = None
+        self._own_names: set[str] = set()
+        self._names: tuple[str, ...] = ()
+        self._is_new: list[bool] = []
+        self._sources: tuple[str, ...] | None = None
+        self._carries: dict[tuple[str, ...], Carry] = {}
+        self._held = HeldRows()
+        self._forward: Forward | None = None
+        self._handles: list[Any] = []
+        if sequences is not None:
+            self._rename(tuple(sequences), is_new=False)
+
+    def __enter__(self) -> Self:
+        decoder = self._decoder
+        if decoder.module in _attached:
+            raise AttachError("this model has a memory attached already")
+        self._link = MemoryLink(self._client, self.config, self.stats)
+        _attached.add(decoder.module)
+        entry = decoder.layers[self.config.retrieval_layer]
+        self._handles = [
+            decoder.module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            entry.register_forward_pre_hook(self._look_up, with_kwargs=True),
+            decoder.module.register_forward_hook(self._end, always_call=True),
+        ]
+        for layer in self.config.attention_layers:
+            hook = self._reader(layer)
+            self._handles.append(decoder.attention(layer).register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Takes all hooks off; after success the rows that wait are appended and unnamed sequences released."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _attached.discard(self._decoder.module)
+        self._forward = None
+        if kind is None:
+            self.flush()
+        if self._own_names and self._link is not None:
+            self._link.release(tuple(sorted(self._own_names)))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained beside the model."""
+        return self.weights.parameters()
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Names of the rows of the batch; empty before the first forward where none were given."""
+        return self._names
+
+    def new_documents(self, names: Sequence[str] | None = None, rows: Sequence[int] | None = None) -> None:
+        """Begins new documents, whose sequences are emptied: under these names, or under the ones in use.
+
+        rows: only these rows of the batch begin anew. What waits to be appended is appended first.
+        """
+        self.flush()
+        if names is not None:
+            self._rename(tuple(names), is_new=True)
+            return
+        chosen = range(len(self._names)) if rows is None else rows
+        for row in chosen:
+            self._is_new[row] = True
+        self._forget_carries(chosen)
+
+    def flush(self) -> None:
+        """Appends what waits beside the key-value cache, and waits until it is done."""
+        if self._link is not None:
+            while any(self._held.counts):
+                self._append_held(tuple(min(count, self.config.segment_length) for count in self._held.counts))
+            self._link.settle()
+
+    @contextlib.contextmanager
+    def reading(self, sources: Sequence[str]) -> Iterator[None]:
+        """Within the block the rows of the batch read these sequences instead of their own, and append nothing."""
+        before = self._sources
+        self._sources = tuple(sources)
+        try:
+            yield
+        finally:
+            self._sources = before
+
+    @torch.inference_mode()
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """Streams a long text (batch, length) into the memory, segment by segment, and predicts nothing.
+
+        attention_mask: (batch, length), 0 for padding.
+        """
+        length = self.config.segment_length
+        for begin in range(0, input_ids.shape[1], length):
+            part = slice(begin, begin + length)
+            mask = None if attention_mask is None else attention_mask[:, part]
+            self._decoder.module(input_ids=input_ids[:, part], attention_mask=mask, use_cache=False)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes what the pass is, and sends off what has left the key-value cache."""
+        self._forward = None
+        if not self.enabled:
+            return
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        states = given.get("input_ids") if given.get("inputs_embeds") is None else given.get("inputs_embeds")
+        if states is None:
+            return
+        batch, length = states.shape[:2]
+        self._check_batch(batch)
+        past, use_cache = given.get("past_key_values"), given.get("use_cache")
+        wants_cache = (self._decoder.is_cache_default if use_cache is None else use_cache) and not module.training
+        is_training = torch.is_grad_enabled() and self.weights.training
+        self._forward = Forward(
+            layout=TokenLayout.of(batch, length, given.get("attention_mask")),
+            is_cached=past is not None or bool(wants_cache),
+            is_training=is_training,
+            recomputes=self._decoder.recomputes,
+        )
+        if self._is_appending:
+            self._send_held(is_fresh=past is None or int(past.get_seq_length()) == 0)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Lets go of the pass, unless the backward pass will run its layers again."""
+        if self._forward is not None and not (self._forward.recomputes and self._forward.is_training):
+            self._forward = None
+
+    @property
+    def _is_appending(self) -> bool:
+        return not self.read_only and self._sources is None
+
+    def _look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begins the retrieval for the states that enter the retrieval layer."""
+        forward, link = self._forward, self._link
+        if forward is None or forward.is_started or link is None:
+            return
+        states = args[0] if args else kwargs["hidden_states"]
+        forward.hidden = forward.layout.pack(states.detach())
+        with torch.no_grad():
+            forward.keys = self.weights.projection(forward.hidden)
+        rows = self._rows_of(forward)
+        names = self._sources or self._names
+        forward.is_appending = self._is_appending and not forward.is_cached
+        forward.until = time.perf_counter() + self.config.deadline_s
+        forward.call = link.start(
+            names,
+            rows,
+            array=self._array(forward),
+            append=forward.is_appending,
+            start_of_sequence=self._is_new if self._is_appending else [False] * len(names),
+        )
+        if self._is_appending and forward.is_cached:
+            self._held.add(rows)
+
+    def _reader(self, layer: int) -> Any:
+        """The hook that adds what a layer reads to the output of its self-attention."""
+        attention = self.weights.cache_attention(layer)
+        is_last = layer == self.config.attention_layers[-1]
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            forward = self._forward
+            if forward is None or not forward.is_started:
+                return None
+            self._await(forward)
+            retrieved = forward.retrieved(self.weights.projection)
+            if retrieved is None:
+                return None
+            states = forward.layout.pack(args[0] if args else kwargs["hidden_states"])
+            if self.is_tracing and is_last:
+                added, mass = attention.forward_with_mass(states, retrieved)
+                self.last_trace = _trace(forward, mass)
+            else:
+                added = attention(states, retrieved)
+            cells = forward.layout.unpack(added)
+            return (output[0] + cells, *output[1:]) if isinstance(output, tuple) else output + cells
+
+        return read
+
+    def _await(self, forward: Forward) -> None:
+        if forward.is_answered:
+            return
+        forward.is_answered = True
+        key = self._sources or self._names
+        carry = None if forward.is_training else self._carries.pop(key, None)
+        found = self._link.finish(forward.call, forward.until) if self._link and forward.call else None
+        self.last_trace = None
+        num_appended = sum(forward.layout.counts) if forward.is_appending else 0
+        if found is None or found.hits is None:
+            self.stats.steps_without_memory += 1
+            self.stats.lost_rows += num_appended
+            return
+        self.stats.steps_with_memory += 1
+        self.stats.appended_rows += num_appended
+        if self._is_appending:
+            self._is_new = [False] * len(self._names)
+        forward.answer = Answer.of(found.hits, self._array(forward), forward.layout.counts, self.config.context, carry)
+        if forward.answer.carry is not None and not forward.is_training:
+            self._carries[key] = forward.answer.carry
+
+    def _rows_of(self, forward: Forward) -> RowBatch:
+        assert forward.hidden is not None and forward.keys is not None
+        hidden = forward.hidden.to(torch.bfloat16) if self.config.training_payload else None
+        return RowBatch(forward.keys, hidden, forward.layout.counts)
+
+    def _array(self, forward: Forward) -> str:
+        return HIDDEN if forward.is_training and self.config.training_payload else "key"
+
+    def _send_held(self, is_fresh: bool) -> None:
+        """Appends what the key-value cache no longer holds, and whole segments of what it holds too long."""
+        length = self.config.segment_length
+        while any(count >= length for count in self._held.counts):
+            self._append_held(tuple(length if count >= length else 0 for count in self._held.counts))
+        if is_fresh and any(self._held.counts):
+            self._append_held(self._held.counts)
+
+    def _append_held(self, counts: tuple[int, ...]) -> None:
+        assert self._link is not None
+        self._link.append(self._names, self._held.take(counts), self._is_new)
+        if any(self._is_new) and self._link.settle():
+            self._is_new = [False] * len(self._names)
+
+    def _check_batch(self, batch: int) -> None:
+        names = self._sources or self._names
+        if not names:
+            stem = uuid.uuid4().hex[:12]
+            self._rename(tuple(f"{stem}-{row}" for row in range(batch)), is_new=True)
+            self._own_names.update(self._names)
+        elif len(names) != batch:
+            raise AttachError(
+                f"the batch has {batch} rows, the memory {len(names)} sequences; call new_documents(names) with a "
+                "name for each row first"
+            )
+
+    def _rename(self, names: tuple[str, ...], is_new: bool) -> None:
+        if len(set(names)) != len(names) or not names:
+            raise AttachError("sequences: one name for each row of the batch is needed, each another one")
+        if len(names) > self.config.max_sequences:
+            raise AttachError(
+                f"{len(names)} sequences, the memory has room for max_sequences={self.config.max_sequences}"
+            )
+        self._names = names
+        self._is_new = [is_new] * len(names)
+        self._carries = {}
+
+    def _forget_carries(self, rows: Sequence[int]) -> None:
+        own = self._carries.get(self._names)
+        self._carries = {}
+        if own is not None:
+            entries = own.entries.clone()
+            entries[list(rows)] = -1
+            self._carries[self._names] = replace(own, entries=entries)
+
+
+def _trace(forward: Forward, mass: torch.Tensor) -> ReadTrace:
+    assert forward.answer is not None
+    answer = forward.answer
+    padded = torch.nn.functional.pad(answer.positions, (1, 0), value=-1)
+    positions = padded[(answer.entries + 1).long()]
+    return ReadTrace(counts=forward.layout.counts, positions=positions.cpu(), mass=mass.detach().float().cpu())
