@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from memstore.catalog import Catalog
     from memstore.device import DeviceWorker
     from memstore.seams import Clock
-    from memstore.types import MemoryCounts, MemorySpec
+    from memstore.types import MemorySpec
 
 T = TypeVar("T")
 RETRY_LOAD_S = 1.0
@@ -68,7 +68,7 @@ class Registry:
         self.state = State.LOADING
         self.worker = worker
         self.budget = budget
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[], None] = _nobody
         self._catalog = catalog
         self._clock = clock
         self._max_memories = max_memories
@@ -80,10 +80,16 @@ class Registry:
         """Reserves every memory of the catalogue, empty, in the background; tries again while that is out of reach."""
         return self._admin.submit(self._load)
 
-    def close(self) -> None:
-        """Ends the background work; the memories stay until the device worker is closed."""
+    def drain(self) -> None:
+        """Takes no more changes; the memories go on."""
         self.state = State.DRAINING
         self._stopping.set()
+        self.on_change()
+
+    def close(self) -> None:
+        """Drains, and ends the background work; the memories stay until the device worker is closed."""
+        self.on_change = _nobody
+        self.drain()
         self._admin.shutdown(wait=True)
 
     def find(self, tenant: str, name: str) -> Loaded:
@@ -95,13 +101,13 @@ class Registry:
             raise NotFound(f"no memory {name!r}", memory=name)
         return loaded
 
+    def is_loaded(self, tenant: str, name: str) -> bool:
+        """True where a memory is in service."""
+        return MemoryId(tenant, name) in self._loaded
+
     def all(self) -> list[Loaded]:
         """Every memory in service."""
         return list(self._loaded.values())
-
-    def counts(self, loaded: Loaded) -> Future[MemoryCounts]:
-        """What a memory holds, once the device thread comes to it."""
-        return self.worker.control(loaded.engine.counts)
 
     def create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> Future[tuple[Loaded, bool]]:
         """The memory, and whether it is new. AlreadyExists, DeviceMemoryFull, QuotaExceeded, NotReady."""
@@ -189,7 +195,8 @@ class Registry:
             if self._stopping.is_set():
                 return
             self._load_one(memory, text)
-        self.state = State.SERVING
+        if self.state is State.LOADING:
+            self.state = State.SERVING
         event(_log, logging.INFO, "memories loaded", num_memories=len(self._loaded))
         self.on_change()
 
@@ -201,6 +208,10 @@ class Registry:
             self.on_change()
         except MemstoreError as error:
             trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
+
+
+def _nobody() -> None:
+    """Nobody listens for changes."""
 
 
 def _text_of(loaded: Loaded) -> str:

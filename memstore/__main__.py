@@ -1,0 +1,72 @@
+"""The command line: memstore serve | ls | describe | drop | healthcheck, and the commands that other packages add."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from memstore import config, console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FAILURE = 1
+USAGE = 2
+GROUP = "memstore.commands"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. The exit code: 0, 1 for a failure and 2 for wrong usage, each with a line on stderr."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    added = {point.name: point for point in entry_points(group=GROUP)}
+    if given and given[0] in added:
+        return int(added[given[0]].load()(given[1:]) or 0)
+    options = _parser(sorted(added)).parse_args(given)
+    try:
+        if options.command == "serve":
+            return _serve(options)
+        return console.run(options, os.environ)
+    except config.ConfigError as error:
+        return _complain(options.command, str(error), USAGE)
+    except console.CommandFailed as error:
+        return _complain(options.command, str(error), FAILURE)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(added: Sequence[str]) -> argparse.ArgumentParser:
+    more = f" Also: {', '.join(added)}." if added else ""
+    parser = argparse.ArgumentParser(
+        prog="memstore", description="The memory of transformer models as a service." + more
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve", help="run a server", epilog="Each setting is also read from MEMSTORE_ and its name in capitals."
+    )
+    config.add_flags(serve)
+    console.add_commands(commands)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = config.from_sources(vars(options), os.environ)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve the event loop
+    from memstore import server
+    from memstore.errors import MemstoreError
+
+    try:
+        return server.run(settings)
+    except MemstoreError as error:
+        return _complain("serve", error.message, FAILURE)
+
+
+def _complain(command: str, text: str, code: int) -> int:
+    sys.stderr.write(f"memstore {command}: {text}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""GrpcFront: the wire contract over gRPC. Credentials, deadlines, request ids and metrics of every call pass here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_status import rpc_status
+
+from memstore import status
+from memstore.errors import Expired, InvalidRequest, MemstoreError, NotReady
+from memstore.logs import trouble
+from memstore.plane import InlinePlane
+from memstore.service import Caller
+from memstore.v1 import memstore_pb2 as pb
+from memstore.wire import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from concurrent.futures import Future
+
+    from google.protobuf.descriptor import MethodDescriptor
+
+    from memstore.auth import Authenticator
+    from memstore.metrics import Metrics
+    from memstore.seams import Clock
+    from memstore.service import Service
+
+SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
+REQUEST_ID = "x-request-id"
+HEAD_BYTES = 1 << 20
+"""Room that a reply has beside its tensors: 4,096 sequences need 0.3 MiB."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Bytes that are not a message of the kind that the method takes."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step of a stream on its way. began, deadline: monotonic seconds."""
+
+    call_id: int
+    future: Future[Message]
+    began: float
+    deadline: float | None
+
+
+class GrpcFront:
+    """The gRPC side of a Service. Lives on one event loop."""
+
+    def __init__(
+        self,
+        service: Service,
+        authenticator: Authenticator,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        stream_in_flight: int = 16,
+    ) -> None:
+        """stream_in_flight: steps of one stream that may be under way before no more are read."""
+        self._stream_in_flight = stream_in_flight
+        self._service = service
+        self._authenticator = authenticator
+        self._plane = InlinePlane(MAX_MESSAGE_BYTES - HEAD_BYTES)
+        self._metrics = metrics
+        self._clock = clock
+        self._readers: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a server serves: one handler a method of the contract."""
+        handlers = {method.name: self._handler_of(method) for method in SERVICE.methods}
+        return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+
+    def drain(self) -> None:
+        """Streams read no more; they end once what they have read is answered."""
+        self._is_draining = True
+        for reader in self._readers:
+            reader.cancel()
+
+    def _handler_of(self, method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
+        parse = _parser(GetMessageClass(method.input_type))
+        if method.client_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream, request_deserializer=parse, response_serializer=_serialize
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            partial(self._unary, method.name), request_deserializer=parse, response_serializer=_serialize
+        )
+
+    async def _unary(self, method: str, request: Message | Malformed, context: Context) -> Message:
+        began = self._clock.monotonic()
+        metadata = _metadata(context)
+        request_id = _request_id(metadata)
+        try:
+            caller = self._caller(metadata, request_id, _deadline(began, context.time_remaining()))
+            reply = await asyncio.wrap_future(self._service.call(method, _whole(request), caller))
+        except asyncio.CancelledError:
+            self._count(method, grpc.StatusCode.CANCELLED, began)
+            raise
+        except Exception as error:  # the root of the servicer: whatever it is, the caller gets a status
+            failure = self._failure(method, error, request_id, began)
+        else:
+            self._count(method, grpc.StatusCode.OK, began)
+            context.set_trailing_metadata(((REQUEST_ID, request_id),))
+            return reply
+        await _abort(context, failure, request_id)
+        raise AssertionError("abort raises")
+
+    async def _stream(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], context: Context) -> None:
+        metadata = _metadata(context)
+        request_id = _request_id(metadata)
+        began = self._clock.monotonic()
+        try:
+            caller = self._caller(metadata, request_id, _deadline(began, context.time_remaining()))
+            with self._metrics.stream():
+                await self._converse(requests, context, caller)
+            if not self._is_draining:
+                context.set_trailing_metadata(((REQUEST_ID, request_id),))
+                return
+            failure = status.answer(NotReady("the server is stopping"), request_id)
+        except Exception as error:  # the root of the servicer, as in _unary
+            failure = self._failure("StepStream", error, request_id, began)
+        await _abort(context, failure, request_id)
+
+    async def _converse(
+        self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], context: Context, caller: Caller
+    ) -> None:
+        """Reads and answers side by side, in order, with a bounded number of steps between."""
+        flights: asyncio.Queue[_Flight | None] = asyncio.Queue()
+        room = asyncio.Semaphore(self._stream_in_flight - 1)  # a step takes its room once it is begun
+        reader = asyncio.create_task(self._read(requests, caller, flights, room))
+        reader.add_done_callback(_heard)
+        self._readers.add(reader)
+        flight: _Flight | None = None
+        try:
+            while (flight := await flights.get()) is not None:
+                await context.write(await self._settle(flight, caller.request_id))
+                room.release()
+            if not self._is_draining:
+                await reader  # what it failed with
+        finally:
+            self._readers.discard(reader)
+            reader.cancel()
+            while flight is not None:
+                flight.future.cancel()
+                flight = None if flights.empty() else flights.get_nowait()
+
+    async def _read(
+        self,
+        requests: AsyncIterator[pb.StepStreamRequest | Malformed],
+        caller: Caller,
+        flights: asyncio.Queue[_Flight | None],
+        room: asyncio.Semaphore,
+    ) -> None:
+        try:
+            if self._is_draining:
+                return
+            async for request in requests:
+                if isinstance(request, Malformed):
+                    raise InvalidRequest("request", f"not a {request.kind}")
+                flights.put_nowait(self._begin(request, caller))
+                await room.acquire()
+        finally:
+            flights.put_nowait(None)
+
+    def _begin(self, request: pb.StepStreamRequest, caller: Caller) -> _Flight:
+        began = self._clock.monotonic()
+        timeout_s = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
+        ends = [end for end in (caller.deadline, _deadline(began, timeout_s)) if end is not None]
+        deadline = min(ends, default=None)
+        own = Caller(tenant=caller.tenant, plane=caller.plane, deadline=deadline, request_id=caller.request_id)
+        return _Flight(request.call_id, self._service.call("Step", request.step, own), began, deadline)
+
+    async def _settle(self, flight: _Flight, request_id: str) -> pb.StepStreamResponse:
+        response = pb.StepStreamResponse(call_id=flight.call_id)
+        left = None if flight.deadline is None else max(0.0, flight.deadline - self._clock.monotonic())
+        try:
+            async with asyncio.timeout(None if flight.future.done() else left):
+                reply = await asyncio.wrap_future(flight.future)
+        except TimeoutError:
+            late = Expired("the step's timeout is over; what the device had begun is done nevertheless")
+            response.failure.CopyFrom(status.to_failure(self._failure("StepStream", late, request_id, flight.began)))
+        except Exception as error:  # the root of the servicer, as in _unary
+            response.failure.CopyFrom(status.to_failure(self._failure("StepStream", error, request_id, flight.began)))
+        else:
+            self._count("StepStream", grpc.StatusCode.OK, flight.began)
+            response.step.MergeFrom(cast("pb.StepResponse", reply))
+        return response
+
+    def _caller(self, metadata: dict[str, str], request_id: str, deadline: float | None) -> Caller:
+        tenant = self._authenticator.tenant(metadata)
+        return Caller(tenant=tenant, plane=self._plane, deadline=deadline, request_id=request_id)
+
+    def _failure(self, method: str, error: Exception, request_id: str, began: float) -> status.Answer:
+        if not isinstance(error, MemstoreError):
+            trouble(_log, "call failed", error, method=method, request_id=request_id)
+        reply = status.answer(error, request_id)
+        self._count(method, reply.code, began)
+        return reply
+
+    def _count(self, method: str, code: grpc.StatusCode, began: float) -> None:
+        self._metrics.rpc(method, code.name, self._clock.monotonic() - began)
+
+
+def _heard(reader: asyncio.Task[None]) -> None:
+    """Takes note of how a reader ended, whether or not somebody waits for it."""
+    if not reader.cancelled():
+        reader.exception()
+
+
+async def _abort(context: Context, failure: status.Answer, request_id: str) -> None:
+    rich = rpc_status.to_status(status.to_status(failure, request_id))
+    await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (REQUEST_ID, request_id)))
+
+
+def _parser(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
+    def parse(content: bytes) -> Message | Malformed:
+        try:
+            return kind.FromString(content)
+        except DecodeError:
+            return Malformed(kind.DESCRIPTOR.name)
+
+    return parse
+
+
+def _whole(request: Message | Malformed) -> Message:
+    if isinstance(request, Malformed):
+        raise InvalidRequest("request", f"not a {request.kind}")
+    return request
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _request_id(metadata: dict[str, str]) -> str:
+    given = metadata.get(REQUEST_ID, "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def _deadline(began: float, seconds: float | None) -> float | None:
+    return None if seconds is None else began + seconds

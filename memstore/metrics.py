@@ -1,0 +1,192 @@
+"""Metrics: counters and histograms, named in one place, and the port where they and the probes are read."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from memstore.errors import MemstoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from prometheus_client.core import Metric
+
+    from memstore.registry import Loaded, Registry
+    from memstore.types import MemoryCounts
+
+BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+SCRAPE_S = 1.0
+OTHER = "other"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own. Observes the device worker and the gRPC front."""
+
+    def __init__(self, methods: Sequence[str], version: str, max_memories: int) -> None:
+        """methods: every one has its series from the start. max_memories: beyond it, memories share one label."""
+        self.registry = CollectorRegistry()
+        self._max_memories = max_memories
+        self._memories: set[str] = set()
+        self._rpc = Histogram(
+            "memstore_rpc_server_duration_seconds",
+            "From the arrival of a call to its answer",
+            ("method", "code"),
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._search = Histogram(
+            "memstore_search_duration_seconds",
+            "One call of a memory's step, for all requests joined in it",
+            ("memory", "stage"),
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._joined = Histogram(
+            "memstore_joined_requests",
+            "Requests served by one call of a memory's step",
+            buckets=BATCH_BUCKETS,
+            registry=self.registry,
+        )
+        self._rows = Counter("memstore_step_rows_total", "Rows of all steps", ("memory",), registry=self.registry)
+        self._sessions = Gauge("memstore_sessions", "Open streams", registry=self.registry)
+        build = Gauge("memstore_build_info", "What runs here; always 1", ("version",), registry=self.registry)
+        build.labels(version).set(1)
+        for method in methods:
+            self._rpc.labels(method, "OK")
+
+    def rpc(self, method: str, code: str, seconds: float) -> None:
+        """One call was answered, or one step of a stream."""
+        self._rpc.labels(method, code).observe(seconds)
+
+    def joined(self, memory: str, num_requests: int, num_rows: int, seconds: float) -> None:
+        """See Observer of device.py."""
+        label = self._label(memory)
+        self._search.labels(label, "step").observe(seconds)
+        self._joined.observe(num_requests)
+        self._rows.labels(label).inc(num_rows)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Counts a stream for as long as it is open."""
+        self._sessions.inc()
+        try:
+            yield
+        finally:
+            self._sessions.dec()
+
+    def watch(self, registry: Registry) -> None:
+        """Shows, at each scrape, what the memories of `registry` hold and what waits for its device."""
+        self.registry.register(_State(registry, self._label))
+
+    def text(self) -> bytes:
+        """All of it in the Prometheus text format."""
+        return bytes(generate_latest(self.registry))
+
+    def _label(self, memory: str) -> str:
+        if memory not in self._memories and len(self._memories) < self._max_memories:
+            self._memories.add(memory)
+        return memory if memory in self._memories else OTHER
+
+
+class _State:
+    """Gauges that are read from the registry when they are asked for."""
+
+    def __init__(self, registry: Registry, label: Callable[[str], str]) -> None:
+        self._registry = registry
+        self._label = label
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing is promised before the first scrape."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        admission, budget = self._registry.worker.admission, self._registry.budget
+        yield GaugeMetricFamily("memstore_queue_depth", "Requests admitted, not answered", admission.num_requests)
+        yield GaugeMetricFamily("memstore_queue_bytes", "Bytes of those requests", admission.num_bytes)
+        yield GaugeMetricFamily("memstore_capacity_bytes", "Bytes memories may reserve", budget.capacity_bytes)
+        yield GaugeMetricFamily("memstore_reserved_bytes", "Bytes memories have reserved", budget.reserved_bytes)
+        yield from self._of_memories()
+
+    def _of_memories(self) -> Iterator[Metric]:
+        rows = GaugeMetricFamily("memstore_memory_rows", "Live entries", labels=("memory",))
+        capacity = GaugeMetricFamily("memstore_memory_capacity_rows", "Entries there is room for", labels=("memory",))
+        appended = CounterMetricFamily("memstore_appended_rows", "Entries appended", labels=("memory",))
+        evicted = CounterMetricFamily("memstore_evicted_rows", "Entries that left", labels=("memory", "reason"))
+        totals: dict[str, list[int]] = {}
+        for loaded, counts in self._counts():
+            spec = loaded.spec
+            total = totals.setdefault(self._label(loaded.id.name), [0, 0, 0, 0])
+            room = spec.capacity * spec.max_sequences * spec.num_layers
+            for i, value in enumerate((counts.num_rows, room, counts.appended_rows, counts.evicted_rows)):
+                total[i] += value
+        for label, total in totals.items():
+            for family, value in zip((rows, capacity, appended), total, strict=False):
+                family.add_metric((label,), value)
+            evicted.add_metric((label, "fifo"), total[3])
+        yield from (rows, capacity, appended, evicted)
+
+    def _counts(self) -> list[tuple[Loaded, MemoryCounts]]:
+        """What the device thread says within a second; nothing where it is too busy, or gone."""
+        memories = self._registry.all()
+        try:
+            counted = self._registry.worker.control(lambda: [loaded.engine.counts() for loaded in memories])
+            return list(zip(memories, counted.result(SCRAPE_S), strict=True))
+        except (MemstoreError, FutureTimeout):
+            return []
+
+
+class MetricsServer:
+    """A plain HTTP port with /metrics, /livez and /readyz, and nothing else."""
+
+    def __init__(self, address: tuple[str, int], metrics: Metrics, is_ready: Callable[[], bool]) -> None:
+        """Binds and serves in a thread of its own. OSError when the address is taken."""
+
+        class Handler(BaseHTTPRequestHandler):
+            """Answers the three paths."""
+
+            def do_GET(self) -> None:
+                match self.path.partition("?")[0]:
+                    case "/metrics":
+                        self._answer(200, metrics.text())
+                    case "/livez":
+                        self._answer(200, b"alive\n")
+                    case "/readyz":
+                        ready = is_ready()
+                        self._answer(200 if ready else 503, b"ready\n" if ready else b"not ready\n")
+                    case _:
+                        self._answer(404, b"no such path\n")
+
+            def _answer(self, code: int, content: bytes) -> None:
+                self.send_response(code)
+                self.send_header("Content-Type", CONTENT_TYPE)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Requests are not logged."""
+
+        self._server = ThreadingHTTPServer(address, Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, name="memstore-metrics", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        """Gives the port back."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
