@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Unpack
 
 from model_client.client import ClientBase
@@ -33,11 +32,12 @@ class AsyncPendingStep:
 
     async def result(self, timeout_s: float | None = None) -> StepResult:
         """What the step found and did; see PendingStep.result. Cancelling it leaves the step under way."""
-        begun = time.monotonic()
+        clock = self._core.clock
+        begun = clock.monotonic()
         try:
-            return await drive_async(self._running, float("inf") if timeout_s is None else begun + timeout_s)
+            return await drive_async(self._running, clock, float("inf") if timeout_s is None else begun + timeout_s)
         finally:
-            self._core.stats.add("waited_s", time.monotonic() - begun)
+            self._core.stats.add("waited_s", clock.monotonic() - begun)
 
 
 class AsyncSession(SessionBase):
@@ -79,11 +79,11 @@ class AsyncSession(SessionBase):
 
     async def reset(self) -> None:
         """Empties every sequence of the session."""
-        await drive_async(Running(self._flows.reset(self._timeout_s)))
+        await drive_async(Running(self._flows.reset(self._timeout_s)), self._core.clock)
 
     async def fork(self, source: str, target: str) -> pb.ForkResponse:
         """Gives the new sequence `target` all that `source` holds, the steps under way included."""
-        return await drive_async(Running(self._flows.fork(source, target, self._timeout_s)))
+        return await drive_async(Running(self._flows.fork(source, target, self._timeout_s)), self._core.clock)
 
 
 class AsyncMemoryClient(ClientBase):
@@ -91,33 +91,33 @@ class AsyncMemoryClient(ClientBase):
 
     async def info(self) -> pb.ServerInfoResponse:
         """What the server is, can do and allows."""
-        return await drive_async(self._begin_info())
+        return await drive_async(self._begin_info(), self._core.clock)
 
     async def create_memory(self, name: str, **options: Unpack[MemoryOptions]) -> pb.MemoryDescription:
         """A new memory, all of it reserved; with `exist_ok` an existing one of an equal spec."""
-        return (await drive_async(self._begin_create(name, options))).memory
+        return (await drive_async(self._begin_create(name, options), self._core.clock)).memory
 
     async def describe_memory(self, name: str) -> pb.MemoryDescription:
         """Spec and counters of one memory."""
-        return (await drive_async(self._begin_describe(name))).memory
+        return (await drive_async(self._begin_describe(name), self._core.clock)).memory
 
     async def list_memories(self, prefix: str = "") -> list[pb.MemoryDescription]:
         """The memories whose names begin with `prefix`, in the order of their names."""
-        return list((await drive_async(self._begin_list(prefix))).memories)
+        return list((await drive_async(self._begin_list(prefix), self._core.clock)).memories)
 
     async def drop_memory(self, name: str) -> None:
         """Drops a memory with all its rows."""
-        await drive_async(self._begin_drop(name))
+        await drive_async(self._begin_drop(name), self._core.clock)
 
     async def reset(self, memory: str, names: Sequence[str], release: bool = False) -> list[int]:
         """Empties sequences, or ends them with `release`; their new epochs, 0 for one that does not exist."""
-        return list((await drive_async(self._begin_reset(memory, names, release))).epochs)
+        return list((await drive_async(self._begin_reset(memory, names, release), self._core.clock)).epochs)
 
     async def fork(
         self, memory: str, source: str, target: str, *, as_of: int | None = None, epoch: int = 0
     ) -> pb.ForkResponse:
         """Gives the new sequence `target` the live positions of `source` below `as_of`, all if None."""
-        return await drive_async(self._begin_fork(memory, source, target, as_of, epoch))
+        return await drive_async(self._begin_fork(memory, source, target, as_of, epoch), self._core.clock)
 
     def session(self, memory: str, sequences: Sequence[str]) -> AsyncSession:
         """A new writer of these sequences of a memory. Nothing is sent."""

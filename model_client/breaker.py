@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING
 
 from model_client.errors import CircuitOpen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from model_client.seams import Clock
 
 
 class Breaker:
     """Opens after `failures` consecutive failures; then lets one probe through every `open_s` seconds.
 
     A probe that succeeds closes it. A probe whose outcome is never told counts as failed once `open_s` have passed.
-    Safe from any thread. clock: monotonic seconds.
+    Safe from any thread.
     """
 
-    def __init__(self, failures: int, open_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, failures: int, open_s: float, clock: Clock) -> None:
         if failures < 1 or open_s <= 0:
             raise ValueError("breaker: failures must be 1 or more, and the open time above 0")
         self._limit = failures
@@ -39,7 +38,7 @@ class Breaker:
         if self._closed_until is None:
             return
         with self._lock:
-            now = self._clock()
+            now = self._clock.monotonic()
             if self._closed_until is not None and now < self._closed_until:
                 wait_s = self._closed_until - now
                 raise CircuitOpen(
@@ -57,4 +56,4 @@ class Breaker:
                 return
             self._failures += 1
             if self._failures >= self._limit:
-                self._closed_until = self._clock() + self._open_s
+                self._closed_until = self._clock.monotonic() + self._open_s

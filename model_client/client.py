@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 from memstore.v1 import memstore_pb2 as pb
 from model_client.breaker import Breaker
 from model_client.core import Core, M, Running, drive
+from model_client.seams import Clock
 from model_client.session import Session
 from model_client.stats import ClientStats
 from model_client.transport import TransportOptions, open_transport
@@ -33,6 +34,8 @@ class ClientOptions(TransportOptions, total=False):
     """How long they do, in seconds, before one is tried again; 5 if not given."""
     transport: Transport
     """A ready one to use instead of opening `target`; closed with the client."""
+    clock: Clock
+    """The door to time; the real one if not given."""
 
 
 class ClientBase:
@@ -43,8 +46,9 @@ class ClientBase:
         self.stats = ClientStats()
         self._timeout_s = options.get("timeout_s", 5.0)
         self._transport = options.get("transport") or open_transport(target, options, self.stats)
-        breaker = Breaker(options.get("breaker_failures", 5), options.get("breaker_s", 5.0))
-        self._core = Core(self._transport, breaker, self.stats)
+        clock = options.get("clock") or Clock()
+        breaker = Breaker(options.get("breaker_failures", 5), options.get("breaker_s", 5.0), clock)
+        self._core = Core(self._transport, breaker, self.stats, clock)
 
     @property
     def transport(self) -> str:
@@ -90,33 +94,33 @@ class MemoryClient(ClientBase):
 
     def info(self) -> pb.ServerInfoResponse:
         """What the server is, can do and allows."""
-        return drive(self._begin_info())
+        return drive(self._begin_info(), self._core.clock)
 
     def create_memory(self, name: str, **options: Unpack[MemoryOptions]) -> pb.MemoryDescription:
         """A new memory, all of it reserved; with `exist_ok` an existing one of an equal spec."""
-        return drive(self._begin_create(name, options)).memory
+        return drive(self._begin_create(name, options), self._core.clock).memory
 
     def describe_memory(self, name: str) -> pb.MemoryDescription:
         """Spec and counters of one memory."""
-        return drive(self._begin_describe(name)).memory
+        return drive(self._begin_describe(name), self._core.clock).memory
 
     def list_memories(self, prefix: str = "") -> list[pb.MemoryDescription]:
         """The memories whose names begin with `prefix`, in the order of their names."""
-        return list(drive(self._begin_list(prefix)).memories)
+        return list(drive(self._begin_list(prefix), self._core.clock).memories)
 
     def drop_memory(self, name: str) -> None:
         """Drops a memory with all its rows."""
-        drive(self._begin_drop(name))
+        drive(self._begin_drop(name), self._core.clock)
 
     def reset(self, memory: str, names: Sequence[str], release: bool = False) -> list[int]:
         """Empties sequences, or ends them with `release`; their new epochs, 0 for one that does not exist."""
-        return list(drive(self._begin_reset(memory, names, release)).epochs)
+        return list(drive(self._begin_reset(memory, names, release), self._core.clock).epochs)
 
     def fork(
         self, memory: str, source: str, target: str, *, as_of: int | None = None, epoch: int = 0
     ) -> pb.ForkResponse:
         """Gives the new sequence `target` the live positions of `source` below `as_of`, all if None."""
-        return drive(self._begin_fork(memory, source, target, as_of, epoch))
+        return drive(self._begin_fork(memory, source, target, as_of, epoch), self._core.clock)
 
     def session(self, memory: str, sequences: Sequence[str]) -> Session:
         """A new writer of these sequences of a memory. Nothing is sent."""

@@ -6,9 +6,6 @@ A Flow yields effects: Wait (for the answer to a call under way) and Pause. `dri
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
@@ -31,6 +28,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from model_client.breaker import Breaker
+    from model_client.seams import Clock
     from model_client.stats import ClientStats
     from model_client.transport.base import Transport
 
@@ -122,40 +120,26 @@ class Running(Generic[T]):
             self._error = error
 
 
-def drive(running: Running[T], limit: float = float("inf")) -> T:
+def drive(running: Running[T], clock: Clock, limit: float = float("inf")) -> T:
     """Runs a flow to its end, blocking; what it waits for at the monotonic time `limit` is Late."""
     while (effect := running.effect) is not None:
         if isinstance(effect, Pause):
-            time.sleep(effect.seconds)
-        else:
-            with contextlib.suppress(TimeoutError):
-                effect.future.exception(max(0.0, min(effect.until, limit) - time.monotonic()))
+            clock.pause(effect.seconds)
+        elif not effect.future.done():
+            clock.wait(effect.future, max(0.0, min(effect.until, limit) - clock.monotonic()))
         running.take()
     return running.outcome()
 
 
-async def drive_async(running: Running[T], limit: float = float("inf")) -> T:
+async def drive_async(running: Running[T], clock: Clock, limit: float = float("inf")) -> T:
     """Runs a flow to its end, awaiting; what it waits for at the monotonic time `limit` is Late."""
     while (effect := running.effect) is not None:
         if isinstance(effect, Pause):
-            await asyncio.sleep(effect.seconds)
+            await clock.pause_async(effect.seconds)
         elif not effect.future.done():
-            await _done(effect.future, max(0.0, min(effect.until, limit) - time.monotonic()))
+            await clock.wait_async(effect.future, max(0.0, min(effect.until, limit) - clock.monotonic()))
         running.take()
     return running.outcome()
-
-
-async def _done(future: Future[Message], timeout_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-
-    def tell(_: Future[Message]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop may be closed by then
-            loop.call_soon_threadsafe(done.set)
-
-    future.add_done_callback(tell)
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(done.wait(), timeout_s)
 
 
 class OneCall:
@@ -179,9 +163,7 @@ class OneCall:
 class Core:
     """What the calls of one client share: the transport, the breaker and the counters."""
 
-    def __init__(
-        self, transport: Transport, breaker: Breaker, stats: ClientStats, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, transport: Transport, breaker: Breaker, stats: ClientStats, clock: Clock) -> None:
         self.transport = transport
         self.breaker = breaker
         self.stats = stats
@@ -192,7 +174,7 @@ class Core:
     ) -> Flow[M]:
         """One call of the contract with its retries."""
         exchange = OneCall(self.transport, method, request, is_repeatable)
-        answer = yield from self.guarded(self.attempts(exchange, self.clock() + timeout_s))
+        answer = yield from self.guarded(self.attempts(exchange, self.clock.monotonic() + timeout_s))
         return expect(answer, reply)
 
     def guarded(self, flow: Flow[T]) -> Flow[T]:
@@ -223,7 +205,7 @@ class Core:
         backoff_s = FIRST_BACKOFF_S
         may_wait_out = True
         while True:
-            future = exchange.submit(max(0.0, until - self.clock()))
+            future = exchange.submit(max(0.0, until - self.clock.monotonic()))
             try:
                 answer = yield Wait(future, until)
                 return expect(answer, Message)
@@ -236,7 +218,7 @@ class Core:
                 else:
                     delay_s = max(delay_s, backoff_s)
                     backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
-                if is_refused or self.clock() + delay_s >= until:
+                if is_refused or self.clock.monotonic() + delay_s >= until:
                     raise
             except MemstoreClientError as error:
                 exchange.note(future, error)

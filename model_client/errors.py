@@ -92,7 +92,9 @@ class NotReady(MemstoreClientError):
 
 
 class Expired(MemstoreClientError):
-    """The server saw the deadline pass before it did anything."""
+    """The server saw the deadline pass; what the device had begun by then is done nevertheless."""
+
+    is_outcome_unknown = True
 
 
 class Corrupt(MemstoreClientError):

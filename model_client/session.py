@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from memstore.v1 import memstore_pb2 as pb
@@ -47,11 +45,12 @@ class PendingStep:
 
         Raises a MemstoreClientError; the same one if asked again. Late where there was no answer by then.
         """
-        begun = time.monotonic()
+        clock = self._core.clock
+        begun = clock.monotonic()
         try:
-            return drive(self._running, float("inf") if timeout_s is None else begun + timeout_s)
+            return drive(self._running, clock, float("inf") if timeout_s is None else begun + timeout_s)
         finally:
-            self._core.stats.add("waited_s", time.monotonic() - begun)
+            self._core.stats.add("waited_s", clock.monotonic() - begun)
 
 
 class SessionBase:
@@ -62,7 +61,7 @@ class SessionBase:
             raise InvalidRequest("sequences: give at least one, each once")
         self._core = core
         self._timeout_s = timeout_s
-        self._flows = SessionCore(core, memory, sequences, writer=uuid.uuid4().hex)
+        self._flows = SessionCore(core, memory, sequences)
 
     @property
     def memory(self) -> str:
@@ -165,11 +164,11 @@ class Session(SessionBase):
 
     def reset(self) -> None:
         """Empties every sequence of the session."""
-        drive(Running(self._flows.reset(self._timeout_s)))
+        drive(Running(self._flows.reset(self._timeout_s)), self._core.clock)
 
     def fork(self, source: str, target: str) -> pb.ForkResponse:
         """Gives the new sequence `target` all that `source` holds, the steps under way included."""
-        return drive(Running(self._flows.fork(source, target, self._timeout_s)))
+        return drive(Running(self._flows.fork(source, target, self._timeout_s)), self._core.clock)
 
 
 def _checked_rows(keys: Tensor, payloads: Mapping[str, Tensor], num_rows: int) -> StepRows:

@@ -7,6 +7,7 @@ so an append is never applied twice, never out of order, and no seq is ever give
 
 from __future__ import annotations
 
+import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -123,11 +124,11 @@ class StepCall:
 class SessionCore:
     """What Session and AsyncSession do, as flows."""
 
-    def __init__(self, core: Core, memory: str, sequences: Sequence[str], writer: str) -> None:
+    def __init__(self, core: Core, memory: str, sequences: Sequence[str]) -> None:
         self.memory = memory
         self.sequences = tuple(sequences)
         self._core = core
-        self._writer = writer
+        self._writer = uuid.uuid4().hex
         self._numbering = Numbering(self.sequences)
         self._under_way: list[Step] = []
         self._waiting: Step | None = None
@@ -135,7 +136,7 @@ class SessionCore:
     def step(self, call: StepCall, timeout_s: float) -> Flow[wire.StepResult]:
         """One step, from the breaker to tensors on the device of its keys."""
         try:
-            return (yield from self._core.guarded(self._step(call, self._core.clock() + timeout_s)))
+            return (yield from self._core.guarded(self._step(call, self._core.clock.monotonic() + timeout_s)))
         except CircuitOpen:
             if call.append:
                 self._core.stats.add("dropped_rows", sum(part.num_rows for part in call.parts))
@@ -143,11 +144,11 @@ class SessionCore:
 
     def reset(self, timeout_s: float) -> Flow[None]:
         """Empties every sequence of the session; what is under way is settled or given up first."""
-        return self._core.guarded(self._reset(self._core.clock() + timeout_s))
+        return self._core.guarded(self._reset(self._core.clock.monotonic() + timeout_s))
 
     def fork(self, source: str, target: str, timeout_s: float) -> Flow[pb.ForkResponse]:
         """Gives `target` what `source` holds once all that is under way is settled."""
-        return self._core.guarded(self._fork(source, target, self._core.clock() + timeout_s))
+        return self._core.guarded(self._fork(source, target, self._core.clock.monotonic() + timeout_s))
 
     def _step(self, call: StepCall, until: float) -> Flow[wire.StepResult]:
         plane = self._core.transport.plane
@@ -236,7 +237,10 @@ class SessionCore:
                 self._core.stats.add("lost_epochs")
             self._stamp(step, part)
             return
-        for seq in range(int(error.metadata["expected_seq"]), part.seq):
+        expected = int(error.metadata["expected_seq"])
+        if part.seq - expected > MAX_UNDER_WAY:
+            self._become_another_writer(step)
+        for seq in range(expected, part.seq):
             yield from self._fill(step, part, seq, until)
 
     def _fill(self, step: Step, part: pb.SequencePart, seq: int, until: float) -> Flow[None]:
@@ -251,6 +255,19 @@ class SessionCore:
             yield from self._core.attempts(Step(self._core, request, empty), until)
         except AlreadyExists:
             return
+
+    def _become_another_writer(self, step: Step) -> None:
+        """Begins to count anew: the server remembers only those who appended last, and no more this session.
+
+        Nothing of the forgotten writer that is still on its way can be applied: its seq is beyond the one expected.
+        """
+        if step.request.writer == self._writer:
+            self._writer = uuid.uuid4().hex
+            for name in self.sequences:
+                self._numbering.adopt(name, self._numbering.epoch(name))
+        step.request.writer = self._writer
+        for part in step.request.sequences:
+            self._stamp(step, part)
 
     def _stamp(self, step: Step, part: pb.SequencePart) -> None:
         step.seqs_before[part.sequence] = self._numbering.stamp(part, step.request.append)
