@@ -140,7 +140,7 @@ BY_REASON = {reason_of(error): error for error in MemstoreClientError.__subclass
 _BY_NAME = {error.__name__: error for error in MemstoreClientError.__subclasses__()}
 
 _BY_CODE: Mapping[int, type[MemstoreClientError]] = {
-    1: ClientClosed,
+    1: Unavailable,
     3: InvalidRequest,
     4: Late,
     5: NotFound,

@@ -55,6 +55,7 @@ class Step:
         self.may_be_done = False  # a sending whose effect is not known
         self.num_sendings = 0
         self.seqs_before: dict[str, int] = {}
+        self._overdue_at = 0.0
         self._core = core
         self._rows = rows if core.transport.plane.is_single_use else None
         self._is_abandoned = False
@@ -77,10 +78,16 @@ class Step:
         raise Internal(f"the server answered about a sequence that was not asked for: {sequence!r}")
 
     def submit(self, timeout_s: float) -> Future[Message]:
-        """The outcome if it is known, the sending under way if there is one, else a new sending."""
+        """The outcome if it is known, the sending under way unless it has failed or is overdue, else a new sending."""
         if self.outcome.done():
             return self.outcome
+        now = self._core.clock.monotonic()
+        if self.future is not None and self.future.done():
+            self._note_failure(self.future)
+        elif self.future is not None and now >= self._overdue_at:
+            self.future, self.may_be_done = None, True
         if self.future is None:
+            self._overdue_at = now + timeout_s
             if self.num_sendings:
                 self._core.stats.add("resends")
                 if self._rows is not None:
@@ -94,9 +101,7 @@ class Step:
     def note(self, future: Future[Message], error: MemstoreClientError) -> bool:
         """Forgets a sending that has failed; one that is merely late stays under way."""
         if future.done():
-            self.may_be_done |= error.is_outcome_unknown
-            if future is self.future:
-                self.future = None
+            self._note_failure(future)
         return True
 
     def abandon(self) -> None:
@@ -105,6 +110,13 @@ class Step:
         self.outcome.add_done_callback(self._discard)
         if self.future is not None:
             self.future.add_done_callback(self._discard)
+
+    def _note_failure(self, future: Future[Message]) -> None:
+        error = future.exception()
+        if error is not None:
+            self.may_be_done |= not isinstance(error, MemstoreClientError) or error.is_outcome_unknown
+            if future is self.future:
+                self.future = None
 
     def _discard(self, future: Future[Message]) -> None:
         if future.exception() is None:
@@ -183,6 +195,7 @@ class SessionCore:
             self._give_up(lambda other: _is_superseded(other, step))
             while not self._may_follow(step):
                 yield from self._settle_first(until)
+            yield from self._learn_epochs(step, until)
         finally:
             self._waiting = None
         self._under_way.append(step)
@@ -220,7 +233,8 @@ class SessionCore:
                     yield from self._correct(step, error, until)
             except MemstoreClientError as error:
                 self._refuse(step, error)
-                raise
+                if not step.outcome.done() or step.outcome.exception() is error:
+                    raise
             else:
                 self._acknowledge(step, reply)
                 return reply
@@ -256,6 +270,24 @@ class SessionCore:
         except AlreadyExists:
             return
 
+    def _learn_epochs(self, step: Step, until: float) -> Flow[None]:
+        """Asks for the epochs of the sequences to be started where they are not known.
+
+        A start that names the epoch it ends cannot be done again by a copy that arrives late; without one it could.
+        """
+        parts = step.request.sequences
+        names = [part.sequence for part in parts if part.start_of_sequence and not self._numbering.epoch(part.sequence)]
+        if not names:
+            return
+        request = pb.RetrieveRequest(memory=self.memory, retrieve=pb.RetrieveOptions(top_k=1, omit_scores=True))
+        request.sequences.extend(pb.SequencePart(sequence=name) for name in names)
+        self._core.transport.plane.write(wire.empty_like(step.request.keys), request.keys)
+        exchange = OneCall(self._core.transport, "Retrieve", request)
+        reply = expect((yield from self._core.attempts(exchange, until)), pb.RetrieveResponse)
+        self._core.transport.plane.discard(reply)
+        for name, result in zip(names, reply.sequences, strict=True):
+            self._numbering.adopt(name, result.epoch)
+
     def _become_another_writer(self, step: Step) -> None:
         """Begins to count anew: the server remembers only those who appended last, and no more this session.
 
@@ -270,6 +302,9 @@ class SessionCore:
             self._stamp(step, part)
 
     def _stamp(self, step: Step, part: pb.SequencePart) -> None:
+        """Numbers one part. What the server has just said not to exist need not be emptied."""
+        if part.start_of_sequence and not self._numbering.epoch(part.sequence):
+            part.start_of_sequence = False
         step.seqs_before[part.sequence] = self._numbering.stamp(part, step.request.append)
 
     def _collect(self) -> None:

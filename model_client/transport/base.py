@@ -53,8 +53,8 @@ class Transport(Protocol):
     def call(self, method: str, request: Message, timeout_s: float) -> Future[Message]:
         """Begins the call of this name in the contract, such as "Step", and never blocks or raises.
 
-        The future gives the reply, or fails with a MemstoreClientError: Late at the latest some time after `timeout_s`,
-        Unavailable where the connection failed, ClientClosed once `close` was called.
+        The future gives the reply, or fails with a MemstoreClientError: Unavailable where the connection failed,
+        ClientClosed once `close` was called. It may stay without an outcome once `timeout_s` is over.
         """
         ...
 

@@ -105,6 +105,7 @@ class Connection:
         self._stream: StepStream | None = None
         self._may_stream = options.use_stream
         self._reopen_at = 0.0
+        self._is_closed = False
         self._unary: dict[str, grpc.UnaryUnaryMultiCallable[bytes, bytes]] = {
             name: self.channel.unary_unary(path, request_serializer=None, response_deserializer=None)
             for name, (path, _) in _METHODS.items()
@@ -125,7 +126,7 @@ class Connection:
     def close(self) -> None:
         """Ends stream and channel."""
         with self._lock:
-            self._may_stream = False
+            self._is_closed, self._may_stream = True, False
             stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
@@ -137,7 +138,7 @@ class Connection:
 
         def tell(_: object) -> None:
             if call.exception() is not None:
-                answer.set_exception(status.from_call(call))
+                answer.set_exception(_closed() if self._is_closed else status.from_call(call))
                 return
             reply = call.result()
             self._stats.add("received_bytes", len(reply))
@@ -146,7 +147,7 @@ class Connection:
         try:
             call = self._unary[method].future(content, timeout=timeout_s, metadata=self._options.metadata)
         except ValueError:  # the channel was closed by another thread
-            return _failed(ClientClosed("the client is closed"))
+            return _failed(_closed())
         call.add_done_callback(tell)
         return answer
 
@@ -205,7 +206,7 @@ class GrpcTransport:
             return connection
         with self._lock:
             if self._is_closed:
-                raise ClientClosed("the client is closed")
+                raise _closed()
             if self._connection is None or self._connection.process_id != os.getpid():
                 if self._connection is not None:
                     _ABANDONED.append(self._connection.channel)
@@ -218,6 +219,10 @@ def _open_channel(options: GrpcOptions) -> grpc.Channel:
         return grpc.insecure_channel(options.target, options=_CHANNEL_OPTIONS)
     credentials = grpc.ssl_channel_credentials(root_certificates=options.tls_root)
     return grpc.secure_channel(options.target, credentials, options=_CHANNEL_OPTIONS)
+
+
+def _closed() -> ClientClosed:
+    return ClientClosed("the client is closed")
 
 
 def _failed(error: MemstoreClientError) -> Future[Message]:
