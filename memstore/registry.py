@@ -92,9 +92,9 @@ class Registry:
         self.drain()
         self._admin.shutdown(wait=True)
 
-    def find(self, tenant: str, name: str) -> Loaded:
-        """A memory in service. Raises NotFound; NotReady while it may still be loading."""
-        loaded = self._loaded.get(MemoryId(tenant, wire.memory_name(name, "memory")))
+    def find(self, tenant: str, name: str, field: str = "memory") -> Loaded:
+        """A memory in service; `field` is where its name stood. Raises NotFound; NotReady while it may be loading."""
+        loaded = self._loaded.get(MemoryId(tenant, wire.memory_name(name, field)))
         if loaded is None:
             if self.state is State.LOADING:
                 raise NotReady("memories are being loaded")

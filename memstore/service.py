@@ -119,7 +119,7 @@ class Service:
         )
 
     def _describe(self, request: pb.DescribeMemoryRequest, caller: Caller) -> Future[Message]:
-        description = self._described(self.registry.find(caller.tenant, request.name))
+        description = self._described(self.registry.find(caller.tenant, request.name, "name"))
         return _then(description, lambda found: _done(pb.DescribeMemoryResponse(memory=found)))
 
     def _list(self, request: pb.ListMemoriesRequest, caller: Caller) -> Future[Message]:

@@ -1,0 +1,106 @@
+"""Stand-ins for time, disk and engine, driven by the test."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from memstore.errors import MemstoreError, NotReady
+from memstore.types import SequenceResult, StepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from memstore.device import DeviceWorker
+    from memstore.types import StepBatch
+
+
+class FakeClock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Moves the time."""
+        self.now += seconds
+
+
+class FakeDisk:
+    """Files in a dict. `is_full` makes every write fail."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, bytes] = {}
+        self.is_full = False
+        self._held: set[Path] = set()
+
+    def read(self, path: Path) -> bytes | None:
+        return self.files.get(path)
+
+    def replace(self, path: Path, content: bytes) -> None:
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        self.files[path] = content
+
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        if path in self._held:
+            raise NotReady(f"{path} is held")
+        self._held.add(path)
+        try:
+            yield
+        finally:
+            self._held.discard(path)
+
+
+class FakeEngine:
+    """Remembers how it was called; fails as it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[StepBatch]] = []
+        self.failure: Exception | None = None
+        self.refusals: dict[str, MemstoreError] = {}
+
+    @property
+    def joined(self) -> list[list[str]]:
+        """The first sequence of each batch, call by call."""
+        return [[batch.parts[0].sequence for batch in call] for call in self.calls]
+
+    def step(self, batches: Sequence[StepBatch]) -> list[StepResult | MemstoreError]:
+        if self.failure is not None:
+            raise self.failure
+        self.calls.append(list(batches))
+        return [self.refusals.get(batch.parts[0].sequence) or _result(batch) for batch in batches]
+
+
+def _result(batch: StepBatch) -> StepResult:
+    parts = [
+        SequenceResult(epoch=1, as_of=0, live_begin=0, first_position=0, num_appended=p.num_rows) for p in batch.parts
+    ]
+    return StepResult(sequences=tuple(parts))
+
+
+@contextmanager
+def held(worker: DeviceWorker) -> Iterator[None]:
+    """Keeps the device thread busy for the length of the block, so that what is submitted in it waits together."""
+    begun, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        release.wait()
+
+    busy = worker.control(wait)
+    begun.wait()
+    try:
+        yield
+    finally:
+        release.set()
+        busy.result()
