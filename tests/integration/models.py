@@ -51,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "starcoder2": {**_GROUPED},
     "phi": {**_COMMON},
     "gpt_neox": {**_COMMON},
-    "opt": {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt": {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
     "gptj": {
         "vocab_size": VOCABULARY,
         "n_embd": 32,
