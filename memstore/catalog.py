@@ -120,6 +120,10 @@ class RedisCatalog:
     def remove(self, memory: MemoryId) -> None:
         self._asked(lambda: self._redis.hdel(self._key, "/".join(memory)))
 
+    def close(self) -> None:
+        """Gives the connection back."""
+        self._redis.close()
+
     def _asked(self, ask: Callable[[], T]) -> T:
         try:
             return ask()

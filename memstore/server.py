@@ -98,7 +98,9 @@ class Server:
         if config.catalog == "none" or config.data is None:
             return NoCatalog()
         if config.catalog != "file":
-            return RedisCatalog(config.catalog, config.catalog_prefix)
+            catalog = RedisCatalog(config.catalog, config.catalog_prefix)
+            self._stack.callback(catalog.close)
+            return catalog
         disk = SystemDisk()
         self._stack.enter_context(disk.lock(config.data / "lock"))
         return FileCatalog(config.data, disk)
