@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import torch
+from torch.nn import functional
 
 from integration.families import find_decoder
 from integration.forward import Answer, Forward
@@ -151,7 +152,8 @@ class AttachedMemory:
         """Appends what waits beside the key-value cache, and waits until it is done."""
         if self._link is not None:
             while any(self._held.counts):
-                self._append_held(tuple(min(count, self.config.segment_length) for count in self._held.counts))
+                limit = self.config.segment_length
+                self._append_held(self._link, tuple(min(count, limit) for count in self._held.counts))
             self._link.settle()
 
     @contextlib.contextmanager
@@ -196,8 +198,8 @@ class AttachedMemory:
             is_training=is_training,
             recomputes=self._decoder.recomputes,
         )
-        if self._is_appending:
-            self._send_held(is_fresh=past is None or int(past.get_seq_length()) == 0)
+        if self._is_appending and self._link is not None:
+            self._send_held(self._link, is_fresh=past is None or int(past.get_seq_length()) == 0)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Lets go of the pass, unless the backward pass will run its layers again."""
@@ -214,10 +216,12 @@ class AttachedMemory:
         if forward is None or forward.is_started or link is None:
             return
         states = args[0] if args else kwargs["hidden_states"]
-        forward.hidden = forward.layout.pack(states.detach())
+        hidden = forward.layout.pack(states.detach())
         with torch.no_grad():
-            forward.keys = self.weights.projection(forward.hidden)
-        rows = self._rows_of(forward)
+            keys = self.weights.projection(hidden)
+        forward.hidden, forward.keys = hidden, keys
+        kept = hidden.to(torch.bfloat16) if self.config.training_payload else None
+        rows = RowBatch(keys, kept, forward.layout.counts)
         names = self._sources or self._names
         forward.is_appending = self._is_appending and not forward.is_cached
         forward.until = time.perf_counter() + self.config.deadline_s
@@ -247,7 +251,7 @@ class AttachedMemory:
             states = forward.layout.pack(args[0] if args else kwargs["hidden_states"])
             if self.is_tracing and is_last:
                 added, mass = attention.forward_with_mass(states, retrieved)
-                self.last_trace = _trace(forward, mass)
+                self.last_trace = _trace(forward.answer, forward.layout.counts, mass)
             else:
                 added = attention(states, retrieved)
             cells = forward.layout.unpack(added)
@@ -276,26 +280,20 @@ class AttachedMemory:
         if forward.answer.carry is not None and not forward.is_training:
             self._carries[key] = forward.answer.carry
 
-    def _rows_of(self, forward: Forward) -> RowBatch:
-        assert forward.hidden is not None and forward.keys is not None
-        hidden = forward.hidden.to(torch.bfloat16) if self.config.training_payload else None
-        return RowBatch(forward.keys, hidden, forward.layout.counts)
-
     def _array(self, forward: Forward) -> str:
         return HIDDEN if forward.is_training and self.config.training_payload else "key"
 
-    def _send_held(self, is_fresh: bool) -> None:
+    def _send_held(self, link: MemoryLink, is_fresh: bool) -> None:
         """Appends what the key-value cache no longer holds, and whole segments of what it holds too long."""
         length = self.config.segment_length
         while any(count >= length for count in self._held.counts):
-            self._append_held(tuple(length if count >= length else 0 for count in self._held.counts))
+            self._append_held(link, tuple(length if count >= length else 0 for count in self._held.counts))
         if is_fresh and any(self._held.counts):
-            self._append_held(self._held.counts)
+            self._append_held(link, self._held.counts)
 
-    def _append_held(self, counts: tuple[int, ...]) -> None:
-        assert self._link is not None
-        self._link.append(self._names, self._held.take(counts), self._is_new)
-        if any(self._is_new) and self._link.settle():
+    def _append_held(self, link: MemoryLink, counts: tuple[int, ...]) -> None:
+        link.append(self._names, self._held.take(counts), self._is_new)
+        if any(self._is_new) and link.settle():
             self._is_new = [False] * len(self._names)
 
     def _check_batch(self, batch: int) -> None:
@@ -330,9 +328,9 @@ class AttachedMemory:
             self._carries[self._names] = replace(own, entries=entries)
 
 
-def _trace(forward: Forward, mass: torch.Tensor) -> ReadTrace:
-    assert forward.answer is not None
-    answer = forward.answer
-    padded = torch.nn.functional.pad(answer.positions, (1, 0), value=-1)
+def _trace(answer: Answer | None, counts: tuple[int, ...], mass: torch.Tensor) -> ReadTrace | None:
+    if answer is None:
+        return None
+    padded = functional.pad(answer.positions, (1, 0), value=-1)
     positions = padded[(answer.entries + 1).long()]
-    return ReadTrace(counts=forward.layout.counts, positions=positions.cpu(), mass=mass.detach().float().cpu())
+    return ReadTrace(counts=counts, positions=positions.cpu(), mass=mass.detach().float().cpu())

@@ -28,7 +28,6 @@ class HeldRows:
 
     def add(self, batch: RowBatch) -> None:
         """Puts rows at the end; the number of sequences must be that of what waits already."""
-        assert not self.counts or len(self.counts) == len(batch.counts)
         waiting = self.counts or (0,) * len(batch.counts)
         self.counts = tuple(had + more for had, more in zip(waiting, batch.counts, strict=True))
         self._batches.append(batch)

@@ -102,7 +102,7 @@ def random_weights(model: nn.Module, config: MemoryConfig, seed: int = 1) -> Mem
 def slow_read(
     attention: CacheAttention, state: torch.Tensor, key: torch.Tensor, slots: list[torch.Tensor | None]
 ) -> torch.Tensor:
-    """What one token's memory adds, by loops: state (hidden_size,), key (d,), one row (d,) or None a slot, (c, k, w)."""
+    """What a token reads, by loops: state (hidden_size,), key (d,), a row (d,) or None a slot, (c, k, w)."""
     sizes = attention.sizes
     hits = len(slots) // (sizes.context * sizes.window)
     query = attention.q_proj(state).view(sizes.num_heads, sizes.head_dim)

@@ -57,9 +57,7 @@ def _gradients(family: str, client: MemoryClient, checkpointing: dict[str, Any] 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gptj", "gpt_neox"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_no_gradient_and_appends_once(
-    family: str, reentrant: bool, client: MemoryClient
-) -> None:
+def test_checkpointing_changes_no_gradient_and_appends_once(family: str, reentrant: bool, client: MemoryClient) -> None:
     plain = _gradients(family, client, None)
     again = _gradients(family, client, {"use_reentrant": reentrant})
     assert plain.keys() == again.keys()
