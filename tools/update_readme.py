@@ -1,0 +1,148 @@
+"""Writes what was measured and counted into the documents, so that no number in them is typed by hand.
+
+    python tools/update_readme.py --report demo-report   take over a run of the demo, then write
+    python tools/update_readme.py                        write from what is in the repository
+    python tools/update_readme.py --check                exit with 1 where a document is not what would be written
+
+A run is kept as docs/demo.json and docs/demo.png. Results of benchmarks are read from benchmarks/results/*.json, the
+packages of the training text from integration/training/corpus.json. Each goes between two marks of one document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMIT_DIGITS = 9
+
+
+def demo_numbers(root: Path) -> str:
+    """The table of the demo's three readings, and what it cost."""
+    file = root / "docs" / "demo.json"
+    if not file.exists():
+        return "No run is recorded in this revision. `make demo` prints this table."
+    run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    none = run["perplexity_none"]
+    rows = [
+        ("no memory", none, f"{run['bits_per_byte_none']:.4f}"),
+        ("its own memory", run["perplexity_memory"], f"{run['bits_per_byte_memory']:.4f}"),
+        ("another document's memory (control)", run["perplexity_other_document"], ""),
+    ]
+    body = [
+        (name, f"{value:.3f}", "" if value == none else f"{value / none - 1:+.1%}", bits) for name, value, bits in rows
+    ]
+    machine = f" on {run['machine']}" if "machine" in run else ""
+    memory = ", ".join(f"{name} {value}" for name, value in run["memory"].items())
+    sizes = (
+        f"{run['model_parameters'] / 1e6:.2f} M parameters, and {run['memory_parameters'] / 1e6:.2f} M memory weights"
+    )
+    speed = f"{run['tokens_per_s']:,.0f} tokens/s with memory over `{run['transport']}`"
+    waiting = f"{run['retrieval_share']:.1%} of the time waiting for retrieval"
+    return "\n\n".join(
+        [
+            _table(("The model reads with", "perplexity per token", "change", "bits per byte"), body),
+            f"Text: {run['tokens']:,} tokens ({run['bytes']:,} bytes) of {run['text']}. Control: {run['other_text']}.",
+            f"Model: {sizes}. Memory: {memory}.",
+            f"Speed{machine}: {speed}, {run['tokens_per_s_none']:,.0f} without; {waiting}.",
+        ]
+    )
+
+
+def benchmark_results(root: Path) -> str:
+    """One line a result: where, of what, by which command, and how many rows reach their goal."""
+    files = sorted((root / "benchmarks" / "results").glob("*.json"))
+    if not files:
+        return "No result is recorded in this revision. `make bench` writes them."
+    return _table(("result", "machine", "commit", "command", "rows at their goal"), [_result(file) for file in files])
+
+
+def _result(file: Path) -> Sequence[str]:
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    aimed = [row for row in result["rows"] if row.get("goal") is not None]
+    reached = sum(
+        row["value"] <= row["goal"] if row["better"] == "lower" else row["value"] >= row["goal"] for row in aimed
+    )
+    share = f"{reached} of {len(aimed)}" if aimed else "none has one"
+    return (f"`{file.name}`", result["machine"], result["commit"][:COMMIT_DIGITS], f"`{result['command']}`", share)
+
+
+def corpus_packages(root: Path) -> str:
+    """Every package of the training text with its licence and how much of it was taken."""
+    packages = json.loads((root / "integration" / "training" / "corpus.json").read_text(encoding="utf-8"))
+    total = sum(package["num_bytes"] for package in packages)
+    body = [
+        (
+            f"`{package['id']}`",
+            package["split"],
+            package["licence"],
+            f"{package['num_files']:,}",
+            f"{package['num_bytes'] / 1e3:,.0f}",
+        )
+        for package in packages
+    ]
+    return "\n\n".join(
+        [
+            f"{len(packages)} packages, {total / 1e6:.1f} MB of source.",
+            _table(("package", "split", "licence, as its metadata names it", "files", "kB"), body),
+        ]
+    )
+
+
+BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
+    ("README.md", "DEMO_NUMBERS", demo_numbers),
+    ("README.md", "BENCHMARK_RESULTS", benchmark_results),
+    ("benchmarks/README.md", "BENCHMARK_RESULTS", benchmark_results),
+    ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),
+)
+"""Document, mark, and what stands between the two marks."""
+
+
+def stale(root: Path, *, is_written: bool = False) -> list[str]:
+    """The blocks that are not what they would be, as `document: mark`; with `is_written` they are made so."""
+    found = []
+    for name, mark, render in BLOCKS:
+        document = root / name
+        text = document.read_text(encoding="utf-8")
+        opening, closing = f"<!-- {mark}: written by tools/update_readme.py -->\n", f"<!-- /{mark} -->\n"
+        before, _, rest = text.partition(opening)
+        _, found_closing, after = rest.partition(closing)
+        if not found_closing:
+            raise SystemExit(f"{name}: the marks of {mark} are missing")
+        wanted = f"{before}{opening}\n{render(root)}\n\n{closing}{after}"
+        if wanted != text:
+            found.append(f"{name}: {mark}")
+            if is_written:
+                document.write_text(wanted, encoding="utf-8")
+    return found
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, help="folder of a run of the demo to take over")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where something is stale")
+    options = parser.parse_args()
+    if options.report:
+        shutil.copyfile(options.report / "report.json", ROOT / "docs" / "demo.json")
+        shutil.copyfile(options.report / "report.png", ROOT / "docs" / "demo.png")
+    names = stale(ROOT, is_written=not options.check)
+    if options.check and names:
+        sys.exit(f"stale: {', '.join(names)}; run tools/update_readme.py")
+    print("\n".join(names) or "nothing to write")
+
+
+if __name__ == "__main__":
+    main()
