@@ -26,6 +26,7 @@ class HandedPlane:
 
     def write(self, tensor: torch.Tensor, into: pb.Tensor) -> None:
         """Shares the tensor: it is left as it is until the call is answered."""
+        into.Clear()  # what was handed over before, where a request is sent again
         self._plane.fill([into], [tensor])
 
     def read(self, message: pb.Tensor, device: torch.device) -> torch.Tensor:
