@@ -49,11 +49,10 @@ def runs(begin: int, end: int, capacity: int) -> tuple[Run, ...]:
     return tuple(run for run in both if run.length)
 
 
-def newest_positions(num_slots: int, end: torch.Tensor, capacity: int) -> torch.Tensor:
-    """The largest position below `end` that lies in each of the slots [0, num_slots); negative where there is none.
+def newest_positions(slots: torch.Tensor, end: torch.Tensor, capacity: int) -> torch.Tensor:
+    """The largest position below `end` that lies in a slot; negative where there is none.
 
-    end: (S,) int64. Gives (S, num_slots) int64 on its device.
+    slots, end: int64, broadcast against each other.
     """
-    slots = torch.arange(num_slots, device=end.device)
-    last = end[:, None] - 1
+    last = end - 1
     return last - slot_of(last - slots, capacity)

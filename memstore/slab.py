@@ -37,6 +37,7 @@ class Slab:
     def __init__(self, spec: MemorySpec, device: torch.device) -> None:
         self.metric = spec.metric
         self.capacity = spec.capacity
+        self.dim = spec.dim
         self.num_layers = spec.num_layers
         self.num_places = spec.max_sequences
         self.device = device

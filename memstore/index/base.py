@@ -1,4 +1,4 @@
-"""The contract of an index, and what all of them share: the view of a slab and the final ranking of candidates."""
+"""The contract of an index, and what all of them share: the shape of a search and the final ranking of candidates."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
     from memstore.slab import Slab
 
-SCRATCH_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""What a search may take beside its result, by the type of its device."""
+SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+"""What a search may take beside its result, by type of device; or the scores of one query where that is more."""
+
+RANK_BYTES = {"cpu": 96 << 10, "cuda": 256 << 20}
+"""Of that, the float32 rows that are scored afresh at a time; on the host so few that torch does it in one thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchBatch:
     """One search of a ragged batch: S sequences, their queries one behind the other, in each of L layers.
 
-    queries: (L, N, dim) floating, on the slab's device, finite. layers: (L,) layers of the slab. The rest is (S,): place
-    in the slab, number of queries, and the positions [begin, end) that they see.
+    queries: (L, N, dim) floating, on the slab's device, finite. layers: (L,) layers of the slab. The rest is (S,):
+    place in the slab, number of queries, and the positions [begin, end) that they see.
     """
 
     queries: torch.Tensor
@@ -37,10 +40,10 @@ class SearchBatch:
     top_k: int
 
     def sequences(self) -> Iterator[tuple[int, int, int]]:
-        """(sequence, first query, end of queries) of each sequence that has queries."""
+        """(sequence, first query, end of its queries) of each sequence that has queries and sees something."""
         first = 0
         for sequence, count in enumerate(self.counts):
-            if count:
+            if count and self.begins[sequence] < self.ends[sequence]:
                 yield sequence, first, first + count
             first += count
 
@@ -55,14 +58,21 @@ class VectorIndex(Protocol):
 
     Gives positions (L, N, k) int64, -1 where fewer are visible, and scores (L, N, k) float32, -inf there; best first,
     lower positions first among equal scores. Exact: queries in float32 against the rows as they are stored, every
-    product and sum in float32 or better. Which of several rows is given whose scores differ by less than float32
-    rounding of |q|^2 + |x|^2 (l2) or |q||x| (ip) is not said. Scratch is bounded by SCRATCH_BYTES.
-    Values whose squared norm exceeds 1e37 may overflow and are then ranked arbitrarily.
+    product and sum in float32 or better, and l2 scores summed over (query - row)^2. Which rows are given at the end of
+    the k is not said where float32 cannot tell them apart: where their scores differ by less than the rounding of
+    |query|^2 + |row|^2 (l2) or |query| |row| (ip). Scratch is bounded by SCRATCH_BYTES. Vectors whose squared norm
+    exceeds 1e37 may overflow and are then ranked arbitrarily.
     """
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Searches; reads the slab and the batch and changes neither."""
+        """Searches; reads the slab and the batch and changes neither. Raises torch.OutOfMemoryError."""
         ...
+
+
+def no_candidates(batch: SearchBatch) -> torch.Tensor:
+    """(L, N, k) int64 of -1, to be filled with positions."""
+    shape = (*batch.queries.shape[:2], batch.top_k)
+    return torch.full(shape, -1, dtype=torch.int64, device=batch.queries.device)
 
 
 def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,12 +80,13 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torc
 
     candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query. Gives what VectorIndex.search gives.
     """
-    positions = candidates.sort(-1).values  # stable sorting by score then puts lower positions first
+    positions = candidates.sort(-1).values  # so that the stable sort below puts lower positions first
     layers = torch.tensor(batch.layers, device=positions.device)
     first_cells = slab.first_cells(layers[:, None], batch.per_query(batch.places))
     cells = first_cells[..., None] + ring.slot_of(positions.clamp(min=0), slab.capacity)
     scores = torch.empty(positions.shape, device=positions.device)
-    step = max(SCRATCH_BYTES[slab.device.type] // (12 * slab.keys.shape[-1] * max(positions.shape[-1], 1)), 1)
+    row_bytes = slab.dim * torch.float32.itemsize
+    step = max(RANK_BYTES[slab.device.type] // (row_bytes * batch.top_k), 1)
     flat = (batch.queries.flatten(0, 1), cells.flatten(0, 1), scores.flatten(0, 1))
     for queries, some_cells, some_scores in zip(*(torch.split(tensor, step) for tensor in flat), strict=True):
         some_scores.copy_(_scores(slab, queries, some_cells))
@@ -86,7 +97,7 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torc
 
 def _scores(slab: Slab, queries: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     """(n, dim) queries, (n, k) cells of the whole slab -> (n, k) float32."""
-    rows = slab.keys.flatten(0, 2).index_select(0, cells.flatten()).float().view(*cells.shape, slab.keys.shape[-1])
+    rows = slab.keys.flatten(0, 2).index_select(0, cells.flatten()).float().view(*cells.shape, slab.dim)
     queries = queries.float()[:, None]
     if slab.metric is Metric.L2:
         return rows.sub_(queries).square_().sum(-1).neg_()
@@ -94,10 +105,3 @@ def _scores(slab: Slab, queries: torch.Tensor, cells: torch.Tensor) -> torch.Ten
     if slab.norms is None:
         return products
     return products * slab.norms.flatten()[cells] * inverse_norms(queries)
-
-
-def nothing_found(batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The answer where nothing is visible, to be filled in."""
-    shape = (*batch.queries.shape[:2], batch.top_k)
-    device = batch.queries.device
-    return torch.full(shape, -1, device=device), torch.full(shape, -torch.inf, device=device)

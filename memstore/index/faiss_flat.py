@@ -8,7 +8,7 @@ import torch
 
 from memstore import ring
 from memstore.errors import InvalidRequest
-from memstore.index.base import SearchBatch, nothing_found, rank
+from memstore.index.base import SearchBatch, no_candidates, rank
 from memstore.slab import inverse_norms
 from memstore.types import Metric
 
@@ -29,7 +29,7 @@ class FaissFlatIndex:
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Searches run by run of each sequence in each layer."""
-        candidates, _ = nothing_found(batch)
+        candidates = no_candidates(batch)
         for sequence, first, end in batch.sequences():
             for at, layer in enumerate(batch.layers):
                 found = self._scan(slab, batch, layer, sequence, batch.queries[at, first:end].float())
