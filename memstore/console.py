@@ -130,9 +130,8 @@ def _describe(session: Session, options: argparse.Namespace) -> int:
     if options.json:
         _print_json(_as_dict(memory))
     else:
-        parts = [("", memory.spec), ("", memory.status)]
-        lines = [(field.name, _plain(value)) for _, part in parts for field, value in part.ListFields()]
-        _print_table(lines)
+        shown = _as_dict(memory)
+        _print_table([(name, _plain(value)) for part in shown.values() for name, value in part.items()])
     return 0
 
 
@@ -178,11 +177,13 @@ def _bytes(number: int) -> str:
 
 
 def _plain(value: object) -> str:
-    return " ".join(str(value).split())
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-def _as_dict(message: Message) -> object:
-    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+def _as_dict(memory: pb.MemoryDescription) -> dict[str, dict[str, object]]:
+    return json_format.MessageToDict(
+        memory, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
 
 
 def _print_json(value: object) -> None:

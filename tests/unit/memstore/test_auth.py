@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,9 @@ import pytest
 from memstore.auth import DEFAULT_TENANT, Open, authenticator_of, check_bind, parse_tokens
 from memstore.config import Config, ConfigError
 from memstore.errors import NotAuthenticated
+from tests.calling import hashed
 
-
-def line(token: str, tenant: str) -> str:
-    """A line of a token file."""
-    return f"sha256:{hashlib.sha256(token.encode()).hexdigest()} {tenant}"
-
-
-TOKENS = parse_tokens(f"# ours\n\n{line('old', 'red')}\n  {line('new', 'red')}  \n{line('other', 'blue')}\n")
+TOKENS = parse_tokens(f"# ours\n\n{hashed('old', 'red')}\n  {hashed('new', 'red')}  \n{hashed('other', 'blue')}\n")
 
 
 @pytest.mark.parametrize(("token", "tenant"), [("old", "red"), ("new", "red"), ("other", "blue")])
@@ -36,7 +30,7 @@ def test_a_known_token_has_its_tenant(token: str, tenant: str) -> None:
         {"authorization": "Basic old"},
         {"authorization": "old"},
         {"authorization": "Bearer old "},
-        {"authorization": f"Bearer {line('old', 'red')}"},
+        {"authorization": f"Bearer {hashed('old', 'red')}"},
         {"x-token": "old"},
     ],
     ids=str,
@@ -54,9 +48,9 @@ def test_anything_else_is_refused_without_saying_why(metadata: dict[str, str]) -
         "# nothing\n",
         "old red\n",
         "sha256:abc red\n",
-        line("old", ""),
-        line("old", "two words"),
-        line("old", "../red"),
+        hashed("old", ""),
+        hashed("old", "two words"),
+        hashed("old", "../red"),
     ],
     ids=["empty", "comments", "a bare token", "a short hash", "no tenant", "two words", "a path"],
 )
@@ -67,7 +61,7 @@ def test_a_token_file_that_cannot_be_right_stops_the_start(text: str) -> None:
 
 def test_tokens_come_from_the_configured_file(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
-    path.write_text(line("new", "red"))
+    path.write_text(hashed("new", "red"))
     assert authenticator_of(Config(token_file=path)).tenant({"authorization": "Bearer new"}) == "red"
     with pytest.raises(ConfigError, match="No such file"):
         authenticator_of(Config(token_file=tmp_path / "none"))

@@ -1,0 +1,84 @@
+"""Calling a server in a test: errors as they were raised, streams as conversations."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from grpc_status import rpc_status
+
+from memstore import status
+from memstore.v1 import memstore_pb2 as pb
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from memstore.errors import (
+        MemstoreError,
+    )
+    from tests.serving import Serving
+
+
+def failure(error: grpc.RpcError) -> MemstoreError:
+    """The error that a failed call carries."""
+    rich = rpc_status.from_call(error)
+    assert rich is not None, error
+    found = status.error_of(status.from_status(rich))
+    assert found is not None, error
+    return found
+
+
+def fails(server: Serving, method: str, request: Message, **call: object) -> MemstoreError:
+    """The error of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as caught:
+        getattr(server.stub, method)(request, **call)
+    return failure(caught.value)
+
+
+def method_of(request: Message) -> str:
+    """The method that takes such a request."""
+    return request.DESCRIPTOR.name.removesuffix("Request")
+
+
+def until_queued(server: Serving, number: int) -> None:
+    """Returns once so many requests wait for the device; the test's own time limit ends it otherwise."""
+    while server.registry.worker.admission.num_requests < number:
+        server.stub.ServerInfo(pb.ServerInfoRequest())
+
+
+def sessions(server: Serving) -> float:
+    """Open streams, once there are none; the test's own time limit ends it otherwise."""
+    while (number := server.metrics.registry.get_sample_value("memstore_sessions")) != 0:
+        server.stub.ServerInfo(pb.ServerInfoRequest())
+    return number
+
+
+class Conversation:
+    """A stream of steps, one at a time or several under way."""
+
+    def __init__(self, server: Serving, **call: object) -> None:
+        self._outgoing: queue.Queue[pb.StepStreamRequest | None] = queue.Queue()
+        self.answers = server.stub.StepStream(iter(self._outgoing.get, None), **call)  # type: ignore[arg-type]
+
+    def say(self, call_id: int, request: pb.StepRequest, timeout_s: float | None = None) -> None:
+        """Sends one step."""
+        message = pb.StepStreamRequest(call_id=call_id, step=request)
+        if timeout_s is not None:
+            message.timeout.FromMilliseconds(round(timeout_s * 1000))
+        self._outgoing.put(message)
+
+    def hear(self) -> pb.StepStreamResponse:
+        """The next answer."""
+        return next(self.answers)
+
+    def end(self) -> None:
+        """Sends no more."""
+        self._outgoing.put(None)
+
+
+def hashed(token: str, tenant: str) -> str:
+    """A line of a token file."""
+    return f"sha256:{hashlib.sha256(token.encode()).hexdigest()} {tenant}"

@@ -1,0 +1,168 @@
+"""The command line: what people and scripts see, and exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
+
+import pytest
+
+from memstore import __main__
+from memstore.__main__ import main
+from memstore.auth import parse_tokens
+from memstore.v1 import memstore_pb2 as pb
+from tests.calling import hashed
+from tests.serving import Setting, serving, spec, step
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.serving import Serving
+
+
+@pytest.fixture(autouse=True)
+def _own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `serve` sets up for its process ends with the test."""
+    logger = logging.getLogger("memstore")
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+
+
+@pytest.fixture(autouse=True)
+def _target(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMSTORE_TARGET", server.target)
+    server.stub.Step(step(("a", "b"), rows=2))
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """What a command prints; on standard error where it fails."""
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    assert (printed.err == "") == (code == 0)
+    return printed.err if code else printed.out
+
+
+def test_ls_shows_a_line_a_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    head, row = said(capsys, "ls").splitlines()
+    assert head.split() == ["NAME", "DIM", "CAPACITY", "SEQUENCES", "LAYERS", "ROWS", "RESERVED", "DEVICE"]
+    assert row.split()[:6] == ["notes", "4", "8", "2/4", "1", "4"]
+    assert row.endswith("cpu")
+    assert len(said(capsys, "ls", "other").splitlines()) == 1
+
+
+def test_ls_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    (memory,) = json.loads(said(capsys, "ls", "no", "--json"))
+    assert memory["spec"]["name"] == "notes"
+    assert memory["spec"]["capacity"] == "8"  # 64 bits are text in JSON
+    assert memory["status"]["num_sequences"] == 2
+    assert json.loads(said(capsys, "ls", "none", "--json")) == []
+
+
+def test_describe(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = dict(row.split(None, 1) for row in said(capsys, "describe", "notes").splitlines())
+    assert (lines["name"], lines["dim"], lines["num_rows"]) == ("notes", "4", "4")
+    assert (lines["dtype"], lines["evicted_rows"]) == ("DATA_TYPE_FP32", "0")
+    assert json.loads(said(capsys, "describe", "notes", "--json"))["status"]["device"] == "cpu"
+    assert "NOT_FOUND: no memory 'none'" in said(capsys, "describe", "none", code=1)
+
+
+def test_drop_wants_to_be_told_twice(capsys: pytest.CaptureFixture[str], server: Serving) -> None:
+    assert "--yes" in said(capsys, "drop", "notes", code=1)
+    assert server.registry.is_loaded("default", "notes")
+    assert said(capsys, "drop", "notes", "--yes") == "dropped notes\n"
+    assert not server.registry.is_loaded("default", "notes")
+    server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
+    assert json.loads(said(capsys, "drop", "notes", "--yes", "--json")) == {"dropped": "notes"}
+
+
+def test_healthcheck_is_an_exit_code(capsys: pytest.CaptureFixture[str], server: Serving) -> None:
+    assert said(capsys, "healthcheck") == "SERVING\n"
+    assert json.loads(said(capsys, "healthcheck", "--service", "memory/notes", "--json"))["status"] == "SERVING"
+    assert "NOT_FOUND" in said(capsys, "healthcheck", "--service", "memory/none", code=1)
+    server.registry.drain()
+    assert main(["healthcheck"]) == 1
+    assert capsys.readouterr().out == "NOT_SERVING\n"
+
+
+def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "ls", "--target", "127.0.0.1:1", "--timeout", "5", code=1)
+    assert text.startswith("memstore ls: 127.0.0.1:1: UNAVAILABLE")
+
+
+def test_a_token_is_read_from_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "token"
+    path.write_text("secret\n")
+    with serving(Setting(authenticator=parse_tokens(hashed("secret", "red")))) as guarded:
+        monkeypatch.setenv("MEMSTORE_TARGET", guarded.target)
+        assert "NOT_AUTHENTICATED" in said(capsys, "ls", code=1)
+        assert said(capsys, "ls", "--token-file", str(path)).startswith("NAME")
+        monkeypatch.setenv("MEMSTORE_TOKEN_FILE", str(path))
+        assert said(capsys, "ls").startswith("NAME")
+    assert "No such file" in said(capsys, "ls", "--token-file", str(tmp_path / "none"), code=1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["ls", "--color"],
+        ["describe"],
+        ["serve", "--port"],
+    ],
+)
+def test_wrong_usage_is_2(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: memstore" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--port", "http"], "--port=http"),
+        (["--host", "0.0.0.0"], "--insecure-bind"),  # noqa: S104
+        (["--token-file", "/none"], "/none"),
+        (["--device", "cuda:99"], "--device=cuda:99"),
+        (["--tls-cert", "/none", "--tls-key", "/none", "--metrics-port", "0"], "/none"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(
+    arguments: Sequence[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEMSTORE_TARGET")
+    text = said(capsys, "serve", "--port", "0", "--metrics-port", "0", "--catalog", "none", *arguments, code=2)
+    assert text.startswith("memstore serve: ")
+    assert named in text
+
+
+def test_an_unknown_variable_stops_the_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMSTORE_PROT", "1")
+    assert "MEMSTORE_PROT" in said(capsys, "serve", code=2)
+
+
+def test_other_packages_add_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("shout", f"{__name__}:shout", __main__.GROUP)
+    monkeypatch.setattr(__main__, "entry_points", lambda group: [point] if group == __main__.GROUP else [])
+    assert main(["shout", "--loud", "a"]) == 3
+    assert heard == ["--loud", "a"]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "shout" in capsys.readouterr().out
+
+
+heard: list[str] = []
+
+
+def shout(arguments: Sequence[str]) -> int:
+    """A command of another package."""
+    heard.extend(arguments)
+    return 3

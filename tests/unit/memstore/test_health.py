@@ -1,0 +1,64 @@
+"""Health and reflection over a real gRPC server."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from memstore.errors import (
+    NotReady,
+)
+from memstore.grpc_front import SERVICE
+from memstore.v1 import memstore_pb2 as pb
+from tests.calling import fails
+from tests.serving import Serving, serving, spec, step
+
+HEALTH = health_pb2.HealthCheckResponse
+
+
+def test_health_says_how_things_are() -> None:
+    with serving(loads=False) as server:
+        health = health_pb2_grpc.HealthStub(server.channel)
+
+        def check(service: str) -> int:
+            return int(health.Check(health_pb2.HealthCheckRequest(service=service)).status)
+
+        watch = health.Watch(health_pb2.HealthCheckRequest(service=""))
+        missing = health.Watch(health_pb2.HealthCheckRequest(service="memory/notes"))
+        assert next(watch).status == HEALTH.NOT_SERVING
+        assert next(missing).status == HEALTH.SERVICE_UNKNOWN
+        assert check(SERVICE.full_name) == HEALTH.NOT_SERVING
+        assert isinstance(fails(server, "Step", step()), NotReady)
+        server.registry.load().result()
+        assert next(watch).status == HEALTH.SERVING
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
+        assert next(missing).status == HEALTH.SERVING
+        assert check("memory/notes") == check("") == HEALTH.SERVING
+        for service in ("memory/none", "memory/", "notes", "grpc.health.v1.Health"):
+            with pytest.raises(grpc.RpcError) as caught:
+                check(service)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        server.drain()
+        assert next(watch).status == HEALTH.NOT_SERVING
+        assert check("memory/notes") == HEALTH.NOT_SERVING
+
+
+def test_a_sick_device_is_not_healthy(server: Serving) -> None:
+    def fail(_: object) -> object:
+        raise torch.AcceleratorError("CUDA error")
+
+    server.registry.find("default", "notes").engine.step = fail  # type: ignore[method-assign, assignment]
+    fails(server, "Step", step())
+    health = health_pb2_grpc.HealthStub(server.channel)
+    assert health.Check(health_pb2.HealthCheckRequest()).status == HEALTH.NOT_SERVING
+    assert isinstance(fails(server, "Step", step()), NotReady)
+
+
+def test_reflection_lists_the_service(shared: Serving) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(shared.channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    (answer,) = list(stub.ServerReflectionInfo(iter([request])))
+    assert SERVICE.full_name in [service.name for service in answer.list_services_response.service]
