@@ -20,6 +20,7 @@ from integration.demo.report import Report
 from integration.demo.server import running_server
 from integration.families import FAMILIES
 from integration.training import command as training
+from integration.training.adapt import AdaptOptions
 from memstore import __main__ as command_line
 from memstore import config, errors, status
 from memstore.wire import limits
@@ -137,6 +138,12 @@ def test_the_families_are_those_of_the_code() -> None:
     found = re.search(r"<!-- FAMILIES -->(.*?)<!-- /FAMILIES -->", README.read_text(), re.DOTALL)
     assert found is not None
     assert found[1].replace("\n", " ").split(", ") == sorted(FAMILIES)
+
+
+def test_the_length_of_training_is_that_of_the_code() -> None:
+    options = AdaptOptions()
+    told = f"{options.steps:,} steps of {options.batch} x {options.segment} tokens"
+    assert told in " ".join(README.read_text().split())
 
 
 def test_every_make_target_exists() -> None:
