@@ -52,6 +52,10 @@ def _parser(added: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if not __debug__:
+        raise config.ConfigError(
+            "python -O takes away checks that keep FAISS from reading past a row; start without it"
+        )
     settings = config.from_sources(vars(options), os.environ)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve the event loop
     from memstore import server

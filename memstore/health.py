@@ -63,7 +63,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         return health_pb2.HealthCheckResponse(status=found)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """The status of one service now and whenever it changes; SERVICE_UNKNOWN where there is none of that name."""
+        """The status of one service now and whenever it changes, until draining; SERVICE_UNKNOWN if there is none."""
         last: int | None = None
         while True:
             seen, found = self._num_changes, self.status(request.service)
@@ -71,6 +71,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
             if status != last:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
                 last = status
+            if self._registry.state is State.DRAINING:
+                return  # it has heard the last word, and a stream that stays open would hold up the stop
             await self._changes_beyond(seen)
 
     def _announce_soon(self) -> None:

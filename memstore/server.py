@@ -39,8 +39,6 @@ _log = logging.getLogger(__name__)
 
 def run(config: Config) -> int:
     """Serves until told to stop; the exit code. ConfigError and MemstoreError say why it could not begin."""
-    if not __debug__:
-        raise ConfigError("python -O takes away the checks that keep FAISS from reading past a row; start without it")
     logs.configure(config.log_format, config.log_level)
     check_bind(config)
     _tune_malloc()
@@ -140,10 +138,10 @@ class Server:
     def _announce(self, address: str, metrics_port: int) -> None:
         """The one line, and the file, that say that everything is up."""
         metrics = f"http://{self._config.metrics_host}:{metrics_port}" if metrics_port >= 0 else ""
-        event(_log, logging.INFO, "ready", address=address, metrics=metrics, capacity_bytes=self._capacity_bytes)
         if self._config.ready_file is not None:
             content = {"address": address, "metrics": metrics, "pid": os.getpid()}
             SystemDisk().replace(self._config.ready_file, json.dumps(content).encode())
+        event(_log, logging.INFO, "ready", address=address, metrics=metrics, capacity_bytes=self._capacity_bytes)
 
     @property
     def _capacity_bytes(self) -> int:

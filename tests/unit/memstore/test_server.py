@@ -1,0 +1,156 @@
+"""The server as a process: start, restart, one owner of its data, and its stop."""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from memstore.errors import NotReady
+from memstore.v1 import memstore_pb2 as pb
+from memstore.v1 import memstore_pb2_grpc
+from tests.calling import failure
+from tests.serving import spec, step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Process:
+    """`memstore serve` with a JSON log, its data in a folder."""
+
+    def __init__(self, folder: Path, *arguments: str, optimised: bool = False) -> None:
+        command = [sys.executable, *(["-O"] if optimised else []), "-m", "memstore", "serve"]
+        command += ["--data", str(folder), "--log-format", "json", "--metrics-port", "0", "--threads", "1"]
+        self._process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        self.channel: grpc.Channel | None = None
+
+    def until(self, name: str) -> dict[str, Any]:
+        """The line of the log with this event."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            entry: dict[str, Any] = json.loads(line)
+            if entry["event"] == name:
+                return entry
+        raise AssertionError(f"the log ended without {name!r}")
+
+    def connect(self) -> memstore_pb2_grpc.MemoryServiceStub:
+        """A connection, once the server is ready."""
+        self.channel = grpc.insecure_channel(self.until("ready")["address"])
+        return memstore_pb2_grpc.MemoryServiceStub(self.channel)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Sends a signal."""
+        self._process.send_signal(number)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and what was left of the log."""
+        assert self._process.stderr is not None
+        rest = self._process.stderr.read()
+        return self._process.wait(), rest
+
+    def close(self) -> None:
+        """Ends it whatever its state is."""
+        if self.channel is not None:
+            self.channel.close()
+        self._process.kill()
+        with self._process:
+            """Waits, and closes its pipes."""
+
+
+@pytest.fixture
+def started() -> Iterator[list[Process]]:
+    processes: list[Process] = []
+    yield processes
+    for process in processes:
+        process.close()
+
+
+def test_a_server_stops_in_order_and_comes_back_with_its_memories(tmp_path: Path, started: list[Process]) -> None:
+    ready, socket = tmp_path / "ready.json", tmp_path / "s"
+    where = ("--unix-socket", str(socket), "--ready-file", str(ready))
+    first = Process(tmp_path, *where)
+    started.append(first)
+    stub = first.connect()
+    announced = json.loads(ready.read_text())
+    assert announced["address"] == f"unix://{socket}"
+    assert announced["metrics"].startswith("http://127.0.0.1:")
+    stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
+
+    other = Process(tmp_path, "--port", "0")  # the same data
+    started.append(other)
+    code, log = other.end()
+    assert code == 1
+    assert "another server holds this lock" in log
+
+    outgoing: queue.Queue[pb.StepStreamRequest] = queue.Queue()
+    stream = stub.StepStream(iter(outgoing.get, None))
+    outgoing.put(pb.StepStreamRequest(call_id=1, step=step()))
+    epoch = next(stream).step.sequences[0].epoch
+    assert first.channel is not None
+    watch = health_pb2_grpc.HealthStub(first.channel).Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    first.tell(signal.SIGTERM)
+    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        next(stream)
+    assert isinstance(failure(caught.value), NotReady)
+    code, log = first.end()
+    assert code == 0
+    assert [json.loads(line)["event"] for line in log.splitlines()][-2:] == ["draining", "stopped"]
+    assert not socket.exists()
+
+    again = Process(tmp_path, *where)
+    started.append(again)
+    stub = again.connect()
+    (memory,) = stub.ListMemories(pb.ListMemoriesRequest()).memories
+    assert (memory.spec.name, memory.status.num_rows) == ("notes", 0)
+    assert stub.Step(step()).sequences[0].epoch != epoch
+    again.tell(signal.SIGKILL)  # leaves socket and locks behind
+
+    last = Process(tmp_path, *where)
+    started.append(last)
+    assert len(last.connect().ListMemories(pb.ListMemoriesRequest()).memories) == 1
+
+
+def test_a_second_signal_does_not_wait_for_the_grace(tmp_path: Path, started: list[Process]) -> None:
+    server = Process(tmp_path, "--port", "0", "--grace", "3600")
+    started.append(server)
+    server.connect()
+    assert server.channel is not None
+    questions: queue.Queue[reflection_pb2.ServerReflectionRequest] = queue.Queue()
+    questions.put(reflection_pb2.ServerReflectionRequest(list_services=""))
+    talk = reflection_pb2_grpc.ServerReflectionStub(server.channel).ServerReflectionInfo(iter(questions.get, None))
+    next(talk)  # and it stays open
+    server.tell(signal.SIGINT)
+    server.until("draining")
+    server.tell(signal.SIGTERM)
+    code, log = server.end()
+    assert code == 0
+    assert json.loads(log.splitlines()[-1])["event"] == "stopped"
+
+
+def test_a_spoilt_catalogue_stops_the_start(tmp_path: Path, started: list[Process]) -> None:
+    (tmp_path / "catalog.json").write_text("{}")
+    server = Process(tmp_path, "--port", "0")
+    started.append(server)
+    code, log = server.end()
+    assert code == 1
+    assert "catalog.json: not a catalogue" in log
+
+
+def test_without_its_checks_it_does_not_start(tmp_path: Path, started: list[Process]) -> None:
+    server = Process(tmp_path, optimised=True)
+    started.append(server)
+    code, log = server.end()
+    assert code == 2
+    assert "python -O" in log
