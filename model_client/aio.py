@@ -125,7 +125,7 @@ class AsyncMemoryClient(ClientBase):
 
     async def close(self) -> None:
         """Ends every thread and connection; calls under way fail. May be called again."""
-        self._transport.close()
+        self._close()
 
     async def __aenter__(self) -> Self:
         return self

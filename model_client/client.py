@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import threading
+import weakref
 from typing import TYPE_CHECKING, Unpack
 
 from memstore.v1 import memstore_pb2 as pb
@@ -49,6 +52,10 @@ class ClientBase:
         clock = options.get("clock") or Clock()
         breaker = Breaker(options.get("breaker_failures", 5), options.get("breaker_s", 5.0), clock)
         self._core = Core(self._transport, breaker, self.stats, clock)
+        # Threads must be gone before the interpreter is: one that wakes up in its ruins takes the process down. They
+        # also go when client and sessions are collected, on a thread of their own, since any thread may collect.
+        atexit.register(self._transport.close)
+        weakref.finalize(self._core, _close_aside, self._transport).atexit = False
 
     @property
     def transport(self) -> str:
@@ -84,6 +91,10 @@ class ClientBase:
 
     def _begin_info(self) -> Running[pb.ServerInfoResponse]:
         return self._begin("ServerInfo", pb.ServerInfoRequest(), pb.ServerInfoResponse)
+
+    def _close(self) -> None:
+        atexit.unregister(self._transport.close)
+        self._transport.close()
 
 
 class MemoryClient(ClientBase):
@@ -128,7 +139,7 @@ class MemoryClient(ClientBase):
 
     def close(self) -> None:
         """Ends every thread and connection; calls under way fail. May be called again."""
-        self._transport.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -137,3 +148,8 @@ class MemoryClient(ClientBase):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close_aside(transport: Transport) -> None:
+    atexit.unregister(transport.close)
+    threading.Thread(target=transport.close, name="memstore-close").start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from memstore.v1 import memstore_pb2 as pb
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from model_client.transport.base import TensorPlane
+
 MAX_UNDER_WAY = 2
 """Steps whose outcome is not known that a session keeps."""
 
@@ -59,6 +62,7 @@ class Step:
         self._core = core
         self._rows = rows if core.transport.plane.is_single_use else None
         self._is_abandoned = False
+        self._discard = partial(_discard, core.transport.plane)  # knows no more, so that it keeps no client alive
 
     @property
     def has_start(self) -> bool:
@@ -117,10 +121,6 @@ class Step:
             self.may_be_done |= not isinstance(error, MemstoreClientError) or error.is_outcome_unknown
             if future is self.future:
                 self.future = None
-
-    def _discard(self, future: Future[Message]) -> None:
-        if future.exception() is None:
-            self._core.transport.plane.discard(future.result())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,7 +368,12 @@ class SessionCore:
         return reply
 
 
+def _discard(plane: TensorPlane, future: Future[Message]) -> None:
+    if future.exception() is None:
+        plane.discard(future.result())
+
+
 def _is_superseded(older: Step, newer: Step) -> bool:
-    """True where `newer` empties all that `older` may have appended to, and no copy of `older` can empty it again."""
+    """True where `newer` empties all that `older` may have appended to, and no copy of `older` can be done later."""
     started = {part.sequence for part in newer.request.sequences if part.start_of_sequence}
-    return not older.has_start and started.issuperset(part.sequence for part in older.request.sequences)
+    return not older.has_start and all(part.epoch and part.sequence in started for part in older.request.sequences)

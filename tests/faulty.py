@@ -12,6 +12,7 @@ import torch
 from memstore.errors import MemstoreError
 from memstore.plane import tensors_of
 from model_client.errors import ClientClosed, Unavailable, from_class_name
+from model_client.seams import Clock
 from model_client.wire import InlinePlane
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
-class FakeClock:
+class FakeClock(Clock):
     """Time passes only by waiting and pausing, and then at once."""
 
     def __init__(self) -> None:

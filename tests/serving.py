@@ -45,6 +45,7 @@ class Setting:
     capacity_bytes: int = 1 << 30
     max_memories: int = 100
     stream_in_flight: int = 4
+    port: int = 0
 
 
 @dataclass(kw_only=True)
@@ -119,7 +120,7 @@ async def _start(
     server.add_generic_rpc_handlers((front.handler(),))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add_reflection(server, Config(), (SERVICE.full_name,))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{setting.port}")
     await server.start()
     return server, front, health, port
 

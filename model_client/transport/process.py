@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -48,20 +49,21 @@ class ProcessTransport:
 
         self._embedded: Embedded = Embedded(device)
         self._is_closed = False
+        self._process_id = os.getpid()
         self.plane = HandedPlane(self._embedded.plane)
 
     def call(self, method: str, request: Message, timeout_s: float) -> Future[Message]:
         """Begins the call; the device thread answers it."""
         answer: Future[Message] = Future()
-        if self._is_closed:
-            answer.set_exception(ClientClosed("the client is closed"))
+        if self._is_closed or self._process_id != os.getpid():
+            answer.set_exception(ClientClosed("the client is closed, or was made in the parent of this process"))
             return answer
         self._embedded.call(method, request, timeout_s).add_done_callback(lambda done: _hand_on(done, answer))
         return answer
 
     def close(self) -> None:
         """Ends the device thread and frees every memory."""
-        if not self._is_closed:
+        if not self._is_closed and self._process_id == os.getpid():
             self._is_closed = True
             self._embedded.close()
 

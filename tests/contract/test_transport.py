@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -252,3 +253,18 @@ def test_counters(client: Any, kind: str) -> None:
     else:
         assert stats["sent_bytes"] > 102 * 16
         assert stats["received_bytes"] > 3 * 16
+
+
+@pytest.mark.parametrize("use_stream", [True, False])
+def test_a_client_that_is_let_go_of_leaves_no_threads(server: Serving, kind: str, use_stream: bool) -> None:
+    threads = set(threading.enumerate())
+    client = MemoryClient(":memory:" if kind == "process" else server.target, use_stream=use_stream)
+    create(client)
+    session = client.session("m", ["a"])
+    session.start_step(torch.ones(1, 4), [1], retrieve=Retrieval(1), append=True)
+    client.drop_memory("m")
+    del client, session
+    gc.collect()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), f"{thread.name} outlives the client"

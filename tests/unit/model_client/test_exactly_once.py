@@ -1,8 +1,8 @@
-"""Appends through a bad network: each row once at most, in order, without gaps, and none that was promised is missing."""
+"""Appends through a bad network: each row once at most, in order, without gaps; what was promised is there."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -334,7 +334,7 @@ def test_the_outcome_of_a_done_append_settled_by_another_is_still_given(bench: B
 
 FAULTS = st.lists(st.sampled_from(Fault), max_size=3)
 COUNTS = st.tuples(st.integers(0, 2), st.integers(0, 2))
-OPERATIONS = st.lists(
+OPERATIONS: st.SearchStrategy[list[Any]] = st.lists(
     st.one_of(
         st.tuples(st.just("append"), COUNTS, FAULTS),
         st.tuples(st.just("start"), COUNTS, FAULTS),
