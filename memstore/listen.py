@@ -38,11 +38,11 @@ def address_lock(config: Config, disk: Disk) -> Iterator[None]:
         yield
         return
     with disk.lock(_lock_path(config.unix_socket)):
-        config.unix_socket.unlink(missing_ok=True)
+        disk.remove(config.unix_socket)
         try:
             yield
         finally:
-            config.unix_socket.unlink(missing_ok=True)
+            disk.remove(config.unix_socket)
 
 
 def _lock_path(socket: Path) -> Path:

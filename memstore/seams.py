@@ -36,6 +36,9 @@ class Disk(Protocol):
     def replace(self, path: Path, content: bytes) -> None:
         """The file has this content, or after a crash its old one: never a part of either. Makes the folder."""
 
+    def remove(self, path: Path) -> None:
+        """The file is gone; nothing happens when there was none."""
+
     def lock(self, path: Path) -> AbstractContextManager[None]:
         """Holds `path` as the lock of its folder; NotReady while another process holds it. Makes the folder."""
 
@@ -72,6 +75,9 @@ class SystemDisk:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:

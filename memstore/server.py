@@ -61,6 +61,12 @@ class Server:
         self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, config.metrics_memories)
         self._registry = self._make_registry()
         self._metrics.watch(self._registry)
+        self._forget_ready_file()
+        stack.callback(self._forget_ready_file)
+
+    def _forget_ready_file(self) -> None:
+        if self._config.ready_file is not None:
+            SystemDisk().remove(self._config.ready_file)
 
     async def serve(self) -> None:
         """From binding to the last answer."""

@@ -50,6 +50,9 @@ class FakeDisk:
             raise OSError(28, "No space left on device")
         self.files[path] = content
 
+    def remove(self, path: Path) -> None:
+        self.files.pop(path, None)
+
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
         if path in self._held:

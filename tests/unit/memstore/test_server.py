@@ -108,6 +108,7 @@ def test_a_server_stops_in_order_and_comes_back_with_its_memories(tmp_path: Path
     assert code == 0
     assert [json.loads(line)["event"] for line in log.splitlines()][-2:] == ["draining", "stopped"]
     assert not socket.exists()
+    assert not ready.exists()
 
     again = Process(tmp_path, *where)
     started.append(again)
