@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"memstore demo: {error}\n")
         return 1
     files = ", ".join(f"{options.out / name}" for name in ("report.json", "report.html", "report.png"))
-    text = json.dumps(json.loads((options.out / "report.json").read_text())) if options.json else "\n".join(
-        [*report.lines(), f"written: {files}"]
+    text = (
+        json.dumps(json.loads((options.out / "report.json").read_text()))
+        if options.json
+        else "\n".join([*report.lines(), f"written: {files}"])
     )
     sys.stdout.write(text + "\n")
     return 0
@@ -55,10 +57,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="memstore demo", description=__doc__)
     parser.add_argument("--text", type=Path, help="file or folder to read (default: source of the standard library)")
     parser.add_argument("--other-text", type=Path, help="file or folder whose memory is the control")
-    parser.add_argument("--tokens", type=int, default=106_496, help="read at most this many tokens (default %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=106_496, help="read at most this many tokens (default %(default)s)"
+    )
     parser.add_argument("--capacity", type=int, help="entries that the memory holds (default: as trained)")
     parser.add_argument("--target", help="an existing server, host:port or unix:///path (default: start one)")
-    parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder of the report (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-report"), help="folder of the report (default %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="device of the model (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print report.json instead of a table")
     options = parser.parse_args(arguments)
@@ -158,7 +164,9 @@ def load_model(folder: Path, device: str) -> tuple[Any, torch.nn.Module]:
     """The tokenizer and the language model of a folder, in float32, for inference."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), clean_up_tokenization_spaces=False
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return tokenizer, model.to(device).eval()
 

@@ -67,9 +67,7 @@ def _examples(readings: Readings, read_map: ReadMap, decode: Callable[[int, int]
     return [_example(token, readings, read_map, decode) for token in chosen]
 
 
-def _example(
-    token: int, readings: Readings, read_map: ReadMap, decode: Callable[[int, int], str]
-) -> dict[str, object]:
+def _example(token: int, readings: Readings, read_map: ReadMap, decode: Callable[[int, int], str]) -> dict[str, object]:
     position = int(read_map.source[token])
     return {
         "token": token + 1,

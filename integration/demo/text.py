@@ -31,7 +31,9 @@ def standard_library(packages: tuple[str, ...], library: Path | None = None) -> 
     Raises NoText where this Python comes without its source.
     """
     root = library or Path(sysconfig.get_paths()["stdlib"])
-    files = [file for package in packages for file in sorted((root / package).rglob("*.py")) if "test" not in file.parts]
+    files = [
+        file for package in packages for file in sorted((root / package).rglob("*.py")) if "test" not in file.parts
+    ]
     parts = [f"# file: {file.relative_to(root).as_posix()}\n{_read(file)}\n" for file in files]
     if not parts:
         raise NoText(f"no source of the standard library under {root}; give a file with --text")
