@@ -6,13 +6,16 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import yaml
 
 from integration import MemoryConfig, MemoryWeights, save_adapter
 from integration.demo import command as demo
@@ -23,6 +26,7 @@ from integration.training import command as training
 from integration.training.adapt import AdaptOptions
 from memstore import __main__ as command_line
 from memstore import config, errors, status
+from memstore.auth import parse_tokens
 from memstore.wire import limits
 
 if TYPE_CHECKING:
@@ -162,6 +166,24 @@ def test_every_command_line_is_understood(words: list[str]) -> None:
             training._parse(words[1:])
         case _:
             command_line._parser([]).parse_args(words)
+
+
+def test_every_composition_that_is_named_exists() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    profiles = {profile for service in services.values() for profile in service["profiles"]}
+    for words in commands("docker"):
+        assert words[:2] == ["compose", "--profile"]
+        assert words[2] in profiles
+        assert words[3] == "up" or words[-1] in services
+    assert set(re.findall(r"`--profile (\w+)`", README.read_text())) <= profiles
+
+
+def test_the_line_that_makes_a_token_file_makes_one(tmp_path: Path) -> None:
+    (line,) = (line for block in blocks(README, "sh") for line in block.splitlines() if "sha256sum" in line)
+    environment = {"TOKEN": "a secret", "PATH": os.environ["PATH"]}
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, check=True)
+    tokens = parse_tokens((tmp_path / "tokens").read_text())
+    assert tokens.tenant({"authorization": "Bearer a secret"}) == "team-a"
 
 
 def test_every_setting_that_is_named_exists() -> None:
