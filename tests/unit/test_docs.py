@@ -28,6 +28,7 @@ from memstore import __main__ as command_line
 from memstore import config, errors, status
 from memstore.auth import parse_tokens
 from memstore.wire import limits
+from tests.unit.test_layering import ORDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,6 +106,11 @@ def test_every_module_has_its_line_in_the_tree_and_no_other_has() -> None:
     lines = tree_lines()
     assert set(lines) == modules()
     assert [path for path, text in lines.items() if not text] == []
+
+
+def test_the_layers_are_those_that_are_enforced() -> None:
+    (layers,) = re.findall(r"`(v1 types [^`]*)`", ARCHITECTURE.read_text())
+    assert layers.replace("|", " ").split() == ORDER
 
 
 def test_the_error_table_is_that_of_the_code() -> None:
