@@ -99,6 +99,7 @@ class RedisCatalog:
     """One Redis or Valkey hash, `PREFIX:memories`; field TENANT/NAME. NotReady while the server is out of reach."""
 
     def __init__(self, url: str, prefix: str) -> None:
+        """Connects when first asked. ValueError where `url` is not one of Redis."""
         self._redis = redis.Redis.from_url(
             url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S, decode_responses=False
         )

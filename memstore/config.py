@@ -173,7 +173,7 @@ def _check(config: Config) -> None:
         raise ConfigError("--tls-cert and --tls-key belong together")
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
-    if config.catalog not in ("file", "none") and "://" not in config.catalog:
+    if not re.fullmatch(r"file|none|(rediss?|unix)://\S+", config.catalog):
         raise ConfigError(f"--catalog={config.catalog}: file, none, or a redis:// rediss:// unix:// URL")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
         raise ConfigError(f"--device={config.device}: auto, cpu, cuda or cuda:N")

@@ -102,7 +102,10 @@ class Server:
         if config.catalog == "none" or config.data is None:
             return NoCatalog()
         if config.catalog != "file":
-            catalog = RedisCatalog(config.catalog, config.catalog_prefix)
+            try:
+                catalog = RedisCatalog(config.catalog, config.catalog_prefix)
+            except ValueError as error:
+                raise ConfigError(f"--catalog: {error}") from error
             self._stack.callback(catalog.close)
             return catalog
         disk = SystemDisk()

@@ -323,7 +323,7 @@ class PayloadSpec(_message.Message):
     """Element format of the stored array. Required."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Extents of one entry, 1 to 4 of them, each 1 or more; INVALID_ARGUMENT otherwise."""
+        """Extents of one entry, 1 to 4 of them, each 1 or more, of at most 16 MiB in all; INVALID_ARGUMENT otherwise."""
 
     def __init__(
         self,
@@ -746,7 +746,10 @@ Global___SequencePart: _TypeAlias = SequencePart  # noqa: Y015
 
 @_typing.final
 class RetrieveOptions(_message.Message):
-    """What a retrieval gives back."""
+    """What a retrieval gives back. Where index and scores alone would be beyond the message limit: INVALID_ARGUMENT. Where
+    the rows found make the reply too large: RESOURCE_EXHAUSTED (QuotaExceeded), and what was to be appended is appended;
+    the same seq can be sent again asking for less.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -934,7 +937,8 @@ class StepRequest(_message.Message):
     @_builtins.property
     def keys(self) -> Global___Tensor:
         """FP32, FP16 or BF16 [num_layers, num_rows, dim], finite: the queries and the rows to append. num_rows is the sum
-        over the sequences.
+        over the sequences. No element's magnitude is beyond 1e17, nor, where the rows are appended, beyond the largest
+        number of the memory's dtype.
         """
 
     def __init__(
@@ -1146,7 +1150,7 @@ class RetrieveRequest(_message.Message):
 
     @_builtins.property
     def keys(self) -> Global___Tensor:
-        """FP32, FP16 or BF16 [num_layers, num_rows, dim], finite: the queries."""
+        """FP32, FP16 or BF16 [num_layers, num_rows, dim], finite and of magnitude at most 1e17: the queries."""
 
     def __init__(
         self,
@@ -1220,7 +1224,9 @@ class AppendRequest(_message.Message):
 
     @_builtins.property
     def keys(self) -> Global___Tensor:
-        """FP32, FP16 or BF16 [num_layers, num_rows, dim], finite: the rows to append, for all layers of the memory."""
+        """FP32, FP16 or BF16 [num_layers, num_rows, dim], finite: the rows to append, for all layers of the memory. Limits as
+        in StepRequest.
+        """
 
     def __init__(
         self,

@@ -130,6 +130,7 @@ def test_wrong_usage_is_2(arguments: Sequence[str], capsys: pytest.CaptureFixtur
         (["--host", "0.0.0.0"], "--insecure-bind"),  # noqa: S104
         (["--token-file", "/none"], "/none"),
         (["--device", "cuda:99"], "--device=cuda:99"),
+        (["--catalog", "redis://host:port"], "--catalog: Port could not be cast"),
         (["--tls-cert", "/none", "--tls-key", "/none", "--metrics-port", "0"], "/none"),
     ],
 )

@@ -78,6 +78,7 @@ def test_sizes_have_units(text: str, size: int) -> None:
         ({"MEMSTORE_INSECURE_BIND": "maybe"}, "MEMSTORE_INSECURE_BIND"),
         ({"MEMSTORE_LOG_FORMAT": "xml"}, "MEMSTORE_LOG_FORMAT=xml: not one of text, json"),
         ({"MEMSTORE_CATALOG": "redis"}, "--catalog=redis"),
+        ({"MEMSTORE_CATALOG": "http://host"}, "--catalog=http://host"),
         ({"MEMSTORE_DEVICE": "tpu"}, "--device=tpu"),
         ({"MEMSTORE_TLS_CERT": "c"}, "--tls-cert and --tls-key"),
         ({"MEMSTORE_TLS_CLIENT_CA": "c"}, "--tls-client-ca"),
