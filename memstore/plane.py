@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -17,6 +18,7 @@ from memstore.v1 import memstore_pb2 as pb
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from google.protobuf.descriptor import Descriptor, FieldDescriptor
     from google.protobuf.message import Message
 
 MAX_TENSOR_DIMS = 8
@@ -209,15 +211,26 @@ def tensors_of(message: Message) -> Iterator[pb.Tensor]:
     if isinstance(message, pb.Tensor):
         yield message
         return
-    for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
-            continue
-        for part in value if field.is_repeated else (value,):
-            yield from tensors_of(part)
+    for field in _fields_with_tensors(message.DESCRIPTOR):
+        if field.is_repeated:
+            for part in getattr(message, field.name):
+                yield from tensors_of(part)
+        elif message.HasField(field.name):
+            yield from tensors_of(getattr(message, field.name))
+
+
+@functools.cache
+def _fields_with_tensors(kind: Descriptor) -> tuple[FieldDescriptor, ...]:
+    """Fields of a message that are tensors or have some in them. No message of the contract contains itself."""
+    return tuple(
+        field
+        for field in kind.fields
+        if field.message_type is not None
+        and (field.message_type is pb.Tensor.DESCRIPTOR or _fields_with_tensors(field.message_type))
+    )
 
 
 def tensor_bytes(message: Message) -> int:
-    """Bytes of the elements of all tensors of a message, whichever way they travel."""
-    return sum(
-        tensor.region.length_bytes if tensor.HasField("region") else len(tensor.data) for tensor in tensors_of(message)
-    )
+    """Bytes of a message and of the tensors that it only points to."""
+    away = (tensor.region.length_bytes for tensor in tensors_of(message) if tensor.HasField("region"))
+    return message.ByteSize() + sum(away)

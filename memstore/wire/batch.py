@@ -80,22 +80,25 @@ def decode_batch(request: StepLike, spec: MemorySpec, plane: Plane) -> StepBatch
 def _parts(sequences: Sequence[pb.SequencePart]) -> tuple[SequencePart, ...]:
     if not 1 <= len(sequences) <= limits.MAX_PARTS:
         raise InvalidRequest("sequences", f"{len(sequences)} sequences, 1 to {limits.MAX_PARTS:,} in a batch")
-    parts = tuple(_part(part, f"sequences[{i}]") for i, part in enumerate(sequences))
+    parts = tuple([_part(part, place) for place, part in enumerate(sequences)])
     if len({part.sequence for part in parts}) < len(parts):
         raise InvalidRequest("sequences", "a sequence stands in the batch twice")
     return parts
 
 
-def _part(part: pb.SequencePart, field: str) -> SequencePart:
+def _part(part: pb.SequencePart, place: int) -> SequencePart:
+    name, num_rows, seq = part.sequence, part.num_rows, part.seq
     as_of = part.as_of if part.HasField("as_of") else None
-    if part.num_rows < 0 or part.seq < 0 or (as_of is not None and as_of < 0):
-        raise InvalidRequest(field, "num_rows, seq and as_of are 0 or more")
+    if not fields.is_printable(name, 1, limits.MAX_SEQUENCE_NAME):
+        sequence_name(name, f"sequences[{place}].sequence")
+    if num_rows < 0 or seq < 0 or (as_of is not None and as_of < 0):
+        raise InvalidRequest(f"sequences[{place}]", "num_rows, seq and as_of are 0 or more")
     return SequencePart(
-        sequence=sequence_name(part.sequence, f"{field}.sequence"),
-        num_rows=part.num_rows,
+        sequence=name,
+        num_rows=num_rows,
         start_of_sequence=part.start_of_sequence,
         epoch=part.epoch,
-        seq=part.seq,
+        seq=seq,
         as_of=as_of,
     )
 
@@ -184,15 +187,15 @@ def _payloads(ask: _Ask, spec: MemorySpec, rows: Sequence[int], plane: Plane) ->
 
 
 def _fingerprints(parts: Sequence[SequencePart], arrays: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """CRC-32 of each part's rows in every layer and array, in the order of the spec."""
+    """CRC-32 of each part's rows in every array and layer, in the order of the spec."""
     views = [array.flatten(2).view(torch.uint8).numpy() for array in arrays if array.numel()]
+    layers = [(layer.reshape(-1).data, layer.shape[1]) for view in views for layer in view]
     fingerprints, begin = [], 0
     for part in parts:
         end = begin + part.num_rows
         value = 0
-        for view in views:
-            for layer in view:
-                value = zlib.crc32(layer[begin:end], value)
+        for content, row_bytes in layers:
+            value = zlib.crc32(content[begin * row_bytes : end * row_bytes], value)
         fingerprints.append(value)
         begin = end
     return tuple(fingerprints)

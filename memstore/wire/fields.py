@@ -40,9 +40,14 @@ def payload_name(value: str, field: str) -> str:
 
 def printable(value: str, field: str, least: int, most: int) -> str:
     """least to most printable ASCII characters."""
-    if not (least <= len(value) <= most and value.isascii() and value.isprintable()):
+    if not is_printable(value, least, most):
         raise InvalidRequest(field, f"{clipped(value)}: {least} to {most} printable ASCII characters")
     return value
+
+
+def is_printable(value: str, least: int, most: int) -> bool:
+    """True for least to most printable ASCII characters."""
+    return least <= len(value) <= most and value.isascii() and value.isprintable()
 
 
 def clipped(value: str) -> str:

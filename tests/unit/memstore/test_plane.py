@@ -114,14 +114,18 @@ def test_handing_over_leaves_the_writers_graph_behind() -> None:
     assert not plane.read(plane.write(sent), "keys").requires_grad
 
 
-def test_every_tensor_of_a_message_counts() -> None:
+def test_every_tensor_of_a_message_is_found_and_counts() -> None:
     plane = ProcessPlane()
     request = step(keys=plane.write(torch.ones(1, 1, 4)))
-    request.payloads.add(name="a").tensor.data = bytes(10)
-    request.payloads.add(name="b")
-    assert len(list(tensors_of(request))) == 2  # one without a tensor has none
-    assert tensor_bytes(request) == 26
-    assert tensor_bytes(pb.CreateMemoryRequest(spec=pb.MemorySpec(tags={"a": "b"}))) == 0
+    small = tensor_bytes(request)
+    request.payloads.add(name="a").tensor.data = bytes(1000)
+    request.payloads.add(name="b")  # has none
+    assert len(list(tensors_of(request))) == 2
+    assert small + 1000 <= tensor_bytes(request) < small + 1100
+    assert tensor_bytes(request) == request.ByteSize() + 16
+    response = pb.StepStreamResponse(step=pb.StepResponse(hits=pb.Hits(positions=pb.Tensor(), scores=pb.Tensor())))
+    assert len(list(tensors_of(response))) == 2
+    assert list(tensors_of(pb.CreateMemoryRequest(spec=pb.MemorySpec(tags={"a": "b"})))) == []
 
 
 @pytest.mark.gpu
