@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 """What a search may take beside its result, by type of device; or the scores of one query where that is more."""
 
-RANK_BYTES = {"cpu": 96 << 10, "cuda": 256 << 20}
-"""Of that, the float32 rows that are scored afresh at a time; on the host so few that torch does it in one thread."""
+ONE_THREAD = 32_768
+"""Elements up to which torch works in the thread that asks, on the host: threads that are busy elsewhere are dear."""
+
+RANK_ELEMENTS = {"cpu": ONE_THREAD, "cuda": 64 << 20}
+"""Elements of the rows that are scored afresh at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +88,7 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torc
     first_cells = slab.first_cells(layers[:, None], batch.per_query(batch.places))
     cells = first_cells[..., None] + ring.slot_of(positions.clamp(min=0), slab.capacity)
     scores = torch.empty(positions.shape, device=positions.device)
-    row_bytes = slab.dim * torch.float32.itemsize
-    step = max(RANK_BYTES[slab.device.type] // (row_bytes * batch.top_k), 1)
+    step = max(RANK_ELEMENTS[slab.device.type] // (slab.dim * batch.top_k), 1)
     flat = (batch.queries.flatten(0, 1), cells.flatten(0, 1), scores.flatten(0, 1))
     for queries, some_cells, some_scores in zip(*(torch.split(tensor, step) for tensor in flat), strict=True):
         some_scores.copy_(_scores(slab, queries, some_cells))

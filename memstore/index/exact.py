@@ -1,4 +1,4 @@
-"""Exact search: matrix products over whole rings, on the host also direct scans where there are few queries."""
+"""Exact search: on the host by FAISS, thread by thread; on a GPU, and without FAISS, by matrix products in torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class ExactIndex:
         self._host = HostScan()
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Searches the sequences by one of two ways, whichever is faster for the number of their queries."""
+        """Searches all sequences by the way that is fastest on the slab's device."""
         candidates = no_candidates(batch)
-        taken = self._host.search(slab, batch, candidates)
-        for grid in grids(slab, batch, taken):
+        if slab.device.type == "cpu" and self._host.is_available:
+            self._host.search(slab, batch, candidates)
+            return rank(slab, batch, candidates)
+        for grid in grids(slab, batch):
             for at, layer in enumerate(batch.layers):
                 found = self._products.search(slab, layer, grid, grid.spread(batch.queries[at]), batch.top_k)
                 candidates[at, grid.columns, : found.shape[2]] = grid.collect(found)

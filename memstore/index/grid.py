@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from memstore.index.base import SearchBatch
     from memstore.slab import Slab
 
@@ -42,12 +40,12 @@ class Grid:
         return rows if self.cells is None else rows.index_select(0, self.cells)
 
 
-def grids(slab: Slab, batch: SearchBatch, done: Collection[int]) -> list[Grid]:
-    """Grids of every sequence that sees something and is not among `done`.
+def grids(slab: Slab, batch: SearchBatch) -> list[Grid]:
+    """Grids of every sequence that sees something.
 
     On a GPU, where each launch costs more than reading a ring, they are one where that does not double the work.
     """
-    columns = {at: slice(first, end) for at, first, end in batch.sequences() if at not in done}
+    columns = {at: slice(first, end) for at, first, end in batch.sequences()}
     if slab.device.type == "cuda" and len(columns) > 1:
         low = min(batch.places[at] for at in columns)
         num_places = max(batch.places[at] for at in columns) - low + 1
