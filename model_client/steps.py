@@ -332,9 +332,11 @@ class SessionCore:
                 self._numbering.take_back(part, step.seqs_before[part.sequence])
 
     def _give_up(self, is_needless: Callable[[Step], bool]) -> None:
-        """Ends those that have failed, are not being sent, and are needless."""
+        """Ends those that have failed and are needless, where the epochs they name keep a late copy from being done."""
         for step in tuple(self._under_way):
-            if (step.future is None or step.future.done()) and is_needless(step):
+            is_failed = step.future is None or step.future.done()
+            is_fenced = all(part.epoch for part in step.request.sequences)
+            if is_failed and is_fenced and is_needless(step):
                 self._end(step, Late("given up: its sequences were emptied before it was known to be done"))
 
     def _end(self, step: Step, error: MemstoreClientError) -> None:
@@ -374,6 +376,6 @@ def _discard(plane: TensorPlane, future: Future[Message]) -> None:
 
 
 def _is_superseded(older: Step, newer: Step) -> bool:
-    """True where `newer` empties all that `older` may have appended to, and no copy of `older` can be done later."""
+    """True where `newer` empties all that `older` may have changed."""
     started = {part.sequence for part in newer.request.sequences if part.start_of_sequence}
-    return not older.has_start and all(part.epoch and part.sequence in started for part in older.request.sequences)
+    return started.issuperset(part.sequence for part in older.request.sequences)
