@@ -7,6 +7,8 @@ import json
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, cast
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from memstore.errors import Corrupt, NotReady
 
@@ -101,7 +103,11 @@ class RedisCatalog:
     def __init__(self, url: str, prefix: str) -> None:
         """Connects when first asked. ValueError where `url` is not one of Redis."""
         self._redis = redis.Redis.from_url(
-            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S, decode_responses=False
+            url,
+            socket_timeout=REDIS_TIMEOUT_S,
+            socket_connect_timeout=REDIS_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 1),  # once more on a new connection, where the old one was closed
+            decode_responses=False,
         )
         self._key = f"{prefix}:memories"
 

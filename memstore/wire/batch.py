@@ -162,7 +162,7 @@ def _keys(request: StepLike, shape: tuple[int, int, int], stored: MemorySpec | N
         raise InvalidRequest("keys.dtype", f"{keys.dtype}: keys are FP32, FP16 or BF16")
     if keys.numel():
         most = min(limits.MAX_KEY_ABS, torch.finfo(keys.dtype if stored is None else stored.dtype).max)
-        low, high = (float(value) for value in torch.aminmax(keys))
+        low, high = torch.stack(torch.aminmax(keys)).tolist()
         if not (low >= -most and high <= most):  # false for NaN, which aminmax passes on
             raise InvalidRequest("keys", f"an element is NaN, infinite or beyond +-{most:g}")
     return keys
