@@ -49,11 +49,10 @@ def until_queued(server: Serving, number: int) -> None:
         server.stub.ServerInfo(pb.ServerInfoRequest())
 
 
-def sessions(server: Serving) -> float:
-    """Open streams, once there are none; the test's own time limit ends it otherwise."""
-    while (number := server.metrics.registry.get_sample_value("memstore_sessions")) != 0:
+def until_streams_ended(server: Serving) -> None:
+    """Returns once no stream is open; the test's own time limit ends it otherwise."""
+    while server.metrics.registry.get_sample_value("memstore_sessions") != 0:
         server.stub.ServerInfo(pb.ServerInfoRequest())
-    return number
 
 
 class Conversation:

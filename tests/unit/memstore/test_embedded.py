@@ -51,7 +51,7 @@ def test_rows_may_enter_the_callers_graph(embedded: Embedded) -> None:
     reply = embedded.call("Step", own_step(embedded, torch.randn(1, 1, 4), seq=1)).result()
     assert isinstance(reply, pb.StepResponse)
     weight = torch.ones(2, 4, requires_grad=True)
-    torch.nn.functional.linear(embedded.plane.read(reply.hits.arrays[0].tensor, "key"), weight).sum().backward()
+    torch.nn.functional.linear(embedded.plane.read(reply.hits.arrays[0].tensor, "key"), weight).sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     embedded.plane.discard(reply)
 

@@ -132,7 +132,7 @@ def test_every_tensor_of_a_message_is_found_and_counts() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("plane", PLANES, ids=["inline", "process"])
 def test_on_a_device_the_reader_sees_what_the_writers_stream_will_have_written(plane: Plane) -> None:
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
         value = torch.zeros(1 << 22, device="cuda")
         for _ in range(50):

@@ -10,7 +10,7 @@ from memstore.errors import (
 )
 from memstore.grpc_front import SERVICE
 from memstore.v1 import memstore_pb2 as pb
-from tests.calling import Conversation, fails, failure, sessions, until_queued
+from tests.calling import Conversation, fails, failure, until_queued, until_streams_ended
 from tests.fakes import FakeClock, held
 from tests.serving import Serving, Setting, serving, spec, step
 
@@ -54,7 +54,9 @@ def test_a_step_of_a_stream_has_its_own_deadline(server: Serving) -> None:
 
 
 def test_a_stream_of_nonsense_ends_with_what_it_was(shared: Serving) -> None:
-    call = shared.channel.stream_stream(f"/{SERVICE.full_name}/StepStream")
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = shared.channel.stream_stream(
+        f"/{SERVICE.full_name}/StepStream"
+    )
     with pytest.raises(grpc.RpcError) as caught:
         list(call(iter([b"\xff\xff\xff"])))
     assert failure(caught.value).message == "request: not a StepStreamRequest"
@@ -66,7 +68,7 @@ def test_a_stream_that_is_cut_leaves_what_is_queued_undone(server: Serving) -> N
         talk.say(0, step())
         until_queued(server, 1)
         talk.answers.cancel()
-        assert sessions(server) == 0
+        until_streams_ended(server)
     talk.end()
     counted = server.stub.DescribeMemory(pb.DescribeMemoryRequest(name="notes")).memory.status
     assert counted.appended_rows == 0
