@@ -376,6 +376,9 @@ def _discard(plane: TensorPlane, future: Future[Message]) -> None:
 
 
 def _is_superseded(older: Step, newer: Step) -> bool:
-    """True where `newer` empties all that `older` may have changed."""
+    """True where `newer` empties all that `older` may have appended to.
+
+    An older start is not: both would name the epoch that it ends, and be told apart by their rows alone.
+    """
     started = {part.sequence for part in newer.request.sequences if part.start_of_sequence}
-    return started.issuperset(part.sequence for part in older.request.sequences)
+    return not older.has_start and started.issuperset(part.sequence for part in older.request.sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Required, TypedDict
 
@@ -33,6 +34,11 @@ _FROM_WIRE = {code: dtype for dtype, code in _TO_WIRE.items()}
 
 _METRICS = {"l2": pb.METRIC_L2, "ip": pb.METRIC_INNER_PRODUCT, "cosine": pb.METRIC_COSINE}
 _INDEXES = {"exact": pb.INDEX_KIND_EXACT, "faiss_flat": pb.INDEX_KIND_FAISS_FLAT}
+
+with warnings.catch_warnings():
+    # Torch says once a process that it does not know whether bytes may be written to; here it says so to nobody.
+    warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 class MemoryOptions(TypedDict, total=False):
@@ -124,7 +130,9 @@ class InlinePlane:
         dtype = _FROM_WIRE.get(message.dtype)
         if dtype is None:
             raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
-        buffer = bytearray(message.data)
+        buffer: bytes | bytearray = message.data  # a copy of our own, so the tensor may lie in it, and be written to
+        if len(buffer) < 2:  # but for these, of which the interpreter has one for all
+            buffer = bytearray(buffer)
         try:
             flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
             return flat.reshape(tuple(message.shape)).to(device)

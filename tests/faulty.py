@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-import torch
-
+from memstore.embedded import TENANT
 from memstore.errors import MemstoreError
-from memstore.plane import tensors_of
+from memstore.plane import InlinePlane as ServerPlane
+from memstore.service import Caller
 from model_client.errors import ClientClosed, Unavailable, from_class_name
 from model_client.seams import Clock
 from model_client.wire import InlinePlane
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from memstore.embedded import Embedded
-
-CPU = torch.device("cpu")
 
 
 class FakeClock(Clock):
@@ -88,7 +86,7 @@ class FaultyTransport:
         self.script: list[Fault] = []
         self.held: list[Held] = []
         self.calls: list[Message] = []
-        self._server = server
+        self._service = server._service  # with bytes in the messages, as over gRPC
         self._is_closed = False
 
     def call(self, method: str, request: Message, timeout_s: float) -> Future[Message]:
@@ -123,14 +121,8 @@ class FaultyTransport:
         self._is_closed = True
 
     def _deliver(self, method: str, request: Message) -> Future[Message]:
-        copy = type(request)()
-        copy.CopyFrom(request)
-        for tensor in tensors_of(copy):
-            tensor.CopyFrom(self._server.plane.write(self.plane.read(tensor, CPU)))
-        outcome = self._server.call(method, copy)
-        if outcome.exception(timeout=30) is None:
-            for tensor in tensors_of(outcome.result()):
-                self.plane.write(self._server.plane.read(tensor, "reply"), tensor)
+        outcome = self._service.call(method, request, Caller(tenant=TENANT, plane=ServerPlane(1 << 26)))
+        outcome.exception(timeout=30)
         return outcome
 
 
