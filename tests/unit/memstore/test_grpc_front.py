@@ -195,7 +195,8 @@ def test_a_client_that_stops_waiting_leaves_nothing_behind(server: Serving) -> N
 
 def trailer(call: grpc.Call | grpc.RpcError) -> str:
     """The request id that a call came back with."""
-    return str(next(tuple(item)[1] for item in call.trailing_metadata() if tuple(item)[0] == "x-request-id"))
+    pairs: list[tuple[str, str]] = [(item[0], str(item[1])) for item in call.trailing_metadata()]  # type: ignore[index]
+    return dict(pairs)["x-request-id"]
 
 
 def test_request_ids_come_back(shared: Serving) -> None:
