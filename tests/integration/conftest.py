@@ -22,7 +22,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def each_device(device: torch.device) -> Iterator[None]:
+    """Runs the test on each device that is here: what it makes, models and tensors, lies there by default."""
+    with device:
+        yield
+
+
+@pytest.fixture
 def client() -> Iterator[MemoryClient]:
-    """A client with an engine of its own."""
-    with MemoryClient(":memory:", timeout_s=20.0) as opened:
+    """A client with an engine of its own, on the default device."""
+    with MemoryClient(":memory:", device=torch.get_default_device().type, timeout_s=20.0) as opened:
         yield opened

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 SEGMENT = 16
 
+pytestmark = pytest.mark.usefixtures("each_device")
+
 
 def _text(batch: int = 1, length: int = 4 * SEGMENT, seed: int = 3) -> torch.Tensor:
     """Tokens that repeat themselves, so that looking back pays."""
     generator = torch.Generator().manual_seed(seed)
-    part = torch.randint(3, VOCABULARY, (batch, 23), generator=generator)
+    part = torch.randint(3, VOCABULARY, (batch, 23), generator=generator, device="cpu").to(torch.get_default_device())
     return part.repeat(1, -(-length // 23))[:, :length]
 
 

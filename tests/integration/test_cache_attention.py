@@ -15,6 +15,8 @@ from model_client.cache_attention import (
     join_context,
 )
 
+pytestmark = pytest.mark.usefixtures("each_device")
+
 SIZES = CacheAttentionSizes(
     hidden_size=12, dim=6, num_heads=4, num_kv_heads=2, head_dim=5, context=2, window=2, null_slot=True
 )

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureW
 
 def _text(segments: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(3, VOCABULARY, (2, 11), generator=generator).repeat(1, 9)[:, : segments * SEGMENT + 1]
+    part = torch.randint(3, VOCABULARY, (2, 11), generator=generator, device="cpu").to(torch.get_default_device())
+    return part.repeat(1, 9)[:, : segments * SEGMENT + 1]
 
 
 def _gradients(family: str, client: MemoryClient, checkpointing: dict[str, Any] | None) -> dict[str, torch.Tensor]:
@@ -57,6 +58,7 @@ def _gradients(family: str, client: MemoryClient, checkpointing: dict[str, Any] 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gptj", "gpt_neox"])
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.usefixtures("each_device")
 def test_checkpointing_changes_no_gradient_and_appends_once(family: str, reentrant: bool, client: MemoryClient) -> None:
     plain = _gradients(family, client, None)
     again = _gradients(family, client, {"use_reentrant": reentrant})
@@ -65,6 +67,7 @@ def test_checkpointing_changes_no_gradient_and_appends_once(family: str, reentra
         torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.usefixtures("each_device")
 def test_every_weight_gets_a_gradient_the_projection_too(client: MemoryClient) -> None:
     found = _gradients("llama", client, None)
     assert {"projection.linear.weight", "projection.linear.bias"} <= found.keys()

