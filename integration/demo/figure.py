@@ -20,7 +20,7 @@ def draw(readings: Readings, read_map: ReadMap, capacity: int, file: Path) -> No
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (curves, map_axes) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for label, reading, colour in (
@@ -31,6 +31,8 @@ def draw(readings: Readings, read_map: ReadMap, capacity: int, file: Path) -> No
         centres, values = _perplexity_along(reading.losses)
         curves.plot(centres, values, label=label, color=colour, linewidth=1.6)
     curves.set(xlabel="tokens read", ylabel="perplexity", title="Perplexity along the text", yscale="log")
+    for axis_ticks in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
+        axis_ticks(ticker.FormatStrFormatter("%g"))
     curves.legend(frameon=False)
     curves.grid(alpha=0.25)
     _draw_map(figure, map_axes, read_map, capacity)
