@@ -1,23 +1,20 @@
 """Search on the host by FAISS, which reads the slab where it lies, one thread to a piece of a ring.
 
-The rings are cut into pieces that the threads take one after the other, so that a thread which a busy neighbour holds
-up takes fewer; FAISS is told to use one thread in each of them, as its own threads wait for each other. Few queries are
-compared with the rows as they are stored, bound by memory bandwidth; for many, a piece is first converted to float32 in
-a cache-sized buffer, and FAISS then multiplies matrices.
+The rings are cut into pieces that a crew of threads takes one after the other, so that a thread which a busy neighbour
+holds up takes fewer; FAISS is told to use one thread in each of them, as its own threads wait for each other.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memstore import ring
-from memstore.index.base import ONE_THREAD
+from memstore.index.crew import Crew
+from memstore.index.host_reader import FEW_QUERIES, Piece, Reader
 from memstore.types import Metric
 
 if TYPE_CHECKING:
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
     from memstore.index.base import SearchBatch
     from memstore.slab import Slab
 
-FEW_QUERIES = 3
-"""Up to so many queries a sequence, reading its rows once for each is faster than a matrix product."""
-
 SMALLEST_PIECE = 2048
 """Rows below which handing a piece to a thread costs more than it gains."""
 
@@ -40,23 +34,6 @@ LARGEST_BUFFER = 8 << 20
 
 PIECES_A_THREAD = 4
 """Enough that threads of different speed end together."""
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a ring, from `cell` of the slab, and the (n, dim) float32 queries that are compared with it.
-
-    scores (n, k) float32 and positions (n, k) int64 take what is found; -1 where the piece has fewer than k rows.
-    """
-
-    cell: int
-    num_rows: int
-    first_position: int
-    queries: NDArray[np.float32]
-    scores: NDArray[np.float32]
-    positions: NDArray[np.int64]
 
 
 class HostScan:
@@ -68,8 +45,8 @@ class HostScan:
             import faiss
 
             self._faiss = faiss
-        self._readers: deque[_Reader] = deque()
-        self._pool: ThreadPoolExecutor | None = None
+        self._readers: list[Reader] = []
+        self._crew = Crew(self._read)
 
     @property
     def is_available(self) -> bool:
@@ -92,9 +69,10 @@ class HostScan:
         num_queries, width = shares[0].end - shares[0].first, len(shares[0].runs)
         scores = torch.empty(len(batch.layers), len(shares), width, num_queries, batch.top_k)
         positions = torch.empty(scores.shape, dtype=torch.int64)
-        pieces = deque(_pieces(slab, batch, shares, scores.numpy(), positions.numpy()))
+        pieces = list(_pieces(slab, batch, shares, scores.numpy(), positions.numpy()))
+        longest = max(piece.num_rows for piece in pieces)
         with _products_from(self._faiss, num_queries):
-            self._read_all(slab, pieces)
+            self._crew.do(pieces, torch.get_num_threads(), _expected_s(longest * slab.dim, num_queries))
         found = positions.transpose(2, 3).flatten(3)
         if width > 1:
             # what FAISS has not found it scores worst, so that it loses against anything
@@ -104,85 +82,18 @@ class HostScan:
         columns = [column for share in shares for column in range(share.first, share.end)]
         candidates[:, torch.tensor(columns)] = found.flatten(1, 2)
 
-    def _read_all(self, slab: Slab, pieces: deque[Piece]) -> None:
-        """Works off the pieces in this thread and in those of the pool."""
-        num_threads = torch.get_num_threads()
-        num_helpers = min(num_threads, len(pieces)) - 1
-        if num_helpers and self._pool is None:
-            self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="memstore-scan")
-        helpers = [self._pool.submit(self._read, slab, pieces) for _ in range(num_helpers) if self._pool]
-        self._read(slab, pieces)
-        for helper in helpers:
-            if not helper.cancel():  # one that no core has begun finds nothing left
-                helper.result()
-
-    def _read(self, slab: Slab, pieces: deque[Piece]) -> None:
-        """Works off pieces until there are none."""
-        reader = _take(self._readers)
-        if reader is None or not reader.fits(slab):
-            reader = _Reader(self._faiss, slab)
+    def _read(self, piece: Piece) -> None:
+        """Reads one piece in this thread, with one of the readers that no other thread has at the time."""
+        reader = self._readers.pop() if self._readers else None
+        if reader is None or not reader.fits(piece.slab):
+            reader = Reader(self._faiss, piece.slab)
         before = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(1)  # holds for this thread
         try:
-            while (piece := _take(pieces)) is not None:
-                reader.read(slab, piece)
+            reader.read(piece)
         finally:
             self._faiss.omp_set_num_threads(before)
             self._readers.append(reader)
-
-
-class _Reader:
-    """FAISS indexes without rows of their own, pointed at pieces of a slab one after the other; for one thread.
-
-    FAISS has this form for indexes that lie in mapped files: codes that it does not own.
-    """
-
-    def __init__(self, faiss: Any, slab: Slab) -> None:
-        metric = faiss.METRIC_L2 if slab.metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
-        kinds = {torch.float16: faiss.ScalarQuantizer.QT_fp16, torch.bfloat16: faiss.ScalarQuantizer.QT_bf16}
-        kind = kinds.get(slab.keys.dtype)
-        self._flat = faiss.IndexFlat(slab.dim, metric)
-        self._stored = self._flat if kind is None else faiss.IndexScalarQuantizer(slab.dim, kind, metric)
-        for index in (self._flat, self._stored):
-            index.codes.is_owned = False
-        self._pointer = faiss.swig_ptr
-        self._kind = (slab.dim, slab.keys.dtype, slab.metric)
-        self._buffer = torch.empty((0, slab.dim))
-
-    def fits(self, slab: Slab) -> bool:
-        """Whether this slab's rows can be read."""
-        return self._kind == (slab.dim, slab.keys.dtype, slab.metric)
-
-    def read(self, slab: Slab, piece: Piece) -> None:
-        """Writes the best of one piece."""
-        stored = slab.keys.flatten(0, 2)[piece.cell : piece.cell + piece.num_rows]
-        is_converted = len(piece.queries) > FEW_QUERIES and self._flat is not self._stored
-        if is_converted or slab.metric is Metric.COSINE:
-            norms = slab.norms if slab.metric is Metric.COSINE else None
-            lengths = None if norms is None else norms.flatten()[piece.cell : piece.cell + piece.num_rows, None]
-            index, rows = self._flat, self._converted(stored, lengths)
-        else:
-            index, rows = self._stored, stored
-        codes = rows.view(torch.uint8).numpy().reshape(-1)
-        index.codes.c_ptr, index.codes.c_size = self._pointer(codes), codes.size
-        index.ntotal = piece.num_rows
-        scores, positions = self._pointer(piece.scores), self._pointer(piece.positions)
-        num_queries, top_k = piece.scores.shape
-        index.search_c(num_queries, self._pointer(piece.queries), top_k, scores, positions)
-        piece.positions[piece.positions >= 0] += piece.first_position
-
-    def _converted(self, rows: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """Rows in float32, times 1 / |row| for cosine; so few at a time that torch does it in this thread."""
-        if len(self._buffer) < len(rows):
-            self._buffer = torch.empty(rows.shape)
-        converted = self._buffer[: len(rows)]
-        step = max(ONE_THREAD // rows.shape[1], 1)
-        for first in range(0, len(rows), step):
-            part = slice(first, first + step)
-            converted[part].copy_(rows[part])
-            if lengths is not None:
-                converted[part].mul_(lengths[part])
-        return converted
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +135,12 @@ def _pieces(
             mine = queries[at, share.first : share.end]
             for piece, run in enumerate(share.runs):
                 out = at, number, piece
-                yield Piece(first_cell + run.slot, run.length, run.position, mine, scores[out], positions[out])
+                yield Piece(slab, first_cell + run.slot, run.length, run.position, mine, scores[out], positions[out])
 
 
-def _take(items: deque[Item]) -> Item | None:
-    """The next item, or None where there is none; two threads do not get the same one."""
-    with suppress(IndexError):
-        return items.popleft()
-    return None
+def _expected_s(num_elements: int, num_queries: int) -> float:
+    """What a core takes for the elements of a piece, about: 10 GB/s where few queries read them, 40 GFLOP/s else."""
+    return num_elements * num_queries * (2e-10 if num_queries <= FEW_QUERIES else 5e-11)
 
 
 @contextmanager

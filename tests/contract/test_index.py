@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from memstore import ring
 from memstore.index import INDEXES, grid, host_scan, product_scan, tiles
 from memstore.index.base import SearchBatch, VectorIndex
+from memstore.index.crew import Crew
 from memstore.slab import Slab
 from memstore.types import IndexKind, MemorySpec, Metric
 
@@ -279,3 +281,29 @@ def test_queries_in_parts_are_as_precise_as_float32(keys: torch.dtype, asked_in:
     whole = torch.ldexp(parts.double().view(3, -1, 24).sum(1), exponents[:, 0].double())
     want = query[:, 0].double()
     assert ((whole - want).abs() <= want.abs().amax() * UNIT).all()
+
+
+def test_a_helper_that_is_held_up_is_not_waited_for() -> None:
+    is_held, may_go_on = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def work(piece: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            is_held.set()
+            may_go_on.wait()
+        elif piece == 0:
+            is_held.wait()
+        done.append(piece)
+
+    crew = Crew(work)
+    crew.do(range(5), num_threads=2, patience_s=0.0)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    may_go_on.set()
+
+
+def test_a_crew_raises_what_its_helpers_raise() -> None:
+    def work(piece: int) -> None:
+        raise ValueError(f"piece {piece}")
+
+    with pytest.raises(ValueError, match="piece"):
+        Crew(work).do(range(5), num_threads=3, patience_s=1.0)

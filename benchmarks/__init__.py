@@ -1,0 +1,1 @@
+"""Measurements of memstore, one file a question; benchmarks/README.md says how to read them."""

@@ -1,0 +1,138 @@
+"""How fast is exact search on the host, against other ways to do it, and against reading the rows once?
+
+Rivals get the same rows in float32 ready for them: `faiss.knn` once a sequence with its defaults, torch (bmm and topk
+over all sequences for one query each, addmm and topk once a sequence for many), and the cache of the `neurocache`
+package, whose results are approximate. The read floor is the time that torch takes to sum as many bytes as are stored,
+with all its threads, in memory that no cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import faiss
+import torch
+from neurocache.cache import OnDeviceCache
+
+from benchmarks.report import Report, interleaved
+from memstore.memory import Memory
+from memstore.types import MemorySpec, RetrieveOptions, SequencePart, StepBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DIM = 256
+TOP_K = 16
+PREFILL_QUERIES = 512
+READ_BYTES = 512 << 20
+OURS, READ = "memstore", "reading 512 MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One size: sequences of `capacity` live rows with `num_queries` queries each."""
+
+    num_sequences: int
+    capacity: int
+    num_queries: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        kind = "decode" if self.num_queries == 1 else f"prefill of {self.num_queries}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.num_sequences} x {self.capacity} x {DIM} {dtype}, {kind}"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the keys."""
+        return self.num_sequences * self.capacity * DIM * self.dtype.itemsize
+
+
+def measure(case: Case, report: Report, rounds: int) -> None:
+    """Adds the rows of one case."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(case.num_sequences, case.capacity, DIM, generator=generator).to(case.dtype).float()
+    queries = torch.randn(case.num_sequences, case.num_queries, DIM, generator=generator)
+    read = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    functions: dict[str, Callable[[], object]] = {
+        READ: read.sum,
+        OURS: our_search(case, rows, queries),
+        "faiss.knn in a loop": faiss_search(rows, queries),
+        "torch products and topk": torch_search(rows, queries),
+        "neurocache (approximate)": neurocache_search(case, rows, queries),
+    }
+    seconds = interleaved(functions, rounds)
+    bandwidth = READ_BYTES / seconds[READ]
+    rivals = {name: value for name, value in seconds.items() if name not in (OURS, READ)}
+    report.add(str(case), "measured read bandwidth", bandwidth / 1e9, "GB/s", better="higher")
+    report.add(str(case), OURS, seconds[OURS] * 1e3, "ms")
+    for name, value in rivals.items():
+        report.add(str(case), name, value * 1e3, "ms")
+    report.add(str(case), "time / best rival", seconds[OURS] / min(rivals.values()), "ratio", goal=1.0)
+    if case.num_queries == 1:
+        floor = case.stored_bytes / bandwidth
+        report.add(str(case), "time / read floor", seconds[OURS] / floor, "ratio", goal=1.4)
+        report.add(str(case), "share of read bandwidth", floor / seconds[OURS], "ratio", better="higher")
+
+
+def our_search(case: Case, rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """A retrieval as a server does it: the search, its scores, and each distinct row that was found once."""
+    names = [f"s{number}" for number in range(case.num_sequences)]
+    spec = MemorySpec(name="m", dim=DIM, capacity=case.capacity, max_sequences=case.num_sequences, dtype=case.dtype)
+    memory = Memory(spec, torch.device("cpu"), new_epoch=itertools.count(1).__next__)
+    for name, keys in zip(names, rows, strict=True):
+        part = SequencePart(sequence=name, num_rows=case.capacity)
+        memory.step([StepBatch(parts=(part,), layers=(0,), keys=keys[None], append=True)])
+    batch = StepBatch(
+        parts=tuple(SequencePart(sequence=name, num_rows=case.num_queries) for name in names),
+        layers=(0,),
+        keys=queries.flatten(0, 1)[None],
+        retrieve=RetrieveOptions(top_k=TOP_K),
+    )
+    return lambda: memory.step([batch])
+
+
+def faiss_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """One call a sequence."""
+    pairs = list(zip(queries.numpy(), rows.numpy(), strict=True))
+    return lambda: [faiss.knn(some, all_rows, TOP_K) for some, all_rows in pairs]
+
+
+def torch_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """One call for all where each has one query; otherwise one a sequence, as the scores would fill the memory."""
+    norms = rows.square().sum(-1)
+    if queries.shape[1] == 1:
+        return lambda: torch.baddbmm(norms[:, None], queries, rows.mT, beta=-1, alpha=2).topk(TOP_K)
+    triples = list(zip(norms, queries, rows, strict=True))
+    return lambda: [
+        torch.addmm(lengths, some, all_rows.T, beta=-1, alpha=2).topk(TOP_K) for lengths, some, all_rows in triples
+    ]
+
+
+def neurocache_search(case: Case, rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """The package's own retrieval over the same rows."""
+    cache = OnDeviceCache(case.num_sequences, case.capacity, key_features=DIM)
+    cache.key_db = rows
+    asked = queries.transpose(0, 1)
+    return lambda: cache.topk_retrieval(asked, None, TOP_K)
+
+
+def main() -> None:
+    """Measures all cases, or with --quick the small ones in few rounds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="1 and 8 sequences of 16,384 rows, three rounds")
+    is_quick = parser.parse_args().quick
+    report = Report("search")
+    sizes = itertools.product((1, 8), (16_384,)) if is_quick else itertools.product((1, 8, 32), (16_384, 65_536))
+    for num_sequences, capacity in sizes:
+        for num_queries, dtype in ((1, torch.float16), (1, torch.float32), (PREFILL_QUERIES, torch.float16)):
+            rounds = 3 if is_quick else 15 if num_queries == 1 else 5
+            measure(Case(num_sequences, capacity, num_queries, dtype), report, rounds)
+    print(report.write())
+
+
+if __name__ == "__main__":
+    main()
