@@ -104,18 +104,22 @@ class SessionBase:
 class Session(SessionBase):
     """The steps of one model over a fixed batch of sequences of one memory. Used by one thread at a time.
 
-    A session is one writer: it numbers its appends to each sequence, and each is applied exactly once and in order:
+    A session is one writer: it numbers its appends to each sequence, and each is applied exactly once and in order.
 
-    * A step that appends or starts a sequence is *under way* until its outcome is known. Its seqs and rows are kept.
-    * Before anything later that changes sequences is sent, what failed or was late is asked for again, with the same
+    * A step that appends or starts a sequence is *under way* until its outcome is known. Its seqs and rows are kept,
+      also where `result` has raised Late or Unavailable.
+    * Before anything later that changes sequences is sent, what failed or is overdue is asked for again, with the same
       seqs and the same rows, within the later step's deadline. If that gives no answer either, the later step fails
-      and appends nothing: its rows are lost (`stats.dropped_rows`), and order is kept.
+      and appends nothing: its rows are lost (`stats.dropped_rows`), and order is kept. So are those of a step that the
+      open breaker stopped, or the server refused.
     * At most two steps are under way, and a third waits for them without being sent. A fourth is refused (Overloaded).
       A second one leaves at once only where the first was sent without failure, no start is among them, and the epochs
-      are known; otherwise it is sent as soon as somebody waits for it, or for a later one.
+      are known; otherwise it is sent when its result is asked for.
     * EpochChanged (the server lost the sequence, or somebody reset it): the step is sent again as seq 0 of the new
       epoch (`stats.lost_epochs`). SequenceGap: what is missing is sent first.
-    * A start of all sequences of a failed step supersedes it: what would be wiped is not sent again.
+    * A start names the epoch that it ends, so that a copy that arrives late cannot empty anything. Where a session
+      does not know it yet, it asks first: one more round trip. A start of all sequences of a failed append supersedes
+      it: what would be wiped is not sent again.
 
     A retrieval waits for no append, only for starts: it never reads the document before.
     """

@@ -1,4 +1,7 @@
-"""FaultyTransport: a network that loses, repeats, delays and reorders, before the real service. FakeClock: no time."""
+"""FaultyTransport: a network that loses, repeats, delays and reorders, before the real service; FakeClock: no time.
+
+Bench: a session over such a network, and what came of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+import pytest
+import torch
+
 from memstore.embedded import TENANT
 from memstore.errors import MemstoreError
 from memstore.plane import InlinePlane as ServerPlane
 from memstore.service import Caller
-from model_client.errors import ClientClosed, Unavailable, from_class_name
+from model_client import MemoryClient, Retrieval
+from model_client.errors import ClientClosed, Late, Unavailable, from_class_name
 from model_client.seams import Clock
 from model_client.wire import InlinePlane
 
@@ -19,6 +26,12 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from memstore.embedded import Embedded
+    from model_client import PendingStep, Session
+
+
+CAPACITY = 64
+EVERYTHING = Retrieval(top_k=CAPACITY)
+DEADLINE_S = 0.01  # shorter than the first pause, so that nothing is tried twice within a step
 
 
 class FakeClock(Clock):
@@ -124,6 +137,68 @@ class FaultyTransport:
         outcome = self._service.call(method, request, Caller(tenant=TENANT, plane=ServerPlane(1 << 26)))
         outcome.exception(timeout=30)
         return outcome
+
+
+class Bench:
+    """A session over a bad network, and a clean client that looks at what came of it. Rows are the numbers 1, 2, ..."""
+
+    def __init__(self, server: Embedded, *, sequences: tuple[str, ...] = ("a",), timeout_s: float = DEADLINE_S) -> None:
+        self.network = FaultyTransport(server)
+        self.clock = FakeClock()
+        self.client = MemoryClient(
+            transport=self.network, clock=self.clock, timeout_s=timeout_s, breaker_failures=1_000_000
+        )
+        self.clean = MemoryClient(transport=FaultyTransport(server), timeout_s=30.0)
+        memories = [each.spec.name for each in self.clean.list_memories()]
+        for name in memories:
+            self.clean.drop_memory(name)
+        self.clean.create_memory(
+            "m", dim=1, capacity=CAPACITY, max_sequences=4, dtype=torch.float32, payloads={"twice": (torch.int32, (1,))}
+        )
+        self.session: Session = self.client.session("m", sequences)
+        self._next = 0
+
+    def rows(self, count: int) -> tuple[list[int], torch.Tensor]:
+        """The next rows, as numbers and as keys."""
+        numbers = list(range(self._next + 1, self._next + 1 + count))
+        self._next += count
+        return numbers, torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1)
+
+    def start(self, count: int = 1, *, is_start: bool = False) -> tuple[list[int], PendingStep]:
+        """Begins to append the next rows to the first sequence."""
+        numbers, keys = self.rows(count)
+        payloads = {"twice": (keys * 2).int()}
+        counts = [count] + [0] * (len(self.session.sequences) - 1)
+        pending = self.session.start_step(
+            keys, counts, retrieve=EVERYTHING, append=True, payloads=payloads, start_of_sequence=is_start
+        )
+        return numbers, pending
+
+    def append(self, count: int = 1, *faults: Fault, is_start: bool = False) -> list[int]:
+        """Appends through these faults, and expects it to succeed."""
+        self.network.script = list(faults)
+        numbers, pending = self.start(count, is_start=is_start)
+        pending.result()
+        return numbers
+
+    def fail(self, count: int, *faults: Fault, is_start: bool = False) -> list[int]:
+        """Appends through these faults, and expects that no answer comes."""
+        self.network.script = list(faults)
+        numbers, pending = self.start(count, is_start=is_start)
+        with pytest.raises((Unavailable, Late)):
+            pending.result()
+        return numbers
+
+    def content(self, sequence: str = "a") -> list[int]:
+        """The rows that a sequence holds, by position; positions are gap-free and payloads belong to their keys."""
+        reader = self.clean.session("m", [sequence])
+        retrieval = Retrieval(top_k=CAPACITY, arrays=("key", "twice"))
+        hits = reader.retrieve(torch.zeros(1, 1), [1], retrieval).hits
+        assert hits is not None
+        positions = hits.positions.tolist()
+        assert positions == list(range(min(positions, default=0), min(positions, default=0) + len(positions)))
+        assert torch.equal(hits.rows["twice"], (hits.rows["key"] * 2).int())
+        return [int(value) for value in hits.rows["key"][:, 0].tolist()]
 
 
 def _hand_on(outcome: Future[Message], answer: Future[Message]) -> None:

@@ -18,6 +18,10 @@ class TransportOptions(TypedDict, total=False):
     """True: a token may travel over plaintext TCP to another host."""
     tls_root: bytes | str | None
     """PEM of the certificate authority, or the path of such a file; no TLS if not given."""
+    tls_cert: bytes | str | None
+    """PEM of the client's own certificate chain, or its path, for servers that ask for one."""
+    tls_key: bytes | str | None
+    """PEM of the key of `tls_cert`, or its path."""
     device: str | None
     """For ":memory:" only: the engine's device, "cpu" if not given."""
     use_stream: bool

@@ -59,27 +59,35 @@ _ABANDONED: list[grpc.Channel] = []
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpcOptions:
-    """Where to connect to, and as whom. tls_root: PEM bytes. metadata: sent with every call."""
+    """Where to connect to, and as whom. tls_*: PEM. metadata: sent with every call."""
 
     target: str
     tls_root: bytes | None
+    tls_cert: bytes | None
+    tls_key: bytes | None = field(repr=False)
     metadata: tuple[tuple[str, str], ...] = field(repr=False)
     use_stream: bool
 
     @staticmethod
     def of(target: str, options: TransportOptions) -> GrpcOptions:
         """Checks and reads the options. ValueError where a token would travel in the clear."""
-        token, root = options.get("token"), options.get("tls_root")
+        token, root = options.get("token"), _pem(options.get("tls_root"))
         if token and root is None and not options.get("allow_insecure_token") and not is_local(target):
             raise ValueError(
                 f"a token for {target} would travel in the clear: give tls_root, or allow_insecure_token=True"
             )
         return GrpcOptions(
             target=target,
-            tls_root=Path(root).read_bytes() if isinstance(root, str) else root,
+            tls_root=root,
+            tls_cert=_pem(options.get("tls_cert")),
+            tls_key=_pem(options.get("tls_key")),
             metadata=(("authorization", f"Bearer {token}"),) if token else (),
             use_stream=options.get("use_stream", True),
         )
+
+
+def _pem(content: bytes | str | None) -> bytes | None:
+    return Path(content).read_bytes() if isinstance(content, str) else content
 
 
 def is_local(target: str) -> bool:
@@ -217,7 +225,7 @@ class GrpcTransport:
 def _open_channel(options: GrpcOptions) -> grpc.Channel:
     if options.tls_root is None:
         return grpc.insecure_channel(options.target, options=_CHANNEL_OPTIONS)
-    credentials = grpc.ssl_channel_credentials(root_certificates=options.tls_root)
+    credentials = grpc.ssl_channel_credentials(options.tls_root, options.tls_key, options.tls_cert)
     return grpc.secure_channel(options.target, credentials, options=_CHANNEL_OPTIONS)
 
 

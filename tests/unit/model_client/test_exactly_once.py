@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from memstore.embedded import Embedded
-from model_client import MemoryClient, Retrieval, errors
-from tests.faulty import FakeClock, Fault, FaultyTransport
+from model_client import errors
+from tests.faulty import EVERYTHING, Bench, Fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from model_client import PendingStep, Session
-
-CAPACITY = 64
-EVERYTHING = Retrieval(top_k=CAPACITY)
-DEADLINE_S = 0.01  # shorter than the first pause, so that nothing is tried twice within a step
 
 
 @pytest.fixture(scope="module")
@@ -28,68 +20,6 @@ def server() -> Iterator[Embedded]:
     embedded = Embedded("cpu", capacity_bytes=1 << 24)
     yield embedded
     embedded.close()
-
-
-class Bench:
-    """A session over a bad network, and a clean client that looks at what came of it. Rows are the numbers 1, 2, ..."""
-
-    def __init__(self, server: Embedded, *, sequences: tuple[str, ...] = ("a",), timeout_s: float = DEADLINE_S) -> None:
-        self.network = FaultyTransport(server)
-        self.clock = FakeClock()
-        self.client = MemoryClient(
-            transport=self.network, clock=self.clock, timeout_s=timeout_s, breaker_failures=1_000_000
-        )
-        self.clean = MemoryClient(transport=FaultyTransport(server), timeout_s=30.0)
-        memories = [each.spec.name for each in self.clean.list_memories()]
-        for name in memories:
-            self.clean.drop_memory(name)
-        self.clean.create_memory(
-            "m", dim=1, capacity=CAPACITY, max_sequences=4, dtype=torch.float32, payloads={"twice": (torch.int32, (1,))}
-        )
-        self.session: Session = self.client.session("m", sequences)
-        self._next = 0
-
-    def rows(self, count: int) -> tuple[list[int], torch.Tensor]:
-        """The next rows, as numbers and as keys."""
-        numbers = list(range(self._next + 1, self._next + 1 + count))
-        self._next += count
-        return numbers, torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1)
-
-    def start(self, count: int = 1, *, is_start: bool = False) -> tuple[list[int], PendingStep]:
-        """Begins to append the next rows to the first sequence."""
-        numbers, keys = self.rows(count)
-        payloads = {"twice": (keys * 2).int()}
-        counts = [count] + [0] * (len(self.session.sequences) - 1)
-        pending = self.session.start_step(
-            keys, counts, retrieve=EVERYTHING, append=True, payloads=payloads, start_of_sequence=is_start
-        )
-        return numbers, pending
-
-    def append(self, count: int = 1, *faults: Fault, is_start: bool = False) -> list[int]:
-        """Appends through these faults, and expects it to succeed."""
-        self.network.script = list(faults)
-        numbers, pending = self.start(count, is_start=is_start)
-        pending.result()
-        return numbers
-
-    def fail(self, count: int, *faults: Fault, is_start: bool = False) -> list[int]:
-        """Appends through these faults, and expects that no answer comes."""
-        self.network.script = list(faults)
-        numbers, pending = self.start(count, is_start=is_start)
-        with pytest.raises((errors.Unavailable, errors.Late)):
-            pending.result()
-        return numbers
-
-    def content(self, sequence: str = "a") -> list[int]:
-        """The rows that a sequence holds, by position; positions are gap-free and payloads belong to their keys."""
-        reader = self.clean.session("m", [sequence])
-        retrieval = Retrieval(top_k=CAPACITY, arrays=("key", "twice"))
-        hits = reader.retrieve(torch.zeros(1, 1), [1], retrieval).hits
-        assert hits is not None
-        positions = hits.positions.tolist()
-        assert positions == list(range(positions[0], positions[0] + len(positions))) if positions else True
-        assert torch.equal(hits.rows["twice"], (hits.rows["key"] * 2).int())
-        return [int(value) for value in hits.rows["key"][:, 0].tolist()]
 
 
 @pytest.fixture
@@ -330,109 +260,3 @@ def test_the_outcome_of_a_done_append_settled_by_another_is_still_given(bench: B
     _, first = bench.start(2)
     bench.append(1)
     assert first.result().sequences[0].first_position == 1
-
-
-FAULTS = st.lists(st.sampled_from(Fault), max_size=3)
-COUNTS = st.tuples(st.integers(0, 2), st.integers(0, 2))
-OPERATIONS: st.SearchStrategy[list[Any]] = st.lists(
-    st.one_of(
-        st.tuples(st.just("append"), COUNTS, FAULTS),
-        st.tuples(st.just("start"), COUNTS, FAULTS),
-        st.tuples(st.just("await"), COUNTS, st.just([])),
-        st.tuples(st.just("release"), COUNTS, st.just([])),
-        st.tuples(st.sampled_from(["retrieve", "start one", "reset by another", "drop by another"]), COUNTS, FAULTS),
-    ),
-    max_size=14,
-)
-
-
-class Model:
-    """What is known of each sequence: the rows that were promised to be in it, if nothing has emptied it since."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.promised: dict[str, list[int]] = {"a": [], "b": []}
-        self.pending: list[tuple[dict[str, list[int]], PendingStep]] = []
-
-    def begin(self, counts: tuple[int, int], starts: tuple[bool, bool]) -> None:
-        """Begins a step, and leaves it."""
-        numbers = {}
-        rows = []
-        for name, count, is_start in zip("ab", counts, starts, strict=True):
-            numbers[name], keys = self.bench.rows(count)
-            rows.append(keys)
-            if is_start:
-                self.forget(name)
-        keys = torch.cat(rows)
-        pending = self.bench.session.start_step(
-            keys,
-            counts,
-            retrieve=EVERYTHING,
-            append=True,
-            payloads={"twice": (keys * 2).int()},
-            start_of_sequence=starts,
-        )
-        self.pending.append((numbers, pending))
-
-    def forget(self, name: str) -> None:
-        """From now on the sequence may be empty: nothing that was begun before is promised any more."""
-        self.promised[name].clear()
-        for numbers, _ in self.pending:
-            numbers[name] = []
-
-    def wait(self, index: int) -> None:
-        """Asks for the result of one step; what it says it has done is promised."""
-        numbers, pending = self.pending.pop(index)
-        if _ignore(pending):
-            for name, rows in numbers.items():
-                self.promised[name] += rows
-
-    def run(self, kind: str, counts: tuple[int, int], faults: list[Fault]) -> None:
-        """One operation."""
-        network = self.bench.network
-        network.script = list(faults)
-        if kind in ("append", "start", "start one"):
-            self.begin(counts, (kind != "append", kind == "start"))
-        elif kind == "await" and self.pending:
-            self.wait(sum(counts) % len(self.pending))
-        elif kind == "release" and network.held:
-            network.release(sum(counts) % len(network.held))
-        elif kind == "retrieve":
-            _ignore(self.bench.session.start_step(torch.zeros(1, 1), [1, 0], retrieve=EVERYTHING, append=False))
-        elif kind.endswith("by another"):
-            name = "ab"[counts[0] % 2]
-            self.bench.clean.reset("m", [name], release=kind.startswith("drop"))
-            self.forget(name)
-
-
-@settings(max_examples=200, deadline=None)
-@given(operations=OPERATIONS, timeout_s=st.sampled_from([DEADLINE_S, 0.2]))
-def test_whatever_the_network_does(
-    server: Embedded, operations: list[tuple[str, tuple[int, int], list[Fault]]], timeout_s: float
-) -> None:
-    model = Model(Bench(server, sequences=("a", "b"), timeout_s=timeout_s))
-    bench = model.bench
-    for kind, counts, faults in operations:
-        model.run(kind, counts, faults)
-    bench.network.script.clear()
-    while model.pending:
-        model.wait(0)
-    for _ in range(2):
-        model.begin((1, 1), (False, False))
-        model.wait(0)
-    contents = {name: bench.content(name) for name in "ab"}
-    for name, content in contents.items():
-        assert content == sorted(set(content)), "a row twice, or out of order"
-        assert set(model.promised[name]) <= set(content), "a row that was promised is missing"
-        assert model.promised[name], "the session does not go on"
-    while bench.network.held:
-        bench.network.release(len(bench.network.held) - 1)
-    assert {name: bench.content(name) for name in "ab"} == contents, "a request that arrived too late was done"
-
-
-def _ignore(pending: PendingStep) -> bool:
-    try:
-        pending.result()
-    except errors.MemstoreClientError:
-        return False
-    return True

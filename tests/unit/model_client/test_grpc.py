@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.serving import Serving
 
@@ -74,11 +76,14 @@ def unimplemented(requests: Iterator[pb.StepStreamRequest], context: Any) -> Ite
 
 
 @contextmanager
-def other_server(servicer: Servicer) -> Iterator[str]:
+def other_server(servicer: Servicer, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
     with futures.ThreadPoolExecutor(4) as pool:
         running = grpc.server(pool)
         memstore_pb2_grpc.add_MemoryServiceServicer_to_server(servicer, running)
-        port = running.add_insecure_port("127.0.0.1:0")
+        if credentials is None:
+            port = running.add_insecure_port("127.0.0.1:0")
+        else:
+            port = running.add_secure_port("127.0.0.1:0", credentials)
         running.start()
         try:
             yield f"127.0.0.1:{port}"
@@ -135,11 +140,37 @@ def test_the_token_is_sent_with_every_call() -> None:
     assert seen[0]["authorization"] == servicer.metadata[0]["authorization"] == f"Bearer {TOKEN}"
 
 
-def test_a_root_certificate_may_be_a_file(tmp_path: Any) -> None:
+def test_a_root_certificate_may_be_a_file(tmp_path: Path) -> None:
     path = tmp_path / "root.pem"
     path.write_bytes(b"certificate")
     assert GrpcOptions.of("x:1", {"tls_root": str(path)}).tls_root == b"certificate"
     assert GrpcOptions.of("x:1", {"tls_root": b"certificate"}).tls_root == b"certificate"
+
+
+def test_over_tls_the_token_travels_and_strangers_are_not_believed(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(cert), "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(command, check=True, capture_output=True)
+    servicer = servicing(unimplemented)
+    pair = (key.read_bytes(), cert.read_bytes())
+    credentials = grpc.ssl_server_credentials([pair], cert.read_bytes(), require_client_auth=True)
+    known = {"tls_root": str(cert), "tls_cert": str(cert), "tls_key": key.read_bytes()}
+    with other_server(servicer, credentials) as target:
+        port = target.rpartition(":")[2]
+        with MemoryClient(f"localhost:{port}", token=TOKEN, timeout_s=20.0, **known) as client:  # type: ignore[arg-type]
+            append(client)
+        assert servicer.metadata[0]["authorization"] == f"Bearer {TOKEN}"
+        another_name = MemoryClient(target, timeout_s=0.2, **known)  # type: ignore[arg-type]
+        no_certificate = MemoryClient(f"localhost:{port}", timeout_s=0.2, tls_root=cert.read_bytes())
+        for client in (another_name, no_certificate):
+            with client, pytest.raises((errors.Unavailable, errors.Late)):
+                append(client)
+    assert len(servicer.metadata) == 1
 
 
 def test_without_streams_steps_are_unary_for_good() -> None:
