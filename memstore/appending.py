@@ -11,44 +11,41 @@ from memstore import ring
 from memstore.retrieval import joined_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from memstore.sequence import BatchPlan, PartPlan
+    from memstore.sequence import BatchPlan
     from memstore.slab import Slab, StagedRows
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """The rows of one part that will still be live after its append: the last `num_rows` of the part."""
-
-    plan: PartPlan
-    num_rows: int
-
-
-@dataclass(frozen=True, slots=True)
 class StagedAppend:
-    """Everything that appending takes device memory for; what is left cannot fail."""
+    """Everything that appending takes device memory for; what is left cannot fail. cells: (n,) int64, on the device."""
 
-    kept: tuple[Kept, ...]
     rows: StagedRows
+    cells: torch.Tensor
 
 
-def stage(slab: Slab, plans: Sequence[BatchPlan]) -> StagedAppend | None:
-    """Converts the rows of all appends that are not resends; None where there are none."""
+def stage(slab: Slab, plans: Sequence[BatchPlan], free_places: Iterable[int]) -> StagedAppend | None:
+    """Converts the rows of all appends that are not resends; None where there are none.
+
+    free_places: those that new sequences will get, in their order.
+    """
     appending = [plan for plan in plans if plan.batch.append]
-    kept: list[Kept] = []
+    places = iter(free_places)
+    cells: list[torch.Tensor] = []
     columns: list[torch.Tensor] = []
     first = 0
     for part in (part for plan in appending for part in plan.parts):
+        place = next(places) if part.sequence is None else part.sequence.place
         num_rows = 0 if part.is_replay else min(part.part.num_rows, slab.capacity)
-        end = first + part.part.num_rows
-        if num_rows:
-            kept.append(Kept(part, num_rows))
-            columns.append(torch.arange(end - num_rows, end))
-        first = end
-    if not kept:
+        first += part.part.num_rows
+        if num_rows:  # only the last ones: those before would have left again
+            end = part.first_position + part.part.num_rows
+            cells.append(place * slab.capacity + ring.slot_of(torch.arange(end - num_rows, end), slab.capacity))
+            columns.append(torch.arange(first - num_rows, first))
+    if not cells:
         return None
-    is_whole = sum(each.num_rows for each in kept) == first
+    is_whole = sum(map(len, columns)) == first
     chosen = None if is_whole else torch.cat(columns).to(slab.device)
 
     def rows(batches: list[torch.Tensor]) -> torch.Tensor:
@@ -57,13 +54,4 @@ def stage(slab: Slab, plans: Sequence[BatchPlan]) -> StagedAppend | None:
 
     keys = rows([plan.batch.keys for plan in appending])
     payloads = {name: rows([plan.batch.payloads[name] for plan in appending]) for name in slab.payloads}
-    return StagedAppend(tuple(kept), slab.stage(keys, payloads))
-
-
-def cells_of(kept: Sequence[tuple[int, range]], slab: Slab) -> torch.Tensor:
-    """(n,) int64: place * capacity + slot of each of some positions of some places, on the slab's device."""
-    cells = [
-        place * slab.capacity + ring.slot_of(torch.arange(positions.start, positions.stop), slab.capacity)
-        for place, positions in kept
-    ]
-    return torch.cat(cells).to(slab.device)
+    return StagedAppend(slab.stage(keys, payloads), slab.in_all_layers(torch.cat(cells).to(slab.device)))

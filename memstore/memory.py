@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore import ring
-from memstore.appending import StagedAppend, cells_of, stage
+from memstore.appending import stage
 from memstore.errors import AlreadyExists, DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded
 from memstore.index import INDEXES
 from memstore.retrieval import retrieve
@@ -19,6 +19,10 @@ from memstore.types import Hits, MemoryCounts, MemorySpec, SequencePart, Sequenc
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
+
+
+def _nowhere(_: int, __: Hits) -> None:
+    """Hits that only the result has."""
 
 
 class Memory:
@@ -41,31 +45,34 @@ class Memory:
         """Bytes that a memory of this spec reserves."""
         return bytes_needed(spec)
 
-    def step(self, batches: SequenceOf[StepBatch]) -> list[StepResult | MemstoreError]:
-        """Retrieves for all batches in one search, then appends those that append.
+    def step(
+        self, batches: SequenceOf[StepBatch], carry: Callable[[int, Hits], None] = _nowhere
+    ) -> list[StepResult | MemstoreError]:
+        """Retrieves for all batches in one search, hands out what was found, then appends those that append.
 
         The batches have disjoint sequences; those that retrieve have equal options and layers. A batch that does not
-        fit the state is answered by its error and changes nothing; the others are done. A resend of an append is
+        fit the state is answered by its error and changes nothing; the others are done. `carry` gets the number of a
+        batch and its hits while nothing is changed yet; what it raises is that batch's error. A resend of an append is
         answered and retrieved for as at its first arrival, as far as the rows it saw are still there. Raises
-        DeviceMemoryFull where the search finds no scratch, and then nothing is changed at all.
+        DeviceMemoryFull where there is no scratch, and then nothing is changed at all.
         """
         outcomes = self._plan(batches)
-        plans = [outcome for outcome in outcomes if isinstance(outcome, BatchPlan)]
         try:
-            hits = iter(self._retrieve(plans))
-            staged = stage(self._slab, plans)
+            found = self._retrieve(outcomes)
+            for at, hits in found.items():
+                try:
+                    carry(at, hits)
+                except MemstoreError as error:
+                    outcomes[at] = error
+            staged = stage(self._slab, _plans_of(outcomes), self._table.free_places)
         except torch.OutOfMemoryError as error:
-            raise DeviceMemoryFull("no room to search; nothing was changed") from error
-        results: list[StepResult | MemstoreError] = []
-        for outcome in outcomes:
-            if isinstance(outcome, MemstoreError):
-                results.append(outcome)
-                continue
-            done = tuple(self._commit(outcome.batch, part) for part in outcome.parts)
-            found = None if outcome.batch.retrieve is None else next(hits)
-            results.append(StepResult(sequences=done, hits=found))
+            raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
+        results = [
+            outcome if isinstance(outcome, MemstoreError) else self._commit_batch(outcome, found.get(at))
+            for at, outcome in enumerate(outcomes)
+        ]
         if staged is not None:
-            self._write(staged)
+            self._slab.write(staged.rows, staged.cells)
         return results
 
     def reset(self, names: SequenceOf[str], release: bool) -> list[int]:
@@ -152,10 +159,17 @@ class Memory:
             )
         return plan
 
-    def _retrieve(self, plans: SequenceOf[BatchPlan]) -> list[Hits]:
-        asking = [plan for plan in plans if plan.batch.retrieve is not None]
-        options = asking[0].batch.retrieve if asking else None
-        return [] if options is None else retrieve(self._slab, self._index, asking, options)
+    def _retrieve(self, outcomes: SequenceOf[BatchPlan | MemstoreError]) -> dict[int, Hits]:
+        """The hits of those that retrieve, by their number."""
+        asking = {
+            at: plan
+            for at, plan in enumerate(outcomes)
+            if isinstance(plan, BatchPlan) and plan.batch.retrieve is not None
+        }
+        return dict(zip(asking, retrieve(self._slab, self._index, list(asking.values())), strict=True))
+
+    def _commit_batch(self, plan: BatchPlan, hits: Hits | None) -> StepResult:
+        return StepResult(sequences=tuple(self._commit(plan.batch, part) for part in plan.parts), hits=hits)
 
     def _commit(self, batch: StepBatch, plan: PartPlan) -> SequenceResult:
         """Makes one part's change of state, and its answer. Cannot fail."""
@@ -193,15 +207,6 @@ class Memory:
             )
             sequence.remember(writer, reply)
 
-    def _write(self, staged: StagedAppend) -> None:
-        """Writes staged rows to the newest positions of their sequences, which are counted as published already."""
-        newest = []
-        for kept in staged.kept:
-            sequence = self._table[kept.plan.part.sequence]
-            end = sequence.next_position
-            newest.append((sequence.place, range(end - kept.num_rows, end)))
-        self._slab.write(staged.rows, cells_of(newest, self._slab))
-
     def _restart(self, sequence: Sequence) -> None:
         self._forget_rows(sequence)
         sequence.restart(self._new_epoch())
@@ -209,6 +214,10 @@ class Memory:
     def _forget_rows(self, sequence: Sequence) -> None:
         num_live = sequence.next_position - sequence.begin(self.spec.capacity)
         self._evicted_rows += num_live * self.spec.num_layers
+
+
+def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan]:
+    return [outcome for outcome in outcomes if isinstance(outcome, BatchPlan)]
 
 
 def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from memstore import ring
@@ -16,27 +17,31 @@ from memstore.window import distinct_rows, window_offsets
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from memstore.index.base import VectorIndex
     from memstore.sequence import BatchPlan
     from memstore.slab import Slab
-    from memstore.types import RetrieveOptions
 
 
-def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan], options: RetrieveOptions) -> list[Hits]:
-    """The hits of each plan. They all retrieve with these options and for the same layers."""
-    if not plans:
+def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list[Hits]:
+    """The hits of each plan. They all retrieve, with equal options and for the same layers."""
+    options = plans[0].batch.retrieve if plans else None
+    if options is None:
         return []
     search = _search_batch(plans, options.top_k)
     positions, scores = index.search(slab, search)
-    begin, end = search.per_query(search.begins), search.per_query(search.ends)
+    groups = _groups(plans, len(search.layers))
+    (begin, end), query_groups = search.per_query(np.array([search.begins, search.ends]), groups)
     offsets = window_offsets(positions, begin, end, options.window_before, options.window_after)
-    groups = _groups(plans, search)
-    num_groups = len(search.layers) * len(search.places)
-    rows = distinct_rows(offsets, groups.gather(1, _query_parts(search)), num_groups, slab.capacity)
+    rows = distinct_rows(offsets, query_groups, groups.size, slab.capacity)
 
-    row_positions = rows.offsets + _by_group(groups, search.begins)[rows.groups]
-    first_cells = _first_cells(slab, search, groups)
-    cells = first_cells[rows.groups] + ring.slot_of(row_positions, slab.capacity)
+    of_group = np.empty((2, groups.size), np.int64)
+    of_group[0, groups] = search.begins
+    of_group[1, groups] = slab.first_cells(search.layers, search.places)
+    begins, first_cells = torch.from_numpy(of_group).to(slab.device).index_select(1, rows.groups)
+    row_positions = rows.offsets + begins
+    cells = first_cells + ring.slot_of(row_positions, slab.capacity)
     joined = Hits(
         row_splits=rows.row_splits,
         positions=row_positions,
@@ -69,37 +74,14 @@ def joined_rows(batches: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(batches), 1)
 
 
-def _groups(plans: Sequence[BatchPlan], search: SearchBatch) -> torch.Tensor:
-    """(L, parts) int64: the group of each part in each layer; those of a batch follow one another, layer by layer."""
-    num_layers = len(search.layers)
-    firsts = accumulate((num_layers * len(plan.parts) for plan in plans), initial=0)
+def _groups(plans: Sequence[BatchPlan], num_layers: int) -> NDArray[np.int64]:
+    """(L, parts): the group of each part in each layer; those of a batch follow one another, layer by layer."""
+    sizes = [num_layers * len(plan.parts) for plan in plans]
     blocks = [
-        torch.arange(num_layers * len(plan.parts)).view(num_layers, -1) + first
-        for plan, first in zip(plans, firsts, strict=False)
+        np.arange(first, first + size).reshape(num_layers, -1)
+        for first, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
     ]
-    return torch.cat(blocks, 1).to(search.queries.device)
-
-
-def _query_parts(search: SearchBatch) -> torch.Tensor:
-    """(L, N) int64: the part that each query belongs to."""
-    parts = search.per_query(tuple(range(len(search.counts))))
-    return parts.expand(len(search.layers), -1)
-
-
-def _by_group(groups: torch.Tensor, values: Sequence[int]) -> torch.Tensor:
-    """One value a part -> (G,) int64, one a group."""
-    by_group = torch.empty(groups.numel(), dtype=torch.int64, device=groups.device)
-    by_group[groups] = torch.tensor(values, dtype=torch.int64, device=groups.device)
-    return by_group
-
-
-def _first_cells(slab: Slab, search: SearchBatch, groups: torch.Tensor) -> torch.Tensor:
-    """(G,) int64: the cell of slot 0 of each group's layer and place."""
-    layers = torch.tensor(search.layers, device=groups.device)
-    places = torch.tensor(search.places, device=groups.device)
-    first_cells = torch.empty(groups.numel(), dtype=torch.int64, device=groups.device)
-    first_cells[groups] = slab.first_cells(layers[:, None], places)
-    return first_cells
+    return np.concatenate(blocks, axis=1)
 
 
 def _split(joined: Hits, plans: Sequence[BatchPlan]) -> list[Hits]:

@@ -102,6 +102,11 @@ class SequenceTable:
         """Sequences that can still begin to exist."""
         return len(self._free_places)
 
+    @property
+    def free_places(self) -> Iterator[int]:
+        """The places of the next new sequences, in their order."""
+        return reversed(self._free_places)
+
     def get(self, name: str) -> Sequence | None:
         """The sequence of that name, if it exists."""
         return self._by_name.get(name)

@@ -13,13 +13,16 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from memstore.errors import DeviceMemoryFull
 from memstore.types import KEY, MemorySpec, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +59,28 @@ class Slab:
         keys: (layers, n, dim) floating, on the device; finite values beyond the range of the memory's dtype are kept
         as its largest. payloads: name -> (layers, n, *shape).
         """
-        stored = _rounded(keys, self.keys.dtype)
+        stored = _rounded(keys, self.keys.dtype).contiguous()
         converted = {name: payloads[name].to(slab.dtype).contiguous() for name, slab in self.payloads.items()}
         return StagedRows(stored, None if self.norms is None else _norms(stored, self.metric), converted)
 
     def write(self, rows: StagedRows, cells: torch.Tensor) -> None:
-        """Overwrites the same cells of every layer. cells: (n,) int64, place * capacity + slot, distinct."""
-        everywhere = self._in_all_layers(cells)
-        self.keys.flatten(0, 2).index_copy_(0, everywhere, rows.keys.flatten(0, 1))
+        """Overwrites cells, as `in_all_layers` gives them, all different. Takes no memory."""
+        self.keys.flatten(0, 2).index_copy_(0, cells, rows.keys.flatten(0, 1))
         if self.norms is not None and rows.norms is not None:
-            self.norms.flatten().index_copy_(0, everywhere, rows.norms.flatten())
+            self.norms.flatten().index_copy_(0, cells, rows.norms.flatten())
         for name, slab in self.payloads.items():
-            slab.flatten(0, 2).index_copy_(0, everywhere, rows.payloads[name].flatten(0, 1))
+            slab.flatten(0, 2).index_copy_(0, cells, rows.payloads[name].flatten(0, 1))
 
     def gather(self, name: str, cells: torch.Tensor) -> torch.Tensor:
         """Rows of the keys or a payload. cells: (U,) int64, (layer * places + place) * capacity + slot."""
         slab = self.keys if name == KEY else self.payloads[name]
         return slab.flatten(0, 2).index_select(0, cells)
 
-    def first_cells(self, layers: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """The cell of slot 0 of each (layer, place), as `gather` counts cells; the two are broadcast, int64."""
-        return (layers * self.num_places + places) * self.capacity
+    def first_cells(self, layers: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
+        """The cell of slot 0 of each place in each layer, as `gather` counts cells, (layers, places)."""
+        layer_places = np.array(layers, np.int64)[:, None] * self.num_places + np.array(places, np.int64)
+        cells: NDArray[np.int64] = layer_places * self.capacity
+        return cells
 
     def copy_place(self, source: int, target: int, slot: int, length: int) -> None:
         """Copies slots [slot, slot + length) of one place to the same slots of another, in every layer."""
@@ -92,11 +96,12 @@ class Slab:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _in_all_layers(self, cells: torch.Tensor) -> torch.Tensor:
+    def in_all_layers(self, cells: torch.Tensor) -> torch.Tensor:
+        """Cells of layer 0, (n,) int64 place * capacity + slot, and the same of every other layer, (layers * n,)."""
         if self.num_layers == 1:
             return cells
-        layers = torch.arange(self.num_layers, device=cells.device)
-        return (self.first_cells(layers[:, None], torch.zeros_like(layers[:1])) + cells).flatten()
+        first_cells = torch.from_numpy(self.first_cells(range(self.num_layers), (0,))).to(cells.device)
+        return (first_cells + cells).flatten()
 
 
 def bytes_needed(spec: MemorySpec) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from memstore import ring
@@ -13,6 +14,8 @@ from memstore.types import Metric
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
     from memstore.slab import Slab
 
@@ -50,10 +53,10 @@ class SearchBatch:
                 yield sequence, first, first + count
             first += count
 
-    def per_query(self, values: tuple[int, ...]) -> torch.Tensor:
-        """One value a sequence -> (N,) int64 on the device, the value of each query's sequence."""
-        counts = torch.tensor(self.counts)
-        return torch.tensor(values, dtype=torch.int64).repeat_interleave(counts).to(self.queries.device)
+    def per_query(self, *values: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+        """Tables of one column a sequence, (rows, S) -> (rows, N) int64 on the device, one a query; they cross once."""
+        table = np.repeat(np.concatenate(values), self.counts, axis=1)
+        return torch.split(torch.from_numpy(table).to(self.queries.device), [len(rows) for rows in values])
 
 
 class VectorIndex(Protocol):
@@ -84,9 +87,9 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torc
     candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query. Gives what VectorIndex.search gives.
     """
     positions = candidates.sort(-1).values  # so that the stable sort below puts lower positions first
-    layers = torch.tensor(batch.layers, device=positions.device)
-    first_cells = slab.first_cells(layers[:, None], batch.per_query(batch.places))
-    cells = first_cells[..., None] + ring.slot_of(positions.clamp(min=0), slab.capacity)
+    (first_cells,) = batch.per_query(slab.first_cells(batch.layers, batch.places))
+    # a position of -1 stands for the last slot, which is read in vain
+    cells = first_cells[..., None] + ring.slot_of(positions, slab.capacity)
     scores = torch.empty(positions.shape, device=positions.device)
     step = max(RANK_ELEMENTS[slab.device.type] // (slab.dim * batch.top_k), 1)
     flat = (batch.queries.flatten(0, 1), cells.flatten(0, 1), scores.flatten(0, 1))
@@ -102,7 +105,8 @@ def _scores(slab: Slab, queries: torch.Tensor, cells: torch.Tensor) -> torch.Ten
     rows = slab.keys.flatten(0, 2).index_select(0, cells.flatten()).float().view(*cells.shape, slab.dim)
     queries = queries.float()[:, None]
     if slab.metric is Metric.L2:
-        return rows.sub_(queries).square_().sum(-1).neg_()
+        distances: torch.Tensor = torch.linalg.vector_norm(rows.sub_(queries), dim=-1)
+        return distances.square_().neg_()
     products = rows.mul_(queries).sum(-1)
     if slab.norms is None:
         return products

@@ -7,41 +7,42 @@ take itself, and then does that again: a thread may have lost its core to anothe
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import count
-from typing import TYPE_CHECKING, Generic, TypeVar
+from itertools import compress, count
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 Piece = TypeVar("Piece")
 
 
-class Crew(Generic[Piece]):
-    """Does pieces by `work`, which several threads may call at once, for the same piece even, with the same effect.
+class Crew:
+    """The thread that asks and, from the first time that there is more than one piece, its helpers."""
 
-    It may still be at work, in vain, on a piece that was done long ago.
-    """
-
-    def __init__(self, work: Callable[[Piece], None]) -> None:
-        self._work = work
+    def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
 
-    def do(self, pieces: Sequence[Piece], num_threads: int, patience_s: float) -> None:
-        """Returns when every piece is done. Raises what `work` raises. patience_s: what a piece takes, about."""
-        numbers = count()
-        is_done = [False] * len(pieces)
+    def do(
+        self, work: Callable[[Iterable[Piece]], None], pieces: Sequence[Piece], num_threads: int, patience_s: float
+    ) -> None:
+        """Returns when every piece is done by `work`, which each thread calls once, for pieces that come as it asks.
 
-        def do_some() -> None:
+        Doing a piece twice, even at the same time, must have the same effect as doing it once; a helper may still be
+        busy, in vain, with a piece that was done long ago. Raises what `work` raises. patience_s: what a piece takes.
+        """
+        numbers = count()
+        is_left = [True] * len(pieces)
+
+        def shared() -> Iterator[Piece]:
             while (number := next(numbers)) < len(pieces):
-                self._work(pieces[number])
-                is_done[number] = True
+                yield pieces[number]
+                is_left[number] = False
 
         num_helpers = min(num_threads, len(pieces)) - 1
         if num_helpers > 0 and self._pool is None:
             self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="memstore-search")
-        helpers = [self._pool.submit(do_some) for _ in range(num_helpers) if self._pool]
-        do_some()
-        wait([helper for helper in helpers if not helper.cancel()], patience_s)
-        for piece, is_it in zip(pieces, is_done, strict=True):
-            if not is_it:
-                self._work(piece)
+        helpers = [self._pool.submit(work, shared()) for _ in range(num_helpers) if self._pool]
+        work(shared())
+        if helpers:
+            wait([helper for helper in helpers if not helper.cancel()], patience_s)
+            work(compress(pieces, is_left))

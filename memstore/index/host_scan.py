@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from memstore import ring
@@ -18,9 +20,8 @@ from memstore.index.host_reader import FEW_QUERIES, Piece, Reader
 from memstore.types import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from memstore.index.base import SearchBatch
@@ -33,7 +34,7 @@ LARGEST_BUFFER = 8 << 20
 """Bytes of float32 rows that a thread converts at a time."""
 
 PIECES_A_THREAD = 4
-"""Enough that threads of different speed end together."""
+"""Enough that threads of different speed end together; for matrix products one, as FAISS begins each piece anew."""
 
 
 class HostScan:
@@ -46,7 +47,7 @@ class HostScan:
 
             self._faiss = faiss
         self._readers: list[Reader] = []
-        self._crew = Crew(self._read)
+        self._crew = Crew()
 
     @property
     def is_available(self) -> bool:
@@ -59,38 +60,39 @@ class HostScan:
         sequences = list(batch.sequences())
         for sequence, first, end in sequences:
             runs = _cut(slab, batch, sequence, len(sequences) * len(batch.layers))
-            share = _Share(batch.places[sequence], first, end, runs)
-            groups.setdefault((end - first, len(runs)), []).append(share)
+            groups.setdefault((end - first, len(runs)), []).append(_Share(batch.places[sequence], first, end, runs))
         for shares in groups.values():
             self._search_alike(slab, batch, candidates, shares)
 
     def _search_alike(self, slab: Slab, batch: SearchBatch, candidates: torch.Tensor, shares: list[_Share]) -> None:
         """Searches sequences that have equally many queries and pieces."""
         num_queries, width = shares[0].end - shares[0].first, len(shares[0].runs)
-        scores = torch.empty(len(batch.layers), len(shares), width, num_queries, batch.top_k)
-        positions = torch.empty(scores.shape, dtype=torch.int64)
-        pieces = list(_pieces(slab, batch, shares, scores.numpy(), positions.numpy()))
-        longest = max(piece.num_rows for piece in pieces)
+        shape = (len(batch.layers), len(shares), width, num_queries, batch.top_k)
+        scores, rows = np.empty(shape, np.float32), np.empty(shape, np.int64)
+        pieces = list(_pieces(slab, batch, shares, scores, rows))
+        patience_s = max(_expected_s(slab, piece) for piece in pieces)
         with _products_from(self._faiss, num_queries):
-            self._crew.do(pieces, torch.get_num_threads(), _expected_s(longest * slab.dim, num_queries))
-        found = positions.transpose(2, 3).flatten(3)
+            self._crew.do(partial(self._read, slab), pieces, torch.get_num_threads(), patience_s)
+        firsts = np.array([[run.position for run in share.runs] for share in shares])
+        positions = np.where(rows < 0, -1, rows + firsts[:, :, None, None])
+        found = torch.from_numpy(positions).transpose(2, 3).flatten(3)
         if width > 1:
             # what FAISS has not found it scores worst, so that it loses against anything
-            ranked = scores.transpose(2, 3).flatten(3)
+            ranked = torch.from_numpy(scores).transpose(2, 3).flatten(3)
             best = ranked.topk(batch.top_k, largest=slab.metric is not Metric.L2, sorted=False)
             found = found.gather(3, best.indices)
         columns = [column for share in shares for column in range(share.first, share.end)]
         candidates[:, torch.tensor(columns)] = found.flatten(1, 2)
 
-    def _read(self, piece: Piece) -> None:
-        """Reads one piece in this thread, with one of the readers that no other thread has at the time."""
+    def _read(self, slab: Slab, pieces: Iterable[Piece]) -> None:
+        """Reads pieces in this thread, with a reader that no other thread has at the time."""
         reader = self._readers.pop() if self._readers else None
-        if reader is None or not reader.fits(piece.slab):
-            reader = Reader(self._faiss, piece.slab)
+        if reader is None or not reader.fits(slab):
+            reader = Reader(self._faiss, slab)
         before = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(1)  # holds for this thread
         try:
-            reader.read(piece)
+            reader.read(slab, pieces)
         finally:
             self._faiss.omp_set_num_threads(before)
             self._readers.append(reader)
@@ -110,7 +112,8 @@ def _cut(slab: Slab, batch: SearchBatch, sequence: int, num_rings: int) -> list[
     """The runs that a sequence sees, cut so that there are some pieces a thread in all, and none is too large."""
     seen = ring.runs(batch.begins[sequence], batch.ends[sequence], slab.capacity)
     num_threads = torch.get_num_threads()
-    num_pieces = 1 if num_threads == 1 else max(PIECES_A_THREAD * num_threads // num_rings, 1)
+    per_thread = PIECES_A_THREAD if batch.counts[sequence] <= FEW_QUERIES else 1
+    num_pieces = 1 if num_threads == 1 else max(per_thread * num_threads // num_rings, 1)
     longest = max(-(-sum(run.length for run in seen) // num_pieces), SMALLEST_PIECE)
     longest = min(longest, max(LARGEST_BUFFER // (4 * slab.dim), 1))
     return [
@@ -121,26 +124,23 @@ def _cut(slab: Slab, batch: SearchBatch, sequence: int, num_rings: int) -> list[
 
 
 def _pieces(
-    slab: Slab,
-    batch: SearchBatch,
-    shares: list[_Share],
-    scores: NDArray[np.float32],
-    positions: NDArray[np.int64],
+    slab: Slab, batch: SearchBatch, shares: list[_Share], scores: NDArray[np.float32], rows: NDArray[np.int64]
 ) -> Iterator[Piece]:
-    """Every piece of some sequences. scores, positions: (L, shares, pieces, queries, k)."""
+    """Every piece of some sequences. scores, rows: (L, shares, pieces, queries, k)."""
     queries = batch.queries.float().contiguous().numpy()
     for at, layer in enumerate(batch.layers):
         for number, share in enumerate(shares):
             first_cell = (layer * slab.num_places + share.place) * slab.capacity
             mine = queries[at, share.first : share.end]
             for piece, run in enumerate(share.runs):
-                out = at, number, piece
-                yield Piece(slab, first_cell + run.slot, run.length, run.position, mine, scores[out], positions[out])
+                cell, out = first_cell + run.slot, (at, number, piece)
+                yield Piece(cell, cell + run.length, mine, scores[out], rows[out])
 
 
-def _expected_s(num_elements: int, num_queries: int) -> float:
-    """What a core takes for the elements of a piece, about: 10 GB/s where few queries read them, 40 GFLOP/s else."""
-    return num_elements * num_queries * (2e-10 if num_queries <= FEW_QUERIES else 5e-11)
+def _expected_s(slab: Slab, piece: Piece) -> float:
+    """What a core takes for a piece, about: 10 GB/s of float16 where few queries read the rows, else 40 GFLOP/s."""
+    num_products = (piece.end - piece.cell) * slab.dim * len(piece.queries)
+    return num_products * (2e-10 if len(piece.queries) <= FEW_QUERIES else 5e-11)
 
 
 @contextmanager

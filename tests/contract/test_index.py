@@ -18,7 +18,7 @@ from memstore.slab import Slab
 from memstore.types import IndexKind, MemorySpec, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 UNIT = 2.0**-23
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,7 +38,7 @@ def filled(device: torch.device, rows: torch.Tensor | None = None, **changes: ob
     slab = Slab(spec, device)
     num_cells = spec.max_sequences * spec.capacity
     keys = torch.randn(spec.num_layers, num_cells, spec.dim) if rows is None else rows
-    slab.write(slab.stage(keys.to(device), {}), torch.arange(num_cells, device=device))
+    slab.write(slab.stage(keys.to(device), {}), slab.in_all_layers(torch.arange(num_cells, device=device)))
     return slab
 
 
@@ -287,23 +287,30 @@ def test_a_helper_that_is_held_up_is_not_waited_for() -> None:
     is_held, may_go_on = threading.Event(), threading.Event()
     done: list[int] = []
 
-    def work(piece: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            is_held.set()
-            may_go_on.wait()
-        elif piece == 0:
-            is_held.wait()
-        done.append(piece)
+    def work(pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            if threading.current_thread() is not threading.main_thread():
+                is_held.set()
+                may_go_on.wait()
+            else:
+                is_held.wait()
+            done.append(piece)
 
-    crew = Crew(work)
-    crew.do(range(5), num_threads=2, patience_s=0.0)
+    Crew().do(work, range(5), num_threads=2, patience_s=0.0)
     assert sorted(done) == [0, 1, 2, 3, 4]
     may_go_on.set()
 
 
 def test_a_crew_raises_what_its_helpers_raise() -> None:
-    def work(piece: int) -> None:
-        raise ValueError(f"piece {piece}")
+    has_failed = threading.Event()
 
-    with pytest.raises(ValueError, match="piece"):
-        Crew(work).do(range(5), num_threads=3, patience_s=1.0)
+    def work(pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            if threading.current_thread() is threading.main_thread():
+                has_failed.wait()
+            if piece == 3:
+                has_failed.set()
+                raise ValueError("piece 3 cannot be done")
+
+    with pytest.raises(ValueError, match="piece 3 cannot be done"):
+        Crew().do(work, range(5), num_threads=2, patience_s=1.0)
