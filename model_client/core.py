@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 from google.protobuf.message import Message
 
 from model_client.errors import (
+    Busy,
     CircuitOpen,
+    ClientClosed,
     Expired,
     Internal,
     Late,
@@ -192,7 +194,8 @@ class Core:
             self.stats.add("failures")
             if isinstance(error, Late | Expired):
                 self.stats.add("late")
-            self.breaker.record(not _counts_against_server(error))
+            if not isinstance(error, Busy | ClientClosed):  # these say nothing about the server
+                self.breaker.record(not _counts_against_server(error))
             raise
         self.breaker.record(True)
         return value

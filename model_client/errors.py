@@ -7,6 +7,7 @@ MemstoreClientError
     Unavailable     the connection failed: whether the call was done is not known
     Late            no answer before the deadline: whether the call was done is not known
     CircuitOpen     too many failures in a row; the network was not touched
+    Busy            the session has as many steps under way as it may; the network was not touched
     ClientClosed    the client was closed before or during the call
 """
 
@@ -121,6 +122,10 @@ class Late(MemstoreClientError):
 
 class CircuitOpen(MemstoreClientError):
     """Recent calls failed in a row, so this one was not tried; carries retry_after_s."""
+
+
+class Busy(MemstoreClientError):
+    """Steps of this session must be awaited before another is begun."""
 
 
 class ClientClosed(MemstoreClientError):

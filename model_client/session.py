@@ -8,7 +8,7 @@ from memstore.v1 import memstore_pb2 as pb
 from model_client.core import Core, Running, drive
 from model_client.errors import InvalidRequest
 from model_client.steps import SessionCore, StepCall
-from model_client.wire import Retrieval, StepResult, StepRows
+from model_client.wire import Retrieval, StepResult, StepRows, wire_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -112,7 +112,7 @@ class Session(SessionBase):
       seqs and the same rows, within the later step's deadline. If that gives no answer either, the later step fails
       and appends nothing: its rows are lost (`stats.dropped_rows`), and order is kept. So are those of a step that the
       open breaker stopped, or the server refused.
-    * At most two steps are under way, and a third waits for them without being sent. A fourth is refused (Overloaded).
+    * At most two steps are under way, and a third waits for them without being sent. A fourth is refused (Busy).
       A second one leaves at once only where the first was sent without failure, no start is among them, and the epochs
       are known; otherwise it is sent when its result is asked for.
     * EpochChanged (the server lost the sequence, or somebody reset it): the step is sent again as seq 0 of the new
@@ -178,6 +178,8 @@ class Session(SessionBase):
 def _checked_rows(keys: Tensor, payloads: Mapping[str, Tensor], num_rows: int) -> StepRows:
     """The tensors with their layer axis; InvalidRequest where the numbers of rows disagree."""
     layered = keys.unsqueeze(0) if keys.dim() == 2 else keys
+    for tensor in (keys, *payloads.values()):
+        wire_dtype(tensor.dtype)
     if layered.dim() != 3 or layered.shape[1] != num_rows:
         raise InvalidRequest(f"keys: shape {tuple(keys.shape)}, (layers, {num_rows}, dim) expected by the counts")
     with_layer = {name: each.unsqueeze(0) if keys.dim() == 2 else each for name, each in payloads.items()}

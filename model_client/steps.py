@@ -18,6 +18,7 @@ from model_client import wire
 from model_client.core import Core, Flow, OneCall, expect
 from model_client.errors import (
     AlreadyExists,
+    Busy,
     CircuitOpen,
     Corrupt,
     EpochChanged,
@@ -28,7 +29,6 @@ from model_client.errors import (
     NotAllowed,
     NotAuthenticated,
     NotFound,
-    Overloaded,
     PositionExpired,
     SequenceGap,
 )
@@ -188,7 +188,7 @@ class SessionCore:
     def _change(self, step: Step, until: float) -> Flow[pb.StepResponse]:
         """Waits until the step may be sent, numbers and sends it, and settles it."""
         if self._waiting is not None:
-            raise Overloaded(f"{MAX_UNDER_WAY} steps of this session are under way and one waits; await those first")
+            raise Busy(f"{MAX_UNDER_WAY} steps of this session are under way and one waits; await those first")
         self._waiting = step
         try:
             self._collect()

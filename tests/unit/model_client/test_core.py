@@ -183,6 +183,8 @@ def test_a_shorter_wait_makes_a_step_late_for_good() -> None:
     [
         (torch.zeros(3, 2), [2], {}),
         (torch.zeros(3), [3], {}),
+        (torch.zeros(3, 2, dtype=torch.float64), [3], {}),
+        (torch.zeros(3, 2), [3], {"payloads": {"hidden": torch.zeros(3, 4, dtype=torch.complex64)}}),
         (torch.zeros(3, 2), [2, 1], {}),
         (torch.zeros(3, 2), [3], {"start_of_sequence": [True, False]}),
         (torch.zeros(3, 2), [3], {"parts": [0, 1]}),
@@ -215,3 +217,12 @@ def test_epochs_that_never_rest_end_in_an_error() -> None:
     client = MemoryClient(transport=Scripted(*changed), clock=FakeClock())
     with pytest.raises(errors.Internal, match="faster"):
         client.session("m", ["a"]).append(torch.zeros(1, 2), [1])
+
+
+def test_a_session_that_is_busy_says_nothing_about_the_server() -> None:
+    client = MemoryClient(transport=Scripted(None, INFO), clock=FakeClock(), breaker_failures=1)
+    session = client.session("m", ["a"])
+    pendings = [session.start_step(torch.zeros(1, 2), [1], retrieve=None, append=True) for _ in range(3)]
+    with pytest.raises(errors.Busy):
+        pendings[2].result()
+    assert client.info() == INFO

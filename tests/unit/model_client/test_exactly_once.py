@@ -114,7 +114,7 @@ def test_a_third_step_waits_and_a_fourth_is_refused(bench: Bench) -> None:
     bench.network.script = [Fault.HELD, Fault.HELD]
     pendings = [bench.start(1) for _ in range(4)]
     assert len(bench.network.held) == 2
-    with pytest.raises(errors.Overloaded):
+    with pytest.raises(errors.Busy):
         pendings[3][1].result()
     bench.network.release()
     bench.network.release()
