@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 
+from memstore.config import ConfigError
 from memstore.errors import DeviceMemoryFull, Expired, Internal, MemstoreError, NotReady
 from memstore.logs import trouble
 
@@ -19,20 +20,39 @@ if TYPE_CHECKING:
 
     from memstore.admission import Admission
     from memstore.seams import Clock
-    from memstore.types import RetrieveOptions, StepBatch, StepResult
+    from memstore.types import Hits, RetrieveOptions, SequenceResult, StepBatch, StepResult
 
 MAX_JOINED_ROWS = 16_384
 """Rows of all layers that one joined search has at most, so that its working memory stays bounded."""
 
+_OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation, the error code of torch.AcceleratorError where pinned host memory is missing."""
+
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 _log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
     """What the worker needs of a memory."""
 
-    def step(self, batches: Sequence[StepBatch]) -> list[StepResult | MemstoreError]:
+    def step(
+        self, batches: Sequence[StepBatch], carry: Callable[[int, Hits], None]
+    ) -> list[StepResult | MemstoreError]:
         """See Memory.step."""
+
+
+class Reply(Protocol[T_co]):
+    """The answer to one step, made in two halves."""
+
+    def carry(self, hits: Hits) -> None:
+        """Takes in what was retrieved, while nothing is changed yet; may raise."""
+
+    def finish(self, sequences: Sequence[SequenceResult]) -> T_co:
+        """The whole answer, after the change."""
+
+    def discard(self) -> None:
+        """Lets go of what was taken in; the answer is not sent."""
 
 
 class Observer(Protocol):
@@ -76,7 +96,7 @@ class CallJob(Job[T]):
 
 
 class StepJob(Job[T]):
-    """A step of one memory. `decode` and `encode` run in the device thread, before and after it."""
+    """A step of one memory. `decode` and `reply` are called in the device thread."""
 
     def __init__(
         self,
@@ -84,13 +104,13 @@ class StepJob(Job[T]):
         memory: str,
         engine: Engine,
         decode: Callable[[], StepBatch],
-        encode: Callable[[StepResult], T],
+        reply: Reply[T],
     ) -> None:
         super().__init__(ticket)
         self.memory = memory
         self.engine = engine
         self.decode = decode
-        self.encode = encode
+        self.reply = reply
 
 
 @dataclass(slots=True)
@@ -125,6 +145,18 @@ class _Group:
 
 def _rows(batch: StepBatch) -> int:
     return batch.keys.shape[0] * batch.keys.shape[1]
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name such as "auto", "cpu", "cuda" or "cuda:1". ConfigError where there is none such here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    device = torch.device(name if ":" in name else f"{name}:0")
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device={name}: there is no such device here")
+    return device
 
 
 class DeviceWorker:
@@ -229,7 +261,7 @@ class DeviceWorker:
     def _step(self, group: _Group) -> None:
         begin = self._clock.monotonic()
         try:
-            results = group.engine.step(group.batches)
+            results = group.engine.step(group.batches, lambda at, hits: self._carry(group.jobs[at], hits))
         except Exception as error:  # the root: a bug in the engine fails these requests, not the thread
             for job in group.jobs:
                 self._fail(job, self._known(error, job))
@@ -239,12 +271,19 @@ class DeviceWorker:
         for job, result in zip(group.jobs, results, strict=True):
             self._answer(job, result, served_s / len(group.jobs))
 
+    def _carry(self, job: StepJob[object], hits: Hits) -> None:
+        """Hands a step its hits. Whatever goes wrong there refuses this step alone, and nothing of it is done."""
+        try:
+            job.reply.carry(hits)
+        except Exception as error:  # the root, as above
+            raise self._known(error, job) from error
+
     def _answer(self, job: StepJob[object], result: StepResult | MemstoreError, served_s: float) -> None:
         if isinstance(result, MemstoreError):
             self._fail(job, result)
             return
         try:
-            message = job.encode(result)
+            message = job.reply.finish(result.sequences)
         except Exception as error:  # the root, as above
             self._fail(job, self._known(error, job))
             return
@@ -268,7 +307,7 @@ class DeviceWorker:
         """The error that the caller sees: ours as it is, anything else logged and closed up."""
         if isinstance(error, MemstoreError):
             return error
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return DeviceMemoryFull("no working memory is left on the device for this request")
         if isinstance(error, torch.AcceleratorError):
             self.is_sick = True
@@ -285,6 +324,8 @@ class DeviceWorker:
 
     def _fail(self, job: Job[object], error: MemstoreError) -> None:
         self._release(job, 0.0)
+        if isinstance(job, StepJob):
+            job.reply.discard()
         job.future.set_exception(error)
 
 

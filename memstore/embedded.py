@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.capacity import capacity_of
 from memstore.catalog import NoCatalog
-from memstore.device import DeviceWorker
+from memstore.device import DeviceWorker, device_of
 from memstore.plane import ProcessPlane
 from memstore.registry import Registry
 from memstore.seams import SystemClock
@@ -31,10 +29,10 @@ class Embedded:
     """
 
     def __init__(self, device: str = "cpu", *, capacity_bytes: int = 0, max_memories: int = 1024) -> None:
-        """capacity_bytes: what memories may reserve; 0 for a share of what is free now."""
+        """capacity_bytes: what memories may reserve; 0 for a share of what is free now. ConfigError: no such device."""
         self.plane = ProcessPlane()
         self._clock = SystemClock()
-        target = torch.device(device)
+        target = device_of(device)
         self._worker = DeviceWorker(target, Admission(QueueLimits()), self._clock)
         budget = CapacityBudget(capacity_bytes or capacity_of(target))
         self._registry = Registry(NoCatalog(), self._worker, budget, self._clock, max_memories)

@@ -22,7 +22,7 @@ from memstore.auth import authenticator_of, check_bind
 from memstore.capacity import capacity_of
 from memstore.catalog import Catalog, FileCatalog, NoCatalog, RedisCatalog
 from memstore.config import Config, ConfigError
-from memstore.device import DeviceWorker
+from memstore.device import DeviceWorker, device_of
 from memstore.grpc_front import SERVICE, GrpcFront
 from memstore.health import Health
 from memstore.logs import event
@@ -86,7 +86,7 @@ class Server:
 
     def _make_registry(self) -> Registry:
         config = self._config
-        device = _device_of(config.device)
+        device = device_of(config.device)
         limits = QueueLimits(
             max_requests=config.queue_requests, max_bytes=config.queue_bytes, tenant_ratio=config.tenant_ratio
         )
@@ -199,18 +199,6 @@ async def _first(wanted: asyncio.Future[None] | Coroutine[None, None, None], sto
         return False
     task.result()
     return True
-
-
-def _device_of(name: str) -> torch.device:
-    """The device of a setting. ConfigError where this machine, or this torch, has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    device = torch.device(name if ":" in name else f"{name}:0")
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device={name}: there is no such device here")
-    return device
 
 
 def _tune_malloc() -> None:

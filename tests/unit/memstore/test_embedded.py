@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from memstore.config import ConfigError
 from memstore.embedded import Embedded
 from memstore.errors import Expired, InvalidRequest, MemstoreError, NotFound, NotReady
 from memstore.v1 import memstore_pb2 as pb
@@ -105,3 +106,19 @@ def test_after_closing_nothing_is_taken() -> None:
     with pytest.raises(NotReady):
         embedded.call("Step", own_step(embedded, torch.zeros(1, 1, 4))).result()
     assert len(embedded.plane) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
+def test_a_device_that_is_not_here_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="--device=cuda"):
+        Embedded("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_needs_no_number() -> None:
+    embedded = Embedded("cuda")
+    try:
+        assert embedded.call("ServerInfo", pb.ServerInfoRequest()).result(20).device == "cuda:0"
+    finally:
+        embedded.close()
