@@ -8,10 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from memstore import ring
-from memstore.slab import inverse_norms
-from memstore.types import Metric
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,9 +20,6 @@ SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 ONE_THREAD = 32_768
 """Elements up to which torch works in the thread that asks, on the host: threads that are busy elsewhere are dear."""
-
-RANK_ELEMENTS = {"cpu": ONE_THREAD, "cuda": 64 << 20}
-"""Elements of the rows that are scored afresh at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,35 +72,3 @@ def no_candidates(batch: SearchBatch) -> torch.Tensor:
     """(L, N, k) int64 of -1, to be filled with positions."""
     shape = (*batch.queries.shape[:2], batch.top_k)
     return torch.full(shape, -1, dtype=torch.int64, device=batch.queries.device)
-
-
-def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores candidates afresh from their rows and sorts them: the one place where a score is made.
-
-    candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query. Gives what VectorIndex.search gives.
-    """
-    positions = candidates.sort(-1).values  # so that the stable sort below puts lower positions first
-    (first_cells,) = batch.per_query(slab.first_cells(batch.layers, batch.places))
-    # a position of -1 stands for the last slot, which is read in vain
-    cells = first_cells[..., None] + ring.slot_of(positions, slab.capacity)
-    scores = torch.empty(positions.shape, device=positions.device)
-    step = max(RANK_ELEMENTS[slab.device.type] // (slab.dim * batch.top_k), 1)
-    flat = (batch.queries.flatten(0, 1), cells.flatten(0, 1), scores.flatten(0, 1))
-    for queries, some_cells, some_scores in zip(*(torch.split(tensor, step) for tensor in flat), strict=True):
-        some_scores.copy_(_scores(slab, queries, some_cells))
-    scores.masked_fill_(positions < 0, -torch.inf)
-    scores, order = scores.sort(stable=True, dim=-1, descending=True)
-    return positions.gather(-1, order), scores
-
-
-def _scores(slab: Slab, queries: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """(n, dim) queries, (n, k) cells of the whole slab -> (n, k) float32."""
-    rows = slab.keys.flatten(0, 2).index_select(0, cells.flatten()).float().view(*cells.shape, slab.dim)
-    queries = queries.float()[:, None]
-    if slab.metric is Metric.L2:
-        distances: torch.Tensor = torch.linalg.vector_norm(rows.sub_(queries), dim=-1)
-        return distances.square_().neg_()
-    products = rows.mul_(queries).sum(-1)
-    if slab.norms is None:
-        return products
-    return products * slab.norms.flatten()[cells] * inverse_norms(queries)

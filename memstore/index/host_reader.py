@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from memstore.slab import Slab
 
-FEW_QUERIES = 3
+FEW_QUERIES = 5
 """Up to so many queries a sequence, reading its rows once for each is faster than a matrix product."""
 
 

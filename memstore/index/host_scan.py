@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from memstore import ring
-from memstore.index.crew import Crew
 from memstore.index.host_reader import FEW_QUERIES, Piece, Reader
 from memstore.types import Metric
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memstore.index.base import SearchBatch
+    from memstore.index.crew import Crew
     from memstore.slab import Slab
 
 SMALLEST_PIECE = 2048
@@ -40,14 +40,14 @@ PIECES_A_THREAD = 4
 class HostScan:
     """Where FAISS is missing `is_available` is false, and it may not be asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, crew: Crew) -> None:
         self._faiss: Any = None
         with suppress(ImportError):
             import faiss
 
             self._faiss = faiss
         self._readers: list[Reader] = []
-        self._crew = Crew()
+        self._crew = crew
 
     @property
     def is_available(self) -> bool:

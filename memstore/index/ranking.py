@@ -1,0 +1,63 @@
+"""The final ranking of candidates, the same after every way of searching: the one place where a score is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from memstore import ring
+from memstore.index.base import ONE_THREAD
+from memstore.slab import inverse_norms
+from memstore.types import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from memstore.index.base import SearchBatch
+    from memstore.index.crew import Crew
+    from memstore.slab import Slab
+
+ELEMENTS = {"cpu": ONE_THREAD, "cuda": 64 << 20}
+"""Elements of the rows that are scored at a time, by type of device."""
+
+PATIENCE_S = 1e-3
+"""About what that takes on the host."""
+
+
+def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor, crew: Crew) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores candidates from their rows and sorts them, best first. Gives what VectorIndex.search gives.
+
+    candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query.
+    """
+    positions = candidates.sort(-1).values  # so that the stable sort below puts lower positions first
+    (first_cells,) = batch.per_query(slab.first_cells(batch.layers, batch.places))
+    # a position of -1 stands for the last slot, which is read in vain
+    cells = (first_cells[..., None] + ring.slot_of(positions, slab.capacity)).flatten(0, 1)
+    queries = batch.queries.flatten(0, 1)
+    scores = torch.empty(cells.shape, device=cells.device)
+
+    def score(blocks: Iterable[slice]) -> None:
+        for block in blocks:
+            scores[block] = _scores(slab, queries[block], cells[block])
+
+    step = max(ELEMENTS[slab.device.type] // (slab.dim * batch.top_k), 1)
+    blocks = [slice(first, first + step) for first in range(0, len(queries), step)]
+    crew.do(score, blocks, torch.get_num_threads() if slab.device.type == "cpu" else 1, PATIENCE_S)
+    # not in place: a helper may still be writing, in vain
+    scores = scores.view(positions.shape).masked_fill(positions < 0, -torch.inf)
+    scores, order = scores.sort(stable=True, dim=-1, descending=True)
+    return positions.gather(-1, order), scores
+
+
+def _scores(slab: Slab, queries: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """(n, dim) queries, (n, k) cells of the whole slab -> (n, k) float32."""
+    rows = slab.keys.flatten(0, 2).index_select(0, cells.flatten()).float().view(*cells.shape, slab.dim)
+    queries = queries.float()[:, None]
+    if slab.metric is Metric.L2:
+        distances: torch.Tensor = torch.linalg.vector_norm(rows.sub_(queries), dim=-1)
+        return distances.square_().neg_()
+    products = rows.mul_(queries).sum(-1)
+    if slab.norms is None:
+        return products
+    return products * slab.norms.flatten()[cells] * inverse_norms(queries)
