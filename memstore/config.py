@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PREFIX = "MEMSTORE_"
-CLIENT_VARIABLES = frozenset({"MEMSTORE_TARGET", "MEMSTORE_TLS_ROOT"})
+CLIENT_VARIABLES = frozenset({"MEMSTORE_TARGET", "MEMSTORE_TLS_ROOT", "MEMSTORE_CLIENT_TOKEN_FILE"})
 """Variables of the other commands, which a server passes over."""
 
 T = TypeVar("T")

@@ -44,7 +44,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     health.add_argument("--service", default="", help='"" for the process, memstore.v1.MemoryService, or memory/NAME')
     for parser in (listing, describe, drop, health):
         parser.add_argument("--target", help=f"host:port or unix:///path (MEMSTORE_TARGET, else {DEFAULT_TARGET})")
-        parser.add_argument("--token-file", type=Path, help="file with the token (MEMSTORE_TOKEN_FILE)")
+        parser.add_argument("--token-file", type=Path, help="file with the token (MEMSTORE_CLIENT_TOKEN_FILE)")
         parser.add_argument("--tls-root", type=Path, help="PEM certificates to trust; use TLS (MEMSTORE_TLS_ROOT)")
         parser.add_argument("--timeout", type=float, default=10.0, help="seconds (default %(default)s)")
         parser.add_argument("--json", action="store_true", help="print JSON")
@@ -73,7 +73,7 @@ class Session:
     def __init__(self, options: argparse.Namespace, environ: Mapping[str, str]) -> None:
         self.target = str(options.target or environ.get("MEMSTORE_TARGET") or DEFAULT_TARGET)
         self.timeout_s: float = options.timeout
-        token_file = _path(options.token_file, environ, "MEMSTORE_TOKEN_FILE")
+        token_file = _path(options.token_file, environ, "MEMSTORE_CLIENT_TOKEN_FILE")
         root = _path(options.tls_root, environ, "MEMSTORE_TLS_ROOT")
         token = _read(token_file).decode().strip() if token_file else ""
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()

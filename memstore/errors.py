@@ -13,7 +13,7 @@ MemstoreError
     QuotaExceeded       a bound that waiting does not lift
     DeviceMemoryFull    the device has no room for what a memory would reserve
     NotReady            starting, draining, catalogue gone
-    Expired             the deadline passed before the device was touched
+    Expired             the deadline passed; nothing was done, but for a step of a stream that had begun
     Corrupt             a stored catalogue fails its check
     Internal            a bug: carries the request_id under which the server's log has the text
 """
@@ -94,7 +94,7 @@ class NotReady(MemstoreError):
 
 
 class Expired(MemstoreError):
-    """The deadline passed before the device was touched: nothing was done."""
+    """The deadline passed. Nothing was done, unless the step of a stream had been begun by the device."""
 
 
 class Corrupt(MemstoreError):

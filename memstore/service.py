@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from memstore.plane import Plane
     from memstore.registry import Loaded, Registry
-    from memstore.types import StepResult
 
 VERSION = "0.1.0"
+"""As pyproject.toml has it; a test compares them."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -77,13 +77,12 @@ class Service:
 
     def _step(self, request: wire.StepLike, caller: Caller) -> Future[Message]:
         loaded = self.registry.find(caller.tenant, request.memory)
-        encode: Callable[[StepResult, Plane], Message] = _ENCODERS[type(request)]
         job: StepJob[Message] = StepJob(
             _ticket(request, caller),
             loaded.id.name,
             loaded.engine,
             lambda: wire.decode_batch(request, loaded.spec, caller.plane),
-            lambda result: encode(result, caller.plane),
+            wire.Reply(request, caller.plane),
         )
         return self._worker.submit(job)
 
@@ -160,13 +159,6 @@ class Service:
             return pb.MemoryDescription(spec=wire.encode_spec(memory))
         counts = memory.engine.counts()
         return wire.encode_description(memory.spec, counts, memory.created_at, str(self._worker.device))
-
-
-_ENCODERS: dict[type[wire.StepLike], Callable[[StepResult, Plane], Message]] = {
-    pb.StepRequest: wire.encode_step,
-    pb.RetrieveRequest: wire.encode_retrieve,
-    pb.AppendRequest: wire.encode_append,
-}
 
 
 def _ticket(request: Message, caller: Caller) -> Ticket:

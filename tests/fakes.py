@@ -6,15 +6,20 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from memstore.errors import MemstoreError, NotReady
-from memstore.types import SequenceResult, StepResult
+from memstore.types import Hits, SequenceResult, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from memstore.device import DeviceWorker
     from memstore.types import StepBatch
+
+
+NO_HITS = Hits(row_splits=torch.zeros(1), positions=torch.empty(0), index=torch.empty(0), scores=None, arrays={})
 
 
 class FakeClock:
@@ -77,11 +82,42 @@ class FakeEngine:
         """The first sequence of each batch, call by call."""
         return [[batch.parts[0].sequence for batch in call] for call in self.calls]
 
-    def step(self, batches: Sequence[StepBatch]) -> list[StepResult | MemstoreError]:
+    def step(
+        self, batches: Sequence[StepBatch], carry: Callable[[int, Hits], None]
+    ) -> list[StepResult | MemstoreError]:
         if self.failure is not None:
             raise self.failure
         self.calls.append(list(batches))
-        return [self.refusals.get(batch.parts[0].sequence) or _result(batch) for batch in batches]
+        return [self._outcome(at, batch, carry) for at, batch in enumerate(batches)]
+
+    def _outcome(self, at: int, batch: StepBatch, carry: Callable[[int, Hits], None]) -> StepResult | MemstoreError:
+        try:
+            if batch.retrieve is not None:
+                carry(at, NO_HITS)
+        except MemstoreError as error:
+            return error
+        return self.refusals.get(batch.parts[0].sequence) or _result(batch)
+
+
+class FakeReply:
+    """A reply that is what happened to the sequences. Its two failures are raised where they are due."""
+
+    def __init__(self) -> None:
+        self.carry_failure: Exception | None = None
+        self.finish_failure: Exception | None = None
+        self.is_discarded = False
+
+    def carry(self, hits: Hits) -> None:
+        if self.carry_failure is not None:
+            raise self.carry_failure
+
+    def finish(self, sequences: Sequence[SequenceResult]) -> tuple[SequenceResult, ...]:
+        if self.finish_failure is not None:
+            raise self.finish_failure
+        return tuple(sequences)
+
+    def discard(self) -> None:
+        self.is_discarded = True
 
 
 def _result(batch: StepBatch) -> StepResult:

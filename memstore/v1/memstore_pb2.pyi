@@ -220,7 +220,7 @@ class Tensor(_message.Message):
 
     @_builtins.property
     def region(self) -> Global___RegionSlice:
-        """A slice of a region that the two ends share. FAILED_PRECONDITION where the session has no such region."""
+        """A slice of a region that the two ends share. INVALID_ARGUMENT where there is no such region, or none at all."""
 
     def __init__(
         self,
@@ -747,8 +747,8 @@ Global___SequencePart: _TypeAlias = SequencePart  # noqa: Y015
 @_typing.final
 class RetrieveOptions(_message.Message):
     """What a retrieval gives back. Where index and scores alone would be beyond the message limit: INVALID_ARGUMENT. Where
-    the rows found make the reply too large: RESOURCE_EXHAUSTED (QuotaExceeded), and what was to be appended is appended;
-    the same seq can be sent again asking for less.
+    the rows found make the reply too large: RESOURCE_EXHAUSTED (QuotaExceeded). Either way nothing is appended, and the
+    same seq can be sent again asking for less.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -4,21 +4,19 @@ from memstore.wire.batch import StepLike, decode_batch
 from memstore.wire.control import decode_fork, encode_fork, sequence_names
 from memstore.wire.fields import memory_name
 from memstore.wire.limits import MAX_MESSAGE_BYTES
-from memstore.wire.reply import encode_append, encode_retrieve, encode_step
+from memstore.wire.reply import Reply
 from memstore.wire.spec import decode_spec, encode_description, encode_spec, encode_time
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
+    "Reply",
     "StepLike",
     "decode_batch",
     "decode_fork",
     "decode_spec",
-    "encode_append",
     "encode_description",
     "encode_fork",
-    "encode_retrieve",
     "encode_spec",
-    "encode_step",
     "encode_time",
     "memory_name",
     "sequence_names",

@@ -8,35 +8,41 @@ from memstore.errors import QuotaExceeded
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from google.protobuf.message import Message
+
     from memstore.plane import Plane
-    from memstore.types import Hits, SequenceResult, StepResult
+    from memstore.types import Hits, SequenceResult
+    from memstore.wire.batch import StepLike
+
+_REPLIES: dict[type[StepLike], type[pb.StepResponse | pb.RetrieveResponse | pb.AppendResponse]] = {
+    pb.StepRequest: pb.StepResponse,
+    pb.RetrieveRequest: pb.RetrieveResponse,
+    pb.AppendRequest: pb.AppendResponse,
+}
 
 
-def encode_step(result: StepResult, plane: Plane) -> pb.StepResponse:
-    """What a step found and did; QuotaExceeded when the rows found do not fit into one reply."""
-    response = pb.StepResponse(sequences=encode_sequences(result))
-    if result.hits is not None:
-        _fill_hits(response.hits, result.hits, plane)
-    return response
+class Reply:
+    """The answer to one step, made in two halves: the tensors before anything is changed, the rest after it."""
 
+    def __init__(self, request: StepLike, plane: Plane) -> None:
+        self._message = _REPLIES[type(request)]()
+        self._plane = plane
 
-def encode_retrieve(result: StepResult, plane: Plane) -> pb.RetrieveResponse:
-    """What was retrieved; errors as encode_step."""
-    response = pb.RetrieveResponse(sequences=encode_sequences(result))
-    if result.hits is not None:
-        _fill_hits(response.hits, result.hits, plane)
-    return response
+    def carry(self, hits: Hits) -> None:
+        """Takes in what was retrieved. QuotaExceeded where the rows found do not fit into one reply."""
+        if not isinstance(self._message, pb.AppendResponse):
+            _fill_hits(self._message.hits, hits, self._plane)
 
+    def finish(self, sequences: Sequence[SequenceResult]) -> Message:
+        """The whole message, with what happened to each sequence, in order."""
+        self._message.sequences.extend([_encode_sequence(sequence) for sequence in sequences])
+        return self._message
 
-def encode_append(result: StepResult, plane: Plane) -> pb.AppendResponse:
-    """What an append did; no tensors, so that no plane is used."""
-    del plane
-    return pb.AppendResponse(sequences=encode_sequences(result))
-
-
-def encode_sequences(result: StepResult) -> list[pb.SequenceResult]:
-    """What happened to each sequence, in order."""
-    return [_encode_sequence(sequence) for sequence in result.sequences]
+    def discard(self) -> None:
+        """Lets go of the tensors of a reply that is not sent."""
+        self._plane.discard(self._message)
 
 
 def _encode_sequence(sequence: SequenceResult) -> pb.SequenceResult:
@@ -67,7 +73,7 @@ def _fill_hits(into: pb.Hits, hits: Hits, plane: Plane) -> None:
     if size > plane.max_reply_bytes:
         raise QuotaExceeded(
             f"the reply has {size:,} bytes, at most {plane.max_reply_bytes:,}: ask for fewer hits, rows or arrays; "
-            "what was to be appended is appended",
+            "nothing was changed",
             reply_bytes=size,
             max_reply_bytes=plane.max_reply_bytes,
         )

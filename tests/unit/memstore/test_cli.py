@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import tomllib
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,13 +14,13 @@ import pytest
 from memstore import __main__
 from memstore.__main__ import main
 from memstore.auth import parse_tokens
+from memstore.service import VERSION
 from memstore.v1 import memstore_pb2 as pb
 from tests.calling import hashed
 from tests.serving import Setting, serving, spec, step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from tests.serving import Serving
 
@@ -101,9 +103,16 @@ def test_a_token_is_read_from_its_file(
         monkeypatch.setenv("MEMSTORE_TARGET", guarded.target)
         assert "NOT_AUTHENTICATED" in said(capsys, "ls", code=1)
         assert said(capsys, "ls", "--token-file", str(path)).startswith("NAME")
-        monkeypatch.setenv("MEMSTORE_TOKEN_FILE", str(path))
+        monkeypatch.setenv("MEMSTORE_TOKEN_FILE", str(tmp_path / "hashes"))  # the server's, not read here
+        assert "NOT_AUTHENTICATED" in said(capsys, "ls", code=1)
+        monkeypatch.setenv("MEMSTORE_CLIENT_TOKEN_FILE", str(path))
         assert said(capsys, "ls").startswith("NAME")
     assert "No such file" in said(capsys, "ls", "--token-file", str(tmp_path / "none"), code=1)
+
+
+def test_the_server_says_the_version_of_the_package() -> None:
+    package = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    assert package["project"]["version"] == VERSION
 
 
 @pytest.mark.parametrize(

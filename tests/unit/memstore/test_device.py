@@ -15,16 +15,19 @@ from memstore.errors import (
     Expired,
     Internal,
     InvalidRequest,
+    MemstoreError,
     NotFound,
     NotReady,
     Overloaded,
+    QuotaExceeded,
 )
-from memstore.types import RetrieveOptions, SequencePart, StepBatch, StepResult
-from tests.fakes import FakeClock, FakeEngine, held
+from memstore.types import RetrieveOptions, SequencePart, SequenceResult, StepBatch
+from tests.fakes import FakeClock, FakeEngine, FakeReply, held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+Answer = tuple[SequenceResult, ...]
 TOP_1, TOP_2 = RetrieveOptions(top_k=1), RetrieveOptions(top_k=2)
 
 
@@ -38,13 +41,17 @@ class Bench:
         self.engine = FakeEngine()
 
     def job(
-        self, batch: StepBatch, engine: FakeEngine | None = None, deadline: float | None = None
-    ) -> StepJob[StepResult]:
-        """A step whose answer is the result itself."""
+        self,
+        batch: StepBatch,
+        engine: FakeEngine | None = None,
+        deadline: float | None = None,
+        reply: FakeReply | None = None,
+    ) -> StepJob[Answer]:
+        """A step whose answer is what happened to its sequences."""
         ticket = Ticket(tenant="t", num_bytes=8, deadline=deadline, request_id="r1")
-        return StepJob(ticket, "notes", engine or self.engine, lambda: batch, lambda result: result)
+        return StepJob(ticket, "notes", engine or self.engine, lambda: batch, reply or FakeReply())
 
-    def step(self, batch: StepBatch, deadline: float | None = None) -> Future[StepResult]:
+    def step(self, batch: StepBatch, deadline: float | None = None) -> Future[Answer]:
         return self.worker.submit(self.job(batch, deadline=deadline))
 
 
@@ -71,7 +78,7 @@ def batch(
 def test_what_is_queued_together_is_searched_together(bench: Bench) -> None:
     with held(bench.worker):
         futures = [bench.step(batch(name)) for name in "abc"]
-    assert [future.result().sequences[0].epoch for future in futures] == [1, 1, 1]
+    assert [future.result()[0].epoch for future in futures] == [1, 1, 1]
     assert bench.engine.joined == [["a", "b", "c"]]
 
 
@@ -194,19 +201,40 @@ def test_a_bug_fails_its_request_and_not_the_thread(bench: Bench, caplog: pytest
     bench.step(batch("a")).result()
 
 
-def test_a_reply_that_cannot_be_made_fails_its_request(bench: Bench) -> None:
-    def fail(_: StepResult) -> StepResult:
-        raise KeyError("position")
-
-    job = bench.job(batch("a"))
-    job.encode = fail
-    with pytest.raises(Internal):
-        bench.worker.submit(job).result()
-    bench.step(batch("b")).result()
+@pytest.mark.parametrize(
+    ("where", "failure", "kind"),
+    [
+        ("carry_failure", KeyError("position"), Internal),
+        ("carry_failure", QuotaExceeded("too large"), QuotaExceeded),
+        ("carry_failure", torch.OutOfMemoryError("CUDA out of memory"), DeviceMemoryFull),
+        ("finish_failure", KeyError("position"), Internal),
+    ],
+)
+def test_a_reply_that_cannot_be_made_fails_its_request(
+    bench: Bench, where: str, failure: Exception, kind: type[MemstoreError]
+) -> None:
+    reply = FakeReply()
+    setattr(reply, where, failure)
+    with held(bench.worker):
+        broken = bench.worker.submit(bench.job(batch("a"), reply=reply))
+        other = bench.step(batch("b"))
+    with pytest.raises(kind):
+        broken.result()
+    assert reply.is_discarded
+    assert other.result()[0].epoch == 1
 
 
 def test_no_working_memory_is_no_bug(bench: Bench) -> None:
     bench.engine.failure = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(DeviceMemoryFull):
+        bench.step(batch("a")).result()
+    assert not bench.worker.is_sick
+
+
+def test_no_pinned_memory_is_no_bug_either(bench: Bench) -> None:
+    error = torch.AcceleratorError("CUDA error: out of memory")
+    error.error_code = 2  # cudaErrorMemoryAllocation
+    bench.engine.failure = error
     with pytest.raises(DeviceMemoryFull):
         bench.step(batch("a")).result()
     assert not bench.worker.is_sick

@@ -35,12 +35,12 @@ from tests.fakes import held
 from tests.serving import Serving, Setting, serving, spec, step, tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from google.protobuf.message import Message
 
     from memstore.errors import MemstoreError
-    from memstore.types import StepBatch, StepResult
+    from memstore.types import Hits, StepBatch, StepResult
 
 PLANE = InlinePlane(MAX_MESSAGE_BYTES)
 HEALTH = health_pb2.HealthCheckResponse
@@ -121,7 +121,7 @@ def test_errors_of_the_state_travel_as_what_they_are(server: Serving) -> None:
     assert gap.metadata["expected_seq"] == "1"
 
 
-def test_a_reply_beyond_a_message_is_refused_and_its_append_can_be_asked_about_again(server: Serving) -> None:
+def test_a_reply_beyond_a_message_is_refused(server: Serving) -> None:
     wide = spec("wide", dim=4, capacity=20)
     del wide.payloads[:]
     wide.payloads.add(name="page", dtype=pb.DATA_TYPE_UINT8, shape=[1 << 22])
@@ -151,9 +151,9 @@ def test_requests_of_two_clients_are_searched_together(server: Serving) -> None:
     calls: list[int] = []
     real_step = loaded.engine.step
 
-    def counted(batches: Sequence[StepBatch]) -> list[StepResult | MemstoreError]:
+    def counted(batches: Sequence[StepBatch], carry: Callable[[int, Hits], None]) -> list[StepResult | MemstoreError]:
         calls.append(len(batches))
-        return real_step(batches)
+        return real_step(batches, carry)
 
     loaded.engine.step = counted  # type: ignore[method-assign]
     with grpc.insecure_channel(server.target) as other, ThreadPoolExecutor(2) as pool:
@@ -209,7 +209,7 @@ def test_request_ids_come_back(shared: Serving) -> None:
 
 
 def test_a_bug_shows_its_number_and_not_its_text(server: Serving, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(_: object) -> object:
+    def fail(*_: object) -> object:
         raise RuntimeError("/etc/passwd")
 
     server.registry.find("default", "notes").engine.step = fail  # type: ignore[method-assign, assignment]

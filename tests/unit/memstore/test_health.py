@@ -47,7 +47,7 @@ def test_health_says_how_things_are() -> None:
 
 
 def test_a_sick_device_is_not_healthy(server: Serving) -> None:
-    def fail(_: object) -> object:
+    def fail(*_: object) -> object:
         raise torch.AcceleratorError("CUDA error")
 
     server.registry.find("default", "notes").engine.step = fail  # type: ignore[method-assign, assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -209,8 +210,16 @@ def _result(rows: int) -> StepResult:
     return StepResult(sequences=(sequence,), hits=hits)
 
 
+def _reply(request: wire.StepLike, plane: InlinePlane = INLINE) -> Any:
+    result = _result(3)
+    reply = wire.Reply(request, plane)
+    assert result.hits is not None
+    reply.carry(result.hits)
+    return reply.finish(result.sequences)
+
+
 def test_a_reply_has_what_was_found() -> None:
-    reply = wire.encode_step(_result(3), INLINE)
+    reply = _reply(pb.StepRequest())
     first = reply.sequences[0]
     assert (first.epoch, first.as_of, first.live_begin, first.first_position, first.num_appended) == (7, 3, 1, 3, 2)
     assert first.is_replay
@@ -219,13 +228,13 @@ def test_a_reply_has_what_was_found() -> None:
     assert [array.name for array in reply.hits.arrays] == ["key", "hidden"]
     assert torch.equal(INLINE.read(reply.hits.arrays[1].tensor, "hidden"), torch.ones(3, 2))
     assert INLINE.read(reply.hits.positions, "positions").tolist() == [0, 1, 2]
-    assert wire.encode_retrieve(_result(3), INLINE).hits == reply.hits
-    assert wire.encode_append(_result(3), INLINE).sequences[0] == first
+    assert _reply(pb.RetrieveRequest()).hits == reply.hits
+    assert _reply(pb.AppendRequest()).sequences[0] == first
 
 
 def test_a_reply_that_does_not_fit_says_so() -> None:
     with pytest.raises(QuotaExceeded, match="at most 64"):
-        wire.encode_step(_result(3), InlinePlane(64))
+        _reply(pb.StepRequest(), InlinePlane(64))
 
 
 def test_a_description_has_spec_and_counts() -> None:
