@@ -81,8 +81,12 @@ class HostScan:
             ranked = torch.from_numpy(scores).transpose(2, 3).flatten(3)
             best = ranked.topk(batch.top_k, largest=slab.metric is not Metric.L2, sorted=False)
             found = found.gather(3, best.indices)
-        columns = [column for share in shares for column in range(share.first, share.end)]
-        candidates[:, torch.tensor(columns)] = found.flatten(1, 2)
+        first, end = shares[0].first, shares[-1].end
+        if end - first == num_queries * len(shares):
+            candidates[:, first:end] = found.flatten(1, 2)
+            return
+        for number, share in enumerate(shares):
+            candidates[:, share.first : share.end] = found[:, number]
 
     def _read(self, slab: Slab, pieces: Iterable[Piece]) -> None:
         """Reads pieces in this thread, with a reader that no other thread has at the time."""
