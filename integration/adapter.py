@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,6 @@ from integration.families import find_decoder
 from integration.weights import MemoryWeights
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 FORMAT_VERSION = 1
@@ -77,11 +77,16 @@ def save_adapter(
 def load_adapter(
     folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Adapter:
-    """Reads an adapter folder. dtype: of the weights, as saved by default. Raises AdapterError or ConfigError."""
+    """Reads an adapter folder. Raises AdapterError or ConfigError.
+
+    dtype: of the weights. By default float32 on a CPU, where products of half precision are slow, elsewhere as saved.
+    """
     folder = Path(folder)
     config = _read_config(folder / CONFIG_FILE)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
-    weights = MemoryWeights(config, dtype=dtype or next(iter(tensors.values())).dtype)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else next(iter(tensors.values())).dtype
+    weights = MemoryWeights(config, dtype=dtype)
     _check_shapes(folder / WEIGHTS_FILE, weights, tensors)
     weights.load_state_dict(tensors)
     lora = folder / LORA_FOLDER

@@ -37,8 +37,8 @@ def test_number_formats_are_chosen_at_both_ends(tmp_path: Path) -> None:
     model = tiny_model("llama")
     config = tiny_config(model)
     save_adapter(tmp_path, config, random_weights(model, config), dtype=torch.float16)
-    assert next(load_adapter(tmp_path).weights.parameters()).dtype == torch.float16
-    assert next(load_adapter(tmp_path, dtype=torch.float32).weights.parameters()).dtype == torch.float32
+    assert next(load_adapter(tmp_path).weights.parameters()).dtype == torch.float32  # half precision is slow on a CPU
+    assert next(load_adapter(tmp_path, dtype=torch.float16).weights.parameters()).dtype == torch.float16
 
 
 @pytest.fixture
