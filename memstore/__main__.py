@@ -20,6 +20,8 @@ GROUP = "memstore.commands"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. The exit code: 0, 1 for a failure and 2 for wrong usage, each with a line on stderr."""
+    # Before torch is imported: OpenMP threads that spin while they wait starve the other process, and the event loop.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     added = {point.name: point for point in entry_points(group=GROUP)}
     if given and given[0] in added:
@@ -57,7 +59,6 @@ def _serve(options: argparse.Namespace) -> int:
             "python -O takes away checks that keep FAISS from reading past a row; start without it"
         )
     settings = config.from_sources(vars(options), os.environ)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve the event loop
     from memstore import server
     from memstore.errors import MemstoreError
 
@@ -65,6 +66,8 @@ def _serve(options: argparse.Namespace) -> int:
         return server.run(settings)
     except MemstoreError as error:
         return _complain("serve", error.message, FAILURE)
+    except OSError as error:
+        return _complain("serve", f"{error.filename or 'system'}: {error.strerror or error}", FAILURE)
 
 
 def _complain(command: str, text: str, code: int) -> int:

@@ -39,7 +39,6 @@ def demo_numbers(root: Path) -> str:
     body = [
         (name, f"{value:.3f}", "" if value == none else f"{value / none - 1:+.1%}", bits) for name, value, bits in rows
     ]
-    machine = f" on {run['machine']}" if "machine" in run else ""
     memory = ", ".join(f"{name} {value}" for name, value in run["memory"].items())
     sizes = (
         f"{run['model_parameters'] / 1e6:.2f} M parameters, and {run['memory_parameters'] / 1e6:.2f} M memory weights"
@@ -51,7 +50,7 @@ def demo_numbers(root: Path) -> str:
             _table(("The model reads with", "perplexity per token", "change", "bits per byte"), body),
             f"Text: {run['tokens']:,} tokens ({run['bytes']:,} bytes) of {run['text']}. Control: {run['other_text']}.",
             f"Model: {sizes}. Memory: {memory}.",
-            f"Speed{machine}: {speed}, {run['tokens_per_s_none']:,.0f} without; {waiting}.",
+            f"Speed on {run['machine']}: {speed}, {run['tokens_per_s_none']:,.0f} without; {waiting}.",
         ]
     )
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import sys
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,11 @@ from integration.attach import attach
 from integration.demo.figure import draw
 from integration.demo.page import write_page
 from integration.demo.reading import Reading, ReadMap, read
-from integration.demo.report import Readings, Report
+from integration.demo.report import Readings, Report, machine
 from integration.demo.server import ServerDidNotStart, running_server
 from integration.demo.text import OTHER_PACKAGES, READ_PACKAGES, Document, NoText, from_path, standard_library
 from model_client import MemoryClient
+from model_client.errors import MemstoreClientError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,24 +33,30 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 MINIMUM_TOKENS = 1024
+MAX_CHARACTERS_A_TOKEN = 8
+"""More than any text has on average under this tokenizer (about 3 are usual); what is beyond is not read at all."""
+
+CALL_S = 10.0
+"""What making, dropping and finding a memory may take."""
+
+DEADLINE_S = 60.0
+"""What a segment waits for its rows: here a late answer would not save time, it would spoil the figures."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code is 0, or 1 with a line on standard error that says what was wrong."""
     options = _parse(arguments)
     try:
+        demo = Demo(options)
         with contextlib.ExitStack() as stack:
-            target = options.target or stack.enter_context(running_server())
-            report = Demo(options, target).run()
-    except (NoText, ServerDidNotStart) as error:
+            report = demo.run(options.target or stack.enter_context(running_server()))
+    except (NoText, ServerDidNotStart, MemstoreClientError, OSError) as error:
         sys.stderr.write(f"memstore demo: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        return 130
     files = ", ".join(f"{options.out / name}" for name in ("report.json", "report.html", "report.png"))
-    text = (
-        json.dumps(json.loads((options.out / "report.json").read_text()))
-        if options.json
-        else "\n".join([*report.lines(), f"written: {files}"])
-    )
+    text = json.dumps(report.as_dict()) if options.json else "\n".join([*report.lines(), f"written: {files}"])
     sys.stdout.write(text + "\n")
     return 0
 
@@ -60,12 +68,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=int, default=106_496, help="read at most this many tokens (default %(default)s)"
     )
-    parser.add_argument("--capacity", type=int, help="entries that the memory holds (default: as trained)")
+    parser.add_argument("--capacity", type=_count, help="entries that the memory holds (default: as trained)")
     parser.add_argument("--target", help="an existing server, host:port or unix:///path (default: start one)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo-report"), help="folder of the report (default %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="device of the model (default %(default)s)")
+    parser.add_argument(
+        "--device", type=_device, default="cpu", help="of the model: cpu, cuda, ... (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print report.json instead of a table")
     options = parser.parse_args(arguments)
     if options.tokens < MINIMUM_TOKENS:
@@ -73,34 +83,52 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-class Demo:
-    """A model, its adapter, its texts and its server: three passes over one text, and what they say."""
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
 
-    def __init__(self, options: argparse.Namespace, target: str) -> None:
+
+def _device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+class Demo:
+    """A model, its adapter and its texts: three passes over one text, and what they say. Raises NoText when made."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.options = options
-        self.target = target
         self.tokenizer, self.model = load_model(WEIGHTS / "base", options.device)
-        self.adapter = _with_capacity(load_adapter(WEIGHTS / "adapter"), options.capacity)
-        self.text, self.tokens = self._tokens(_document(options.text, READ_PACKAGES), options.tokens)
-        other = _document(options.other_text, OTHER_PACKAGES)
-        self.other_text, self.other_tokens = self._tokens(other, self.adapter.config.capacity)
+        self.adapter = _with_capacity(load_adapter(WEIGHTS / "adapter", device=options.device), options.capacity)
+        self.text, self.tokens = self._tokens(options.text, READ_PACKAGES, options.tokens)
+        other = (options.other_text, OTHER_PACKAGES, max(self.adapter.config.capacity, MINIMUM_TOKENS))
+        self.other_text, self.other_tokens = self._tokens(*other)
         self.read_map = ReadMap(len(self.tokens))
 
-    def run(self) -> Report:
-        """Reads the text without memory, with its own, and with the other document's; writes the report's files."""
-        readings, transport, lost = self._readings()
-        report = self._report(readings, transport, lost)
+    def run(self, target: str) -> Report:
+        """Reads the text without memory, with its own, and with the other document's; writes the report's files.
+
+        target: address of the server. Raises MemstoreClientError where it cannot be used.
+        """
         self.options.out.mkdir(parents=True, exist_ok=True)
+        readings, transport, lost = self._readings(target)
+        report = self._report(readings, transport, lost)
         report.write(self.options.out / "report.json")
         picture = self.options.out / "report.png"
         draw(readings, self.read_map, self.adapter.config.capacity, picture)
         write_page(report, readings, self.read_map, self._decode, picture, self.options.out / "report.html")
         return report
 
-    def _readings(self) -> tuple[Readings, str, int]:
-        none = self._pass("without memory", self.tokens)
-        with MemoryClient(self.target) as client:
+    def _readings(self, target: str) -> tuple[Readings, str, int]:
+        with MemoryClient(target, timeout_s=CALL_S) as client:
+            client.info()
+            none = self._pass("without memory", self.tokens)
             with self._attached(client, "own") as memory:
                 own = self._pass("with its own memory", self.tokens, memory, self.read_map)
                 lost = memory.stats.steps_without_memory
@@ -108,16 +136,20 @@ class Demo:
                 self._pass("filling the other memory", self.other_tokens, memory)
                 memory.read_only = True
                 other = self._pass("with the other memory", self.tokens, memory)
+                lost += memory.stats.steps_without_memory
             transport = client.transport
         return Readings(none=none, memory=own, other=other), transport, lost
 
     @contextlib.contextmanager
     def _attached(self, client: MemoryClient, name: str) -> Iterator[AttachedMemory]:
-        config = replace(self.adapter.config, memory=f"demo-{name}")
-        with attach(self.model, client, config, weights=self.adapter.weights) as memory:
-            memory.is_tracing = True
-            yield memory
-        client.drop_memory(config.memory)
+        label = f"demo-{name}-{uuid.uuid4().hex[:8]}"
+        config = replace(self.adapter.config, memory=label, deadline_s=DEADLINE_S)
+        try:
+            with attach(self.model, client, config, weights=self.adapter.weights) as memory:
+                memory.is_tracing = True
+                yield memory
+        finally:
+            client.drop_memory(label)
 
     def _pass(
         self, label: str, tokens: torch.Tensor, memory: AttachedMemory | None = None, read_map: ReadMap | None = None
@@ -143,14 +175,16 @@ class Demo:
             retrieval_share=readings.memory.retrieval_seconds / readings.memory.seconds,
             transport=transport,
             steps_without_memory=lost,
+            machine=machine(self.options.device),
             memory={name: getattr(config, name) for name in ("capacity", "dim", "top_k", "before", "after", "context")},
             model_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             memory_parameters=sum(parameter.numel() for parameter in self.adapter.weights.parameters()),
         )
 
-    def _tokens(self, document: Document, limit: int) -> tuple[Document, torch.Tensor]:
-        # Six characters a token are more than any text of this tokenizer has on average; it saves reading megabytes.
-        ids = self.tokenizer(document.text[: 8 * limit], add_special_tokens=False)["input_ids"][:limit]
+    def _tokens(self, path: Path | None, packages: tuple[str, ...], limit: int) -> tuple[Document, torch.Tensor]:
+        max_characters = MAX_CHARACTERS_A_TOKEN * limit
+        document = from_path(path, max_characters) if path else standard_library(packages)
+        ids = self.tokenizer(document.text[:max_characters], add_special_tokens=False)["input_ids"][:limit]
         if len(ids) < MINIMUM_TOKENS:
             raise NoText(f"{document.name}: {len(ids)} tokens, at least {MINIMUM_TOKENS} are needed")
         return document, torch.tensor(ids, dtype=torch.int64)
@@ -169,10 +203,6 @@ def load_model(folder: Path, device: str) -> tuple[Any, torch.nn.Module]:
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return tokenizer, model.to(device).eval()
-
-
-def _document(path: Path | None, packages: tuple[str, ...]) -> Document:
-    return from_path(path) if path else standard_library(packages)
 
 
 def _with_capacity(adapter: Adapter, capacity: int | None) -> Adapter:

@@ -1,4 +1,4 @@
-"""The run as one HTML page that needs no network: figures, picture, map, and passages beside what they were read for."""
+"""The run as one HTML page that needs no network: figures, picture, map, passages beside what they were read for."""
 
 from __future__ import annotations
 

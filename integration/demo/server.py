@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 START_S = 60.0
+STOP_S = 15.0
 POLL_S = 0.05
 
 
@@ -24,8 +28,12 @@ class ServerDidNotStart(Exception):
 
 @contextlib.contextmanager
 def running_server() -> Iterator[str]:
-    """The address of a fresh server on loopback, its rows in this machine's memory; stopped on exit."""
-    with tempfile.TemporaryDirectory(prefix="memstore-demo-") as folder:
+    """The address of a fresh server on loopback, its rows in this machine's memory; stopped on exit.
+
+    A server that does not stop by itself within STOP_S is killed. SIGTERM ends this process by way of its `finally`
+    blocks, so that the server ends too. Raises ServerDidNotStart.
+    """
+    with _leaving_on_sigterm(), tempfile.TemporaryDirectory(prefix="memstore-demo-") as folder:
         ready, log = Path(folder, "ready.json"), Path(folder, "server.log")
         command = [sys.executable, "-m", "memstore", "serve", "--port", "0", "--metrics-port", "0"]
         command += ["--data", folder, "--ready-file", str(ready)]
@@ -34,15 +42,40 @@ def running_server() -> Iterator[str]:
         try:
             yield _address(process, ready, log)
         finally:
-            process.terminate()
-            process.wait(timeout=START_S)
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _address(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
     until = time.monotonic() + START_S
     while not ready.exists():
         if process.poll() is not None or time.monotonic() > until:
-            raise ServerDidNotStart(log.read_text(encoding="utf-8", errors="replace")[-2000:])
+            said = log.read_text(encoding="utf-8", errors="replace")[-2000:].strip()
+            raise ServerDidNotStart(f"the server did not start: {said or 'it said nothing'}")
         time.sleep(POLL_S)
     address = json.loads(ready.read_text(encoding="utf-8"))["address"]
     return str(address)

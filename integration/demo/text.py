@@ -40,19 +40,29 @@ def standard_library(packages: tuple[str, ...], library: Path | None = None) -> 
     return Document(name="Python standard library: " + ", ".join(packages), text="".join(parts))
 
 
-def from_path(path: Path) -> Document:
-    """The text of one file, or of all the files below a folder in the order of their paths. Raises NoText."""
+def from_path(path: Path, max_characters: int) -> Document:
+    """The text of one file, or of the text files below a folder in the order of their paths, none of them hidden.
+
+    Files are read until the text has `max_characters`. Raises NoText.
+    """
     if not path.exists():
         raise NoText(f"{path}: there is no such file or folder")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_text(file))
-    text = "".join(_read(file) for file in files)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_shown(file.relative_to(path)))
+    text = ""
+    for file in files:
+        if len(text) < max_characters and _is_text(file):
+            text += _read(file)
     if not text.strip():
         raise NoText(f"{path}: holds no text")
-    return Document(name=path.name, text=text)
+    return Document(name=path.resolve().name, text=text)
+
+
+def _is_shown(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
 
 
 def _is_text(file: Path) -> bool:
-    if not file.is_file() or any(part.startswith(".") for part in file.parts[1:]):
+    if not file.is_file():
         return False
     with file.open("rb") as stream:
         return b"\0" not in stream.read(8192)

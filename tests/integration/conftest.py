@@ -13,14 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def each_device(device: torch.device) -> Iterator[None]:
     """Runs the test on each device that is here: what it makes, models and tensors, lies there by default."""

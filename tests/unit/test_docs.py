@@ -243,11 +243,12 @@ def test_numbers_are_those_of_the_run(update: ModuleType, tmp_path: Path) -> Non
         memory={"capacity": 16_384},
         model_parameters=6_850_000,
         memory_parameters=500_000,
+        machine="a machine of two cores",
     )
     (tmp_path / "docs").mkdir()
     report.write(tmp_path / "docs" / "demo.json")
     text = update.demo_numbers(tmp_path)
-    for number in ("-10.0%", "+5.0%", "0.8123", "100,000 tokens", "6.85 M", "capacity 16384", "1,234", "12.5%"):
+    for number in ("-10.0%", "+5.0%", "0.8123", "100,000 tokens", "6.85 M", "capacity 16384", "1,234", "12.5%", "two cores"):
         assert number in text
 
 
