@@ -134,6 +134,9 @@ class GrpcFront:
                 context.set_trailing_metadata(((REQUEST_ID, request_id),))
                 return
             failure = status.answer(NotReady("the server is stopping"), request_id)
+        except grpc.aio.InternalError:  # what a write says where the other end has gone
+            self._count("StepStream", grpc.StatusCode.CANCELLED, began)
+            return
         except Exception as error:  # the root of the servicer, as in _unary
             failure = self._failure("StepStream", error, request_id, began)
         await _abort(context, failure, request_id)

@@ -6,8 +6,10 @@ A writer numbers its appends to a sequence from 0 within an epoch. The replies t
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from operator import neg
 from typing import TYPE_CHECKING
 
 from memstore import ring
@@ -121,8 +123,7 @@ class SequenceTable:
 
     def remove(self, name: str) -> None:
         """Ends a sequence that exists; its place is free."""
-        self._free_places.append(self._by_name.pop(name).place)
-        self._free_places.sort(reverse=True)
+        insort(self._free_places, self._by_name.pop(name).place, key=neg)  # the lowest last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,8 +73,8 @@ class Server:
         server, front, health, address = await self._listen()
         stop = self._stop_signals()
         loading = self._registry.load()
-        metrics_port = self._serve_metrics(lambda: health.is_serving)
         try:
+            metrics_port = self._serve_metrics(lambda: health.is_serving)
             if await _first(asyncio.wrap_future(loading), stop.wait()):
                 self._announce(address, metrics_port)
             await stop.wait()

@@ -14,6 +14,8 @@ from memstore.v1 import memstore_pb2 as pb
 
 DOMAIN = "memstore"
 NOT_READY_DELAY_S = 0.5
+MAX_MESSAGE_CHARS = 1000
+"""It travels up to three times in trailing metadata, of which HTTP/2 peers take 8 KiB."""
 _CODES: dict[type[errors.MemstoreError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -59,10 +61,14 @@ def answer(error: BaseException, request_id: str) -> Answer:
     return Answer(
         code=_CODES[kind],
         reason=_reason_of(kind),
-        message=known.message,
+        message=_clipped(known.message),
         metadata=known.metadata,
         retry_delay_s=NOT_READY_DELAY_S if kind is errors.NotReady else delay,
     )
+
+
+def _clipped(message: str) -> str:
+    return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[: MAX_MESSAGE_CHARS - 3]}..."
 
 
 def error_of(reply: Answer) -> errors.MemstoreError | None:

@@ -112,6 +112,28 @@ STEPS: list[tuple[str, Message, str]] = [
     ("no keys", pb.StepRequest(memory="notes", sequences=[PART(sequence="a", num_rows=1)]), "keys"),
     ("keys of another width", step(keys=tensor(torch.zeros(1, 1, 5))), "keys.shape"),
     ("keys of two layers", step(keys=tensor(torch.zeros(2, 1, 4))), "keys.shape"),
+    ("keys of a million extents", _keys(shape=[1] * 1_000_000), "keys.shape"),
+    ("a million layers", step(layers=range(1_000_000)), "layers"),
+    (
+        "keys of so many elements that they overflow",
+        step(keys=pb.Tensor(dtype=FP32, shape=[1 << 62, 4, 0])),
+        "keys.shape",
+    ),
+    (
+        "rows of so many elements that they overflow",
+        pb.AppendRequest(
+            memory="notes",
+            sequences=[PART(sequence=str(i), num_rows=2**31 - 1) for i in range(4_096)],
+            keys=pb.Tensor(dtype=FP32, shape=[1, 4_096 * (2**31 - 1), 4]),
+        ),
+        "keys.data",
+    ),
+    (
+        "NaN in bfloat16",
+        step(keys=pb.Tensor(dtype=pb.DATA_TYPE_BF16, shape=[1, 1, 4], data=b"\xc0\x7f" * 4)),
+        "keys",
+    ),
+    ("a name of a payload that is a megabyte", step(payloads=[pb.NamedTensor(name="x" * (1 << 20))]), "payloads"),
     ("keys of nine extents", _keys(shape=[1] * 6), "keys.shape"),
     ("keys without dtype", step(keys=pb.Tensor(shape=[1, 1, 4], data=bytes(16))), "keys.dtype"),
     ("keys of an unknown dtype", _keys(dtype=99), "keys.dtype"),

@@ -152,6 +152,19 @@ def test_a_server_that_cannot_start_says_why(
     assert named in text
 
 
+@pytest.mark.parametrize("flag", ["--data", "--ready-file", "--unix-socket"])
+def test_a_folder_that_cannot_be_made_is_named(
+    flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MEMSTORE_TARGET")
+    (tmp_path / "file").touch()
+    beyond = str(tmp_path / "file" / "folder" / "name")
+    free = ("--port", "0", "--metrics-port", "0", "--device", "cpu", "--data", str(tmp_path / "data"))
+    text = said(capsys, "serve", *free, flag, beyond, code=1)
+    assert text.startswith(f"memstore serve: {tmp_path}/file")
+    assert text.endswith(": Not a directory\n")
+
+
 def test_an_unknown_variable_stops_the_start(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,16 @@ def test_places_are_given_lowest_first_and_given_again() -> None:
     assert table["b"].place == 1
 
 
+def test_the_places_of_the_next_new_sequences_are_known_before() -> None:
+    table = SequenceTable(5)
+    for name in "abcde":
+        table.create(name, 1)
+    for name in "bdac":
+        table.remove(name)
+    assert list(table.free_places) == [0, 1, 2, 3]
+    assert [table.create(name, 1).place for name in "wxyz"] == [0, 1, 2, 3]
+
+
 def test_a_sequence_keeps_what_its_ring_holds_but_nothing_below_its_floor() -> None:
     sequence = Sequence(place=0, epoch=1, next_position=20, floor=15)
     assert sequence.begin(10) == 15

@@ -72,6 +72,13 @@ def test_what_is_not_ours_says_nothing_but_its_request() -> None:
     assert reply.metadata == {"request_id": "r77"}
 
 
+def test_a_message_is_cut_where_headers_would_not_carry_it() -> None:
+    reply = status.answer(errors.InvalidRequest("keys.shape", "1, " * 10_000), "r1")
+    assert reply.message.startswith("keys.shape: 1, 1")
+    assert reply.message.endswith("...")
+    assert len(status.to_status(reply, "r1").SerializeToString()) < 4096
+
+
 def test_a_subclass_answers_as_its_base() -> None:
     class Narrower(errors.NotFound):
         """A kind of NotFound."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING, cast
+
 import grpc
 import pytest
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from memstore.errors import (
     NotReady,
@@ -13,6 +17,11 @@ from memstore.v1 import memstore_pb2 as pb
 from tests.calling import Conversation, fails, failure, until_queued, until_streams_ended
 from tests.fakes import FakeClock, held
 from tests.serving import Serving, Setting, serving, spec, step
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from memstore.grpc_front import Context
 
 
 def test_a_stream_answers_in_order_and_goes_on_after_a_failure(server: Serving) -> None:
@@ -72,6 +81,33 @@ def test_a_stream_that_is_cut_leaves_what_is_queued_undone(server: Serving) -> N
     talk.end()
     counted = server.stub.DescribeMemory(pb.DescribeMemoryRequest(name="notes")).memory.status
     assert counted.appended_rows == 0
+
+
+class Gone:
+    """The context of a stream whose other end goes away before the first answer."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def write(self, _: object) -> None:
+        raise ExecuteBatchError("SendMessageOperation")
+
+
+def test_a_reader_that_has_gone_is_no_bug(server: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    async def requests() -> AsyncIterator[pb.StepStreamRequest]:
+        for seq in range(3):
+            yield pb.StepStreamRequest(call_id=seq, step=step(seq=seq))
+
+    context = cast("Context", Gone())
+    asyncio.run_coroutine_threadsafe(server.front._stream(requests(), context), server.loop).result()
+    labels = {"method": "StepStream", "code": "CANCELLED"}
+    assert server.metrics.registry.get_sample_value("memstore_rpc_server_duration_seconds_count", labels) == 1
+    assert caplog.text == ""
+    server.registry.worker.control(lambda: None).result()
+    assert server.registry.worker.admission.num_requests == 0
 
 
 def test_draining_answers_what_was_read_and_ends_the_stream(server: Serving) -> None:
