@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memstore.index.base import SearchBatch, no_candidates
-from memstore.index.crew import Crew
 from memstore.index.grid import grids
 from memstore.index.host_scan import HostScan
 from memstore.index.product_scan import ProductScan
@@ -21,18 +20,17 @@ class ExactIndex:
     """See VectorIndex."""
 
     def __init__(self) -> None:
-        self._crew = Crew()
         self._products = ProductScan()
-        self._host = HostScan(self._crew)
+        self._host = HostScan()
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Searches all sequences by the way that is fastest on the slab's device."""
         candidates = no_candidates(batch)
         if slab.device.type == "cpu" and self._host.is_available:
             self._host.search(slab, batch, candidates)
-            return rank(slab, batch, candidates, self._crew)
+            return rank(slab, batch, candidates)
         for grid in grids(slab, batch):
             for at, layer in enumerate(batch.layers):
                 found = self._products.search(slab, layer, grid, grid.spread(batch.queries[at]), batch.top_k)
                 candidates[at, grid.columns, : found.shape[2]] = grid.collect(found)
-        return rank(slab, batch, candidates, self._crew)
+        return rank(slab, batch, candidates)

@@ -9,7 +9,6 @@ import torch
 from memstore import ring
 from memstore.errors import InvalidRequest
 from memstore.index.base import SearchBatch, no_candidates
-from memstore.index.crew import Crew
 from memstore.index.ranking import rank
 from memstore.slab import inverse_norms
 from memstore.types import Metric
@@ -28,7 +27,6 @@ class FaissFlatIndex:
             raise InvalidRequest("spec.index", "faiss_flat needs faiss, which is not installed here") from error
         self._faiss: Any = faiss
         self._resources: Any = None
-        self._crew = Crew()
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Searches run by run of each sequence in each layer."""
@@ -37,7 +35,7 @@ class FaissFlatIndex:
             for at, layer in enumerate(batch.layers):
                 found = self._scan(slab, batch, layer, sequence, batch.queries[at, first:end].float())
                 candidates[at, first:end, : found.shape[1]] = found
-        return rank(slab, batch, candidates, self._crew)
+        return rank(slab, batch, candidates)
 
     def _scan(self, slab: Slab, batch: SearchBatch, layer: int, sequence: int, queries: torch.Tensor) -> torch.Tensor:
         """The candidates of one sequence, (n, at most top_k) int64 positions."""

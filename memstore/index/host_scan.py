@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from memstore import ring
+from memstore.index.crew import Crew
 from memstore.index.host_reader import FEW_QUERIES, Piece, Reader
 from memstore.types import Metric
 
@@ -24,13 +25,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memstore.index.base import SearchBatch
-    from memstore.index.crew import Crew
     from memstore.slab import Slab
 
 SMALLEST_PIECE = 2048
 """Rows below which handing a piece to a thread costs more than it gains."""
 
-LARGEST_BUFFER = 8 << 20
+LARGEST_BUFFER = 16 << 20
 """Bytes of float32 rows that a thread converts at a time."""
 
 PIECES_A_THREAD = 4
@@ -40,14 +40,14 @@ PIECES_A_THREAD = 4
 class HostScan:
     """Where FAISS is missing `is_available` is false, and it may not be asked."""
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self) -> None:
         self._faiss: Any = None
         with suppress(ImportError):
             import faiss
 
             self._faiss = faiss
         self._readers: list[Reader] = []
-        self._crew = crew
+        self._crew = Crew()
 
     @property
     def is_available(self) -> bool:

@@ -12,20 +12,14 @@ from memstore.slab import inverse_norms
 from memstore.types import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from memstore.index.base import SearchBatch
-    from memstore.index.crew import Crew
     from memstore.slab import Slab
 
-ELEMENTS = {"cpu": ONE_THREAD, "cuda": 64 << 20}
+ELEMENTS = {"cpu": 2 << 20, "cuda": 64 << 20}
 """Elements of the rows that are scored at a time, by type of device."""
 
-PATIENCE_S = 1e-3
-"""About what that takes on the host."""
 
-
-def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor, crew: Crew) -> tuple[torch.Tensor, torch.Tensor]:
+def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores candidates from their rows and sorts them, best first. Gives what VectorIndex.search gives.
 
     candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query.
@@ -36,18 +30,21 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor, crew: Crew) -
     cells = (first_cells[..., None] + ring.slot_of(positions, slab.capacity)).flatten(0, 1)
     queries = batch.queries.flatten(0, 1)
     scores = torch.empty(cells.shape, device=cells.device)
-
-    def score(blocks: Iterable[slice]) -> None:
-        for block in blocks:
-            scores[block] = _scores(slab, queries[block], cells[block])
-
-    step = max(ELEMENTS[slab.device.type] // (slab.dim * batch.top_k), 1)
-    blocks = [slice(first, first + step) for first in range(0, len(queries), step)]
-    crew.do(score, blocks, torch.get_num_threads() if slab.device.type == "cpu" else 1, PATIENCE_S)
-    # not in place: a helper may still be writing, in vain
-    scores = scores.view(positions.shape).masked_fill(positions < 0, -torch.inf)
+    step = _block(slab, cells)
+    for first in range(0, len(queries), step):
+        block = slice(first, first + step)
+        scores[block] = _scores(slab, queries[block], cells[block])
+    scores = scores.view(positions.shape).masked_fill_(positions < 0, -torch.inf)
     scores, order = scores.sort(stable=True, dim=-1, descending=True)
     return positions.gather(-1, order), scores
+
+
+def _block(slab: Slab, cells: torch.Tensor) -> int:
+    """Queries to score at a time: a few on the host in one thread, which takes less than to wake the others."""
+    elements = ELEMENTS[slab.device.type]
+    if slab.device.type == "cpu" and cells.numel() * slab.dim <= elements // 2:
+        elements = ONE_THREAD
+    return max(elements // (slab.dim * cells.shape[1]), 1)
 
 
 def _scores(slab: Slab, queries: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
