@@ -5,7 +5,8 @@
     python tools/update_readme.py --check                exit with 1 where a document is not what would be written
 
 A run is kept as docs/demo.json and docs/demo.png. Results of benchmarks are read from benchmarks/results/*.json, the
-packages of the training text from integration/training/corpus.json. Each goes between two marks of one document.
+packages of the training text from integration/training/corpus.json, what of the demo's texts is in it from
+integration/training/disjoint.json. Each goes between two marks of one document.
 """
 
 from __future__ import annotations
@@ -95,10 +96,33 @@ def corpus_packages(root: Path) -> str:
     )
 
 
+def disjoint(root: Path) -> str:
+    """How much of the demo's texts, and of all the standard library, is in the training text."""
+    found = json.loads((root / "integration" / "training" / "disjoint.json").read_text(encoding="utf-8"))
+    texts = [("read", found["read_text"]), ("control", found["other_text"])]
+    body = [
+        (
+            f"{name}: {', '.join(f'`{package}`' for package in text['packages'])}",
+            f"{text['num_files']:,}",
+            f"{text['num_shingles']:,}",
+            f"{text['shingles_in_training_ratio']:.2%}",
+            f"`{text['worst_file']}` {text['worst_file_ratio']:.0%}",
+        )
+        for name, text in texts
+    ]
+    ratio = f"{found['stdlib_shingles_in_training_ratio']:.3%}"
+    body.append(("the whole library", f"{found['num_stdlib_files']:,}", f"{found['num_stdlib_shingles']:,}", ratio, ""))
+    head = ("text of the demo", "files", "shingles", "of them in the training text", "file with the largest share")
+    modules = ", ".join(found["modules_in_training"]) or "none"
+    told = f"Python {found['python']}; {found['num_training_files']:,} training files."
+    return "\n\n".join([_table(head, body), f"{told} Modules of the library among them, by name: {modules}."])
+
+
 BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("README.md", "DEMO_NUMBERS", demo_numbers),
     ("README.md", "BENCHMARK_RESULTS", benchmark_results),
     ("benchmarks/README.md", "BENCHMARK_RESULTS", benchmark_results),
+    ("docs/data.md", "DISJOINT", disjoint),
     ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),
 )
 """Document, mark, and what stands between the two marks."""

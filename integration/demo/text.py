@@ -31,13 +31,17 @@ def standard_library(packages: tuple[str, ...], library: Path | None = None) -> 
     Raises NoText where this Python comes without its source.
     """
     root = library or Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        file for package in packages for file in sorted((root / package).rglob("*.py")) if "test" not in file.parts
-    ]
+    files = library_files(packages, root)
     parts = [f"# file: {file.relative_to(root).as_posix()}\n{_read(file)}\n" for file in files]
     if not parts:
         raise NoText(f"no source of the standard library under {root}; give a file with --text")
     return Document(name="Python standard library: " + ", ".join(packages), text="".join(parts))
+
+
+def library_files(packages: tuple[str, ...], root: Path) -> list[Path]:
+    """The modules of `packages` below the standard library's folder, without those of their tests."""
+    found = (file for package in packages for file in sorted((root / package).rglob("*.py")))
+    return [file for file in found if "test" not in file.relative_to(root).parts]
 
 
 def from_path(path: Path, max_characters: int) -> Document:

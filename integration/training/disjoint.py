@@ -1,4 +1,4 @@
-"""Disjointness of the training text from the standard library, measured by shared shingles.
+"""Disjointness of the training text from the standard library and the demo's texts, measured by shared shingles.
 
 A shingle is five consecutive non-blank lines, each stripped of white space, as one uint64.
 """
@@ -6,6 +6,7 @@ A shingle is five consecutive non-blank lines, each stripped of white space, as 
 import argparse
 import json
 import lzma
+import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from integration.demo.text import OTHER_PACKAGES, READ_PACKAGES, library_files
 
 Shingles = NDArray[np.uint64]
 
@@ -86,8 +89,24 @@ def read_documents(path: Path) -> Iterator[dict[str, str]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextOverlap:
+    """How much of one text is in the training text: of all its distinct shingles, and of those of its worst file."""
+
+    packages: Sequence[str]
+    num_files: int
+    num_shingles: int
+    shingles_in_training_ratio: float
+    worst_file: str
+    worst_file_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """How much of a standard library is in the training text; ratios are of shingles or files."""
+    """How much of a standard library is in the training text; ratios are of shingles or files.
+
+    modules_in_training: names of the library's modules that a folder or file at the top of a training document has.
+    read_text, other_text: the two texts of the demo.
+    """
 
     python: str
     num_stdlib_files: int
@@ -97,20 +116,47 @@ class Overlap:
     stdlib_shingles_in_training_ratio: float
     worst_training_file_ratio: float
     stdlib_files_over_5_percent: int
+    modules_in_training: Sequence[str]
+    read_text: TextOverlap
+    other_text: TextOverlap
 
 
-def measure(stdlib: Sequence[Shingles], training: Sequence[Shingles], python: str) -> Overlap:
-    """The overlap of two collections of files, one array of shingles a file."""
-    all_stdlib, all_training = union(stdlib), union(training)
+def measure(library: Path, training: Sequence[tuple[str, str]], python: str) -> Overlap:
+    """The overlap of a standard library's folder and the (path, text) of the training files."""
+    stdlib = [shingles(text) for text in stdlib_texts(library)]
+    trained = [shingles(text) for _, text in training]
+    all_stdlib, all_training = union(stdlib), union(trained)
+    names = {path.split("/")[0].removesuffix(".py") for path, _ in training}
     return Overlap(
         python=python,
         num_stdlib_files=len(stdlib),
-        num_training_files=len(training),
+        num_training_files=len(trained),
         num_stdlib_shingles=all_stdlib.size,
         num_training_shingles=all_training.size,
         stdlib_shingles_in_training_ratio=shared_ratio(all_stdlib, all_training),
-        worst_training_file_ratio=max((shared_ratio(f, all_stdlib) for f in training), default=0.0),
+        worst_training_file_ratio=max((shared_ratio(f, all_stdlib) for f in trained), default=0.0),
         stdlib_files_over_5_percent=sum(shared_ratio(f, all_training) > 0.05 for f in stdlib),
+        modules_in_training=sorted(names & sys.stdlib_module_names),
+        read_text=measure_text(READ_PACKAGES, library, all_training),
+        other_text=measure_text(OTHER_PACKAGES, library, all_training),
+    )
+
+
+def measure_text(packages: tuple[str, ...], library: Path, training: Shingles) -> TextOverlap:
+    """The overlap of the demo's text of these packages with the shingles of all training files."""
+    files = library_files(packages, library)
+    parts = [shingles(file.read_text(encoding="utf-8", errors="replace")) for file in files]
+    whole = union(parts)
+    worst, name = max(
+        (shared_ratio(part, training), str(file.relative_to(library))) for part, file in zip(parts, files, strict=True)
+    )
+    return TextOverlap(
+        packages=packages,
+        num_files=len(files),
+        num_shingles=whole.size,
+        shingles_in_training_ratio=shared_ratio(whole, training),
+        worst_file=name,
+        worst_file_ratio=worst,
     )
 
 
@@ -127,18 +173,18 @@ def main() -> int:
     """Checks a corpus against the running interpreter's library; 1 where it overlaps too much."""
     options = parse_arguments()
     training = [
-        shingles(text)
+        file
         for path in sorted(options.corpus.glob("code-*.jsonl.xz"))
         for document in read_documents(path)
-        for _, text in split_files(document["text"])
+        for file in split_files(document["text"])
     ]
-    stdlib = [shingles(text) for text in stdlib_texts(running_stdlib())]
-    overlap = measure(stdlib, training, sys.version.split()[0])
+    overlap = measure(running_stdlib(), training, platform.python_version())
     report = json.dumps(asdict(overlap), indent=2) + "\n"
     if options.report:
         options.report.write_text(report)
     sys.stdout.write(report)
-    return int(overlap.stdlib_shingles_in_training_ratio > options.limit)
+    ratios = (text.shingles_in_training_ratio for text in (overlap.read_text, overlap.other_text))
+    return int(max(overlap.stdlib_shingles_in_training_ratio, *ratios) > options.limit)
 
 
 if __name__ == "__main__":
