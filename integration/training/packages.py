@@ -10,8 +10,16 @@ from email.parser import HeaderParser
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-PERMISSIVE = ("mit", "bsd", "apache", "psf", "python software", "isc", "hpnd", "asl 2")
-REFUSED = ("gpl", "mpl", "mozilla", "proprietary")
+SPDX = (
+    "MIT, MIT-0, MIT-CMU, 0BSD, BSD-2-Clause, BSD-3-Clause, Apache-2.0, Apache-2.0 WITH LLVM-exception, PSF-2.0, "
+    "Python-2.0, ISC, HPND, Zlib, BSL-1.0, CC0-1.0"
+)
+OTHER_NAMES = (
+    "MIT License, BSD, BSD License, 3-Clause BSD License, Apache Software License, Apache 2.0, Apache 2.0 License, "
+    "Python Software Foundation License, ISC License (ISCL)"
+)
+PERMISSIVE = frozenset(name.lower() for name in f"{SPDX}, {OTHER_NAMES}".split(", "))
+"""Licences that are permissive, by SPDX identifier or as classifiers and older metadata call them, in lower case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +47,20 @@ def read_pins(path: Path) -> list[Pin]:
 
 
 def licence_of(metadata: Message) -> str:
-    """The licence a METADATA header names, at most 80 characters, '' where it names none."""
+    """The licence a METADATA header names, '' where it names none; of a whole licence text its first line."""
     classifiers = [c for c in metadata.get_all("Classifier", []) if c.startswith("License ::")]
     named = metadata.get("License-Expression") or "; ".join(c.split("::")[-1].strip() for c in classifiers)
-    text = named or str(metadata.get("License", ""))
-    return " ".join(text.split())[:80]
+    first = str(metadata.get("License", "")).strip().partition("\n")[0]
+    return " ".join((named or first).split())
 
 
 def is_permissive(licence: str) -> bool:
-    """Whether the licence is of the MIT, BSD, Apache, PSF or ISC kind, and of no other."""
-    lowered = licence.lower()
-    return any(word in lowered for word in PERMISSIVE) and not any(w in lowered for w in REFUSED)
+    """Whether all the licences that are named are permissive, or one of each choice; what is not known is not."""
+
+    def is_known(expression: str) -> bool:
+        return all(name.strip().lower() in PERMISSIVE for name in expression.split(" AND "))
+
+    return all(any(map(is_known, part.split(" OR "))) for part in licence.split(";"))
 
 
 def read_installed(pin: Pin, distribution: Distribution) -> Package:
