@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from memstore import ring
@@ -32,21 +33,20 @@ def stage(slab: Slab, plans: Sequence[BatchPlan], free_places: Iterable[int]) ->
     """
     appending = [plan for plan in plans if plan.batch.append]
     places = iter(free_places)
-    cells: list[torch.Tensor] = []
-    columns: list[torch.Tensor] = []
-    first = 0
+    kept: list[tuple[int, int, int, int]] = []
+    num_rows = 0
     for part in (part for plan in appending for part in plan.parts):
         place = next(places) if part.sequence is None else part.sequence.place
-        num_rows = 0 if part.is_replay else min(part.part.num_rows, slab.capacity)
-        first += part.part.num_rows
-        if num_rows:  # only the last ones: those before would have left again
+        num_kept = 0 if part.is_replay else min(part.part.num_rows, slab.capacity)
+        num_rows += part.part.num_rows
+        if num_kept:  # only the last ones: those before would have left again
             end = part.first_position + part.part.num_rows
-            cells.append(place * slab.capacity + ring.slot_of(torch.arange(end - num_rows, end), slab.capacity))
-            columns.append(torch.arange(first - num_rows, first))
-    if not cells:
+            kept.append((place * slab.capacity, end - num_kept, num_rows - num_kept, num_kept))
+    if not kept:
         return None
-    is_whole = sum(map(len, columns)) == first
-    chosen = None if is_whole else torch.cat(columns).to(slab.device)
+    first_cells, positions, columns = _each_row(kept).unbind()
+    cells = (first_cells + ring.slot_of(positions, slab.capacity)).to(slab.device)
+    chosen = None if len(columns) == num_rows else columns.to(slab.device)
 
     def rows(batches: list[torch.Tensor]) -> torch.Tensor:
         joined = joined_rows(batches)
@@ -54,4 +54,16 @@ def stage(slab: Slab, plans: Sequence[BatchPlan], free_places: Iterable[int]) ->
 
     keys = rows([plan.batch.keys for plan in appending])
     payloads = {name: rows([plan.batch.payloads[name] for plan in appending]) for name in slab.payloads}
-    return StagedAppend(slab.stage(keys, payloads), slab.in_all_layers(torch.cat(cells).to(slab.device)))
+    return StagedAppend(slab.stage(keys, payloads), slab.in_all_layers(cells))
+
+
+def _each_row(kept: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+    """(first cell of the place, first position, first column, number of rows) of each -> (3, rows) int64, one a row.
+
+    Positions and columns count on from the first ones.
+    """
+    *firsts, counts = np.array(kept, np.int64).T
+    ends = counts.cumsum()
+    table = np.repeat(np.stack(firsts), counts, axis=1)
+    table[1:] += np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    return torch.from_numpy(table)

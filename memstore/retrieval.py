@@ -32,14 +32,15 @@ def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list
     search = _search_batch(plans, options.top_k)
     positions, scores = index.search(slab, search)
     groups = _groups(plans, len(search.layers))
-    (begin, end), query_groups = search.per_query(np.array([search.begins, search.ends]), groups)
+    ranges, query_groups = search.per_query(np.array([search.begins, search.ends]), groups)
+    begin, end = ranges.unbind()  # which is quicker than to unpack
     offsets = window_offsets(positions, begin, end, options.window_before, options.window_after)
     rows = distinct_rows(offsets, query_groups, groups.size, slab.capacity)
 
     of_group = np.empty((2, groups.size), np.int64)
     of_group[0, groups] = search.begins
     of_group[1, groups] = slab.first_cells(search.layers, search.places)
-    begins, first_cells = torch.from_numpy(of_group).to(slab.device).index_select(1, rows.groups)
+    begins, first_cells = torch.from_numpy(of_group).to(slab.device).index_select(1, rows.groups).unbind()
     row_positions = rows.offsets + begins
     cells = first_cells + ring.slot_of(row_positions, slab.capacity)
     joined = Hits(
