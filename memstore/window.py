@@ -33,10 +33,9 @@ def window_offsets(
     positions: (L, N, k) int64, -1 for no hit; begin, end: (N,) int64, what each query sees. Gives (L, N, k, w) int64.
     """
     around = torch.arange(-before, after + 1, device=positions.device)
-    neighbours = positions[..., None] + around
-    low, high = begin[None, :, None, None], end[None, :, None, None]
-    is_seen = (positions[..., None] >= 0) & (neighbours >= low) & (neighbours < high)
-    return torch.where(is_seen, neighbours - low, -1)
+    offsets = (positions - begin[:, None])[..., None] + around
+    is_seen = (offsets >= 0) & (offsets < (end - begin)[:, None, None]) & (positions >= 0)[..., None]
+    return torch.where(is_seen, offsets, -1)
 
 
 def distinct_rows(offsets: torch.Tensor, groups: torch.Tensor, num_groups: int, capacity: int) -> DistinctRows:

@@ -49,7 +49,8 @@ class SearchBatch:
     def per_query(self, *values: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
         """Tables of one column a sequence, (rows, S) -> (rows, N) int64 on the device, one a query; they cross once."""
         table = np.repeat(np.concatenate(values), self.counts, axis=1)
-        return torch.split(torch.from_numpy(table).to(self.queries.device), [len(rows) for rows in values])
+        on_device = torch.from_numpy(table).to(self.queries.device)
+        return torch.split_with_sizes(on_device, [len(rows) for rows in values])  # quicker than torch.split
 
 
 class VectorIndex(Protocol):
