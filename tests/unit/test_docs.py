@@ -248,7 +248,8 @@ def test_numbers_are_those_of_the_run(update: ModuleType, tmp_path: Path) -> Non
     (tmp_path / "docs").mkdir()
     report.write(tmp_path / "docs" / "demo.json")
     text = update.demo_numbers(tmp_path)
-    for number in ("-10.0%", "+5.0%", "0.8123", "100,000 tokens", "6.85 M", "capacity 16384", "1,234", "12.5%", "two cores"):
+    numbers = ("-10.0%", "+5.0%", "0.8123", "100,000 tokens", "6.85 M", "capacity 16384", "1,234", "12.5%", "two cores")
+    for number in numbers:
         assert number in text
 
 
