@@ -68,8 +68,9 @@ def save_adapter(
     saved = config.with_changes(training_payload=False)
     described = {"format_version": FORMAT_VERSION, "memory": json.loads(saved.to_json())}
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n")
+    save_file(tensors, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).chmod((folder / CONFIG_FILE).stat().st_mode)  # safetensors keeps its files to the owner
     if lora_model is not None:
         lora_model.save_pretrained(str(folder / LORA_FOLDER))
 

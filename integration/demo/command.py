@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from integration import arguments
 from integration.adapter import Adapter, load_adapter
 from integration.attach import attach
 from integration.demo.figure import draw
@@ -43,9 +44,9 @@ DEADLINE_S = 60.0
 """What a segment waits for its rows: here a late answer would not save time, it would spoil the figures."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code is 0, or 1 with a line on standard error that says what was wrong."""
-    options = _parse(arguments)
+    options = _parse(words)
     try:
         demo = Demo(options)
         with contextlib.ExitStack() as stack:
@@ -61,41 +62,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="memstore demo", description=__doc__)
     parser.add_argument("--text", type=Path, help="file or folder to read (default: source of the standard library)")
     parser.add_argument("--other-text", type=Path, help="file or folder whose memory is the control")
     parser.add_argument(
         "--tokens", type=int, default=106_496, help="read at most this many tokens (default %(default)s)"
     )
-    parser.add_argument("--capacity", type=_count, help="entries that the memory holds (default: as trained)")
+    parser.add_argument("--capacity", type=arguments.count, help="entries that the memory holds (default: as trained)")
     parser.add_argument("--target", help="an existing server, host:port or unix:///path (default: start one)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo-report"), help="folder of the report (default %(default)s)"
     )
     parser.add_argument(
-        "--device", type=_device, default="cpu", help="of the model: cpu, cuda, ... (default %(default)s)"
+        "--device", type=arguments.device, default="cpu", help="of the model: cpu, cuda, ... (default %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print report.json instead of a table")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     if options.tokens < MINIMUM_TOKENS:
         parser.error(f"--tokens: at least {MINIMUM_TOKENS}")
     return options
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return number
-
-
-def _device(name: str) -> str:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
 
 
 class Demo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 DEADLINE_S = 120.0
 """What training waits for its rows: late rows would only waste a step."""
+
+CALL_S = 30.0
+"""What finding, making or dropping a memory may take."""
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -101,6 +105,7 @@ def adapt(
 
     The model is left frozen, in eval mode, and, with LoRA, wrapped by peft in place. held_out: for the evaluations.
     resume: go on from the checkpoint in `out`, where there is one; memories begin empty.
+    Raises MemstoreClientError where the server is out of reach; later failures only cost their step.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
@@ -108,9 +113,10 @@ def adapt(
     model.requires_grad_(False).eval()
     adapted = add_lora(model, options.lora_rank) if options.lora_rank else model
     with (
-        MemoryClient(options.target, device=str(device), timeout_s=DEADLINE_S) as client,
+        MemoryClient(options.target, device=str(device), timeout_s=CALL_S) as client,
         (out / "log.jsonl").open("a" if resume else "w") as log,
     ):
+        client.info()
         run = _Run(adapted, config, documents, held_out, out, options, client, log)
         if resume and (out / CHECKPOINT_FILE).exists():
             run.resume()
@@ -258,10 +264,11 @@ class _Run:
         with autocast(self.device):
             logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
         loss = next_token_loss(logits, windows)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self._trained(), self.options.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if loss.requires_grad:  # not where its memory failed, and nothing but that is trained
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(self._trained(), self.options.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self._sum += loss.detach()
         self.step += 1
         bar.update(1)
@@ -302,7 +309,7 @@ class _Run:
         self._write(**verdict.as_dict())
         figures = (verdict.with_memory, verdict.without_memory, verdict.other_document)
         told = "perplexity {:.3f} with memory, {:.3f} without, {:.3f} with another document's".format(*figures)
-        tqdm.write(f"step {self.step}: {told}")
+        tqdm.write(f"step {self.step}: {told}", file=sys.stderr)
         return verdict
 
     def _save(self) -> None:

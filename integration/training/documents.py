@@ -58,8 +58,11 @@ def read_texts(path: Path) -> Iterator[str]:
     elif path.name.endswith((".jsonl", ".jsonl.xz")):
         opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
         with opened as lines:
-            for line in lines:
-                yield json.loads(line)["text"]
+            for number, line in enumerate(lines, start=1):
+                document = json.loads(line)
+                if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+                    raise ValueError(f'{path}: line {number} is no JSON object with a "text"')
+                yield document["text"]
     else:
         yield path.read_text(encoding="utf-8", errors="replace")
 

@@ -66,7 +66,7 @@ class Judge:
             if len(spans) >= min(rows, 2):
                 break
         else:
-            raise ValueError(f"validation data: two documents of {2 * segment + 1} tokens or more are needed")
+            raise ValueError(f"--validation: two documents of {2 * segment + 1} tokens or more are needed")
         rows = min(rows, len(spans))
         chosen = [spans[number * len(spans) // rows] for number in range(rows)]
         self._segment = segment

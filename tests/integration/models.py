@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from integration.config import MemoryConfig
+from integration.families import FAMILIES as SUPPORTED
 from integration.families import find_decoder
 from integration.weights import MemoryWeights
 
@@ -36,6 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_GROUPED, "sliding_window": None},
     "qwen2": {**_GROUPED},
     "qwen3": {**_GROUPED, "head_dim": 16},
+    "gemma": {**_GROUPED, "head_dim": 16},
     "gemma2": {**_GROUPED, "head_dim": 16, "attn_implementation": "eager"},
     "gemma3_text": {**_GROUPED, "head_dim": 16},
     "olmo2": {**_GROUPED},
@@ -47,6 +49,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 1,
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_moe": {
+        **_GROUPED,
+        "head_dim": 16,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
     },
     "starcoder2": {**_GROUPED},
     "phi": {**_COMMON},
@@ -64,6 +73,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(CONFIGS)
+assert set(FAMILIES) == set(SUPPORTED)
 
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:

@@ -12,6 +12,7 @@ from models import VOCABULARY, random_weights, tiny_config, tiny_model
 
 from integration.adapter import load_adapter
 from integration.attach import attach
+from integration.store import MemoryLink
 from integration.training.adapt import AdaptOptions, adapt
 from integration.training.documents import Documents, Streams, read_texts
 
@@ -113,6 +114,20 @@ def test_adaptation_learns_to_remember_and_goes_on_from_its_checkpoint(tmp_path:
 
 def _as_dict(options: AdaptOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in AdaptOptions.__slots__}
+
+
+def test_a_step_whose_memory_failed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, begun = MemoryLink.start, list[bool]()
+
+    def fail_once(link: MemoryLink, *args: Any, **kwargs: Any) -> Any:
+        begun.append(True)
+        return None if len(begun) == 2 else begin(link, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryLink, "start", fail_once)
+    model = tiny_model("llama")
+    options = AdaptOptions(steps=4, batch=2, segment=SEGMENT)
+    report = adapt(model, tiny_config(model), _repeating_documents(), None, tmp_path, options)
+    assert (report.steps, report.steps_without_memory) == (4, 1)
 
 
 def test_adaptation_with_lora_saves_both_parts(tmp_path: Path) -> None:
