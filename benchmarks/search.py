@@ -137,10 +137,14 @@ def main() -> None:
     """Measures all cases, or with --quick the small ones in few rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1 and 8 sequences of 16,384 rows, three rounds")
-    is_quick = parser.parse_args().quick
+    parser.add_argument("--max-rows", type=int, default=1 << 30, help="leave out cases with more live rows in all")
+    options = parser.parse_args()
+    is_quick = options.quick
     report = Report("search")
     sizes = itertools.product((1, 8), (16_384,)) if is_quick else itertools.product((1, 8, 32), (16_384, 65_536))
     for num_sequences, capacity in sizes:
+        if num_sequences * capacity > options.max_rows:
+            continue
         for num_queries, dtype in ((1, torch.float16), (1, torch.float32), (PREFILL_QUERIES, torch.float16)):
             rounds = 3 if is_quick else 15 if num_queries == 1 else 5
             measure(Case(num_sequences, capacity, num_queries, dtype), report, rounds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib.util
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 KINDS = ["process", "grpc", "grpc-stream"]
 MODES = ["sync", "asyncio"]
-INDEXES = ["exact", "faiss_flat"]
+HAS_FAISS = importlib.util.find_spec("faiss") is not None
+INDEXES = ["exact", pytest.param("faiss_flat", marks=pytest.mark.skipif(not HAS_FAISS, reason="no FAISS"))]
 
 
 class Awaited:
