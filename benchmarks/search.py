@@ -2,8 +2,9 @@
 
 Rivals get the same rows in float32 ready for them: `faiss.knn` once a sequence with its defaults, torch (bmm and topk
 over all sequences for one query each, addmm and topk once a sequence for many), and the cache of the `neurocache`
-package, whose results are approximate (not for many queries of many sequences, which takes it minutes). The read floor is the time that torch takes to sum as many bytes as are stored,
-with all its threads, in memory that no cache holds.
+package, whose results are approximate (not for many queries of many sequences, which takes it minutes). The read
+floor is the time that torch takes to sum as many bytes as are stored, with all its threads, in memory that no cache
+holds.
 """
 
 from __future__ import annotations
