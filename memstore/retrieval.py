@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from memstore import ring
 from memstore.index.base import SearchBatch
-from memstore.types import Hits
-from memstore.window import distinct_rows, window_offsets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +19,7 @@ if TYPE_CHECKING:
     from memstore.index.base import VectorIndex
     from memstore.sequence import BatchPlan
     from memstore.slab import Slab
+    from memstore.types import Hits
 
 
 def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list[Hits]:
@@ -30,26 +28,7 @@ def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list
     if options is None:
         return []
     search = _search_batch(plans, options.top_k)
-    positions, scores = index.search(slab, search)
-    groups = _groups(plans, len(search.layers))
-    ranges, query_groups = search.per_query(np.array([search.begins, search.ends]), groups)
-    begin, end = ranges.unbind()  # which is quicker than to unpack
-    offsets = window_offsets(positions, begin, end, options.window_before, options.window_after)
-    rows = distinct_rows(offsets, query_groups, groups.size, slab.capacity)
-
-    of_group = np.empty((2, groups.size), np.int64)
-    of_group[0, groups] = search.begins
-    of_group[1, groups] = slab.first_cells(search.layers, search.places)
-    begins, first_cells = torch.from_numpy(of_group).to(slab.device).index_select(1, rows.groups).unbind()
-    row_positions = rows.offsets + begins
-    cells = first_cells + ring.slot_of(row_positions, slab.capacity)
-    joined = Hits(
-        row_splits=rows.row_splits,
-        positions=row_positions,
-        index=rows.index,
-        scores=None if options.omit_scores else scores,
-        arrays={name: slab.gather(name, cells) for name in options.arrays},
-    )
+    joined = index.retrieve(slab, search, options, _groups(plans, len(search.layers)))
     return _split(joined, plans)
 
 

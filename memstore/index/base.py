@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memstore.slab import Slab
+    from memstore.types import Hits, RetrieveOptions
 
 SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 """What a search may take beside its result, by type of device; or the scores of one query where that is more."""
@@ -66,6 +67,14 @@ class VectorIndex(Protocol):
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Searches; reads the slab and the batch and changes neither. Raises torch.OutOfMemoryError."""
+        ...
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
+        """What `search` finds, with its windows, every row that occurs in them once.
+
+        groups: (L, S), the group of each sequence in each layer, every number below L * S once: the order of the groups
+        in the reply. Raises torch.OutOfMemoryError.
+        """
         ...
 
 

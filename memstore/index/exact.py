@@ -9,11 +9,15 @@ from memstore.index.grid import grids
 from memstore.index.host_scan import HostScan
 from memstore.index.product_scan import ProductScan
 from memstore.index.ranking import rank
+from memstore.index.staged import staged_retrieve
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from memstore.slab import Slab
+    from memstore.types import Hits, RetrieveOptions
 
 
 class ExactIndex:
@@ -34,3 +38,7 @@ class ExactIndex:
                 found = self._products.search(slab, layer, grid, grid.spread(batch.queries[at]), batch.top_k)
                 candidates[at, grid.columns, : found.shape[2]] = grid.collect(found)
         return rank(slab, batch, candidates)
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
+        """Searches, and stage by stage does the rest."""
+        return staged_retrieve(self, slab, batch, options, groups)

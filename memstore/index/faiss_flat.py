@@ -10,11 +10,16 @@ from memstore import ring
 from memstore.errors import InvalidRequest
 from memstore.index.base import SearchBatch, no_candidates
 from memstore.index.ranking import rank
+from memstore.index.staged import staged_retrieve
 from memstore.slab import inverse_norms
 from memstore.types import Metric
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from memstore.slab import Slab
+    from memstore.types import Hits, RetrieveOptions
 
 
 class FaissFlatIndex:
@@ -36,6 +41,10 @@ class FaissFlatIndex:
                 found = self._scan(slab, batch, layer, sequence, batch.queries[at, first:end].float())
                 candidates[at, first:end, : found.shape[1]] = found
         return rank(slab, batch, candidates)
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
+        """Searches, and stage by stage does the rest."""
+        return staged_retrieve(self, slab, batch, options, groups)
 
     def _scan(self, slab: Slab, batch: SearchBatch, layer: int, sequence: int, queries: torch.Tensor) -> torch.Tensor:
         """The candidates of one sequence, (n, at most top_k) int64 positions."""
