@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from memstore import wire
 from memstore.catalog import MemoryId
 from memstore.device import CallJob, StepJob, Ticket
-from memstore.errors import InvalidRequest, MemstoreError
+from memstore.errors import InvalidRequest, MemstoreError, NotAllowed
 from memstore.plane import tensor_bytes
 from memstore.sequence import REPLAY_WINDOW
 from memstore.types import MemorySpec
@@ -58,6 +58,7 @@ class Service:
             "Reset": self._reset,
             "Fork": self._fork,
             "ServerInfo": self._server_info,
+            "OpenPlane": self._open_plane,
         }
 
     def call(self, method: str, request: Message, caller: Caller) -> Future[Message]:
@@ -149,6 +150,12 @@ class Service:
                 started_at=wire.encode_time(self._started_at),
             )
         )
+
+    def _open_plane(self, request: pb.OpenPlaneRequest, caller: Caller) -> Future[Message]:
+        """A front that has shared memory to lend answers this call itself."""
+        if request.plane not in (pb.PLANE_SHM, pb.PLANE_CUDA):
+            raise InvalidRequest("plane", f"{request.plane} is neither PLANE_SHM nor PLANE_CUDA")
+        raise NotAllowed(f"plane: {pb.Plane.Name(request.plane)} is not lent to this caller")
 
     def _described(self, loaded: Loaded) -> Future[pb.MemoryDescription]:
         return self._worker.control(lambda: self._description(loaded))

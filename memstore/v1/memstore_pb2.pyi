@@ -1465,3 +1465,257 @@ class ServerInfoResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ServerInfoResponse: _TypeAlias = ServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class OpenPlaneRequest(_message.Message):
+    """Asks for a plane of shared memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLANE_FIELD_NUMBER: _builtins.int
+    plane: Global___Plane.ValueType
+    """PLANE_SHM or PLANE_CUDA; INVALID_ARGUMENT for others."""
+    def __init__(
+        self,
+        *,
+        plane: Global___Plane.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plane", b"plane"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenPlaneRequest: _TypeAlias = OpenPlaneRequest  # noqa: Y015
+
+@_typing.final
+class OpenPlaneResponse(_message.Message):
+    """Where the plane's descriptors are handed over.
+
+    The socket is of type SOCK_SEQPACKET, and each packet on it is one message. Both ends close the connection where the
+    other one runs as another user. The first packet is the client's ClaimRequest, the second the server's ClaimResponse
+    with the descriptors (SCM_RIGHTS). The plane lives as long as the connection: closing it, or dying, gives it back.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_PATH_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    socket_path: _builtins.str
+    """Absolute path of the Unix socket."""
+    token: _builtins.bytes
+    """32 bytes for the ClaimRequest. Good once, and for 10 seconds."""
+    def __init__(
+        self,
+        *,
+        socket_path: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["socket_path", b"socket_path", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenPlaneResponse: _TypeAlias = OpenPlaneResponse  # noqa: Y015
+
+@_typing.final
+class ClaimRequest(_message.Message):
+    """Asks for what a token stands for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.bytes
+    """As OpenPlaneResponse gave it. The connection is closed where it is not known."""
+    def __init__(
+        self,
+        *,
+        token: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimRequest: _TypeAlias = ClaimRequest  # noqa: Y015
+
+@_typing.final
+class ClaimResponse(_message.Message):
+    """What a token stands for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    SHM_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why there is none. The connection is closed."""
+
+    @_builtins.property
+    def shm(self) -> Global___ShmRegion:
+        """Host memory; one descriptor, of the region, comes with it."""
+
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+        shm: Global___ShmRegion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "shm", b"shm"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "shm", b"shm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "shm"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___ClaimResponse: _TypeAlias = ClaimResponse  # noqa: Y015
+
+@_typing.final
+class ShmRegion(_message.Message):
+    """Host memory for the steps of one client: a descriptor that can be mapped, and whose size is sealed.
+
+    A step goes so: the client writes a StepRequest, its tensors inline, into a free slot and sends a ShmStepRequest. The
+    server writes a StepResponse into the slot, its tensors as RegionSlice of the slot, and sends a ShmStepResponse. The
+    slot is free again once the client has taken out what it wants.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    region: _builtins.int
+    """The region's number, as in RegionSlice."""
+    size_bytes: _builtins.int
+    """Length in bytes."""
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShmSlot]:
+        """The slots, smallest first. One step at a time is in each."""
+
+    def __init__(
+        self,
+        *,
+        region: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        slots: _abc.Iterable[Global___ShmSlot] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["region", b"region", "size_bytes", b"size_bytes", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShmRegion: _TypeAlias = ShmRegion  # noqa: Y015
+
+@_typing.final
+class ShmSlot(_message.Message):
+    """A part of a region for one step at a time. Offsets are multiples of 4,096."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    REQUEST_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    REPLY_OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    REPLY_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    request_offset_bytes: _builtins.int
+    """First byte of the request."""
+    request_size_bytes: _builtins.int
+    """Length of the longest request."""
+    reply_offset_bytes: _builtins.int
+    """First byte of the reply."""
+    reply_size_bytes: _builtins.int
+    """Length of the longest reply, tensors and message. A longer one is RESOURCE_EXHAUSTED (QuotaExceeded), and nothing is
+    changed; it can be asked for on a stream.
+    """
+    def __init__(
+        self,
+        *,
+        request_offset_bytes: _builtins.int = ...,
+        request_size_bytes: _builtins.int = ...,
+        reply_offset_bytes: _builtins.int = ...,
+        reply_size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reply_offset_bytes", b"reply_offset_bytes", "reply_size_bytes", b"reply_size_bytes", "request_offset_bytes", b"request_offset_bytes", "request_size_bytes", b"request_size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShmSlot: _TypeAlias = ShmSlot  # noqa: Y015
+
+@_typing.final
+class ShmStepRequest(_message.Message):
+    """A step whose request lies in a slot. The connection is closed where the message breaks its limits, the slot is not
+    free, or no StepRequest lies there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.int
+    """The caller's number for this step, given back with its answer."""
+    slot: _builtins.int
+    """The slot's place in ShmRegion.slots, from 0."""
+    length_bytes: _builtins.int
+    """Length in bytes of the StepRequest, which begins at the slot's request_offset_bytes."""
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """How long the caller waits; absent: for ever. A step that the device begins later is DEADLINE_EXCEEDED."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.int = ...,
+        slot: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "length_bytes", b"length_bytes", "slot", b"slot", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShmStepRequest: _TypeAlias = ShmStepRequest  # noqa: Y015
+
+@_typing.final
+class ShmStepResponse(_message.Message):
+    """The answer to one step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.int
+    """The number of the step that this answers."""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """Why the step was not done. The slot is free."""
+
+    @_builtins.property
+    def step(self) -> Global___RegionSlice:
+        """Where in the slot the StepResponse lies, behind its tensors. The generation of every slice is the call_id."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+        step: Global___RegionSlice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failure", b"failure", "outcome", b"outcome", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "step"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___ShmStepResponse: _TypeAlias = ShmStepResponse  # noqa: Y015

@@ -90,6 +90,11 @@ class MemoryServiceStub:
                 request_serializer=memstore_dot_v1_dot_memstore__pb2.ServerInfoRequest.SerializeToString,
                 response_deserializer=memstore_dot_v1_dot_memstore__pb2.ServerInfoResponse.FromString,
                 _registered_method=True)
+        self.OpenPlane = channel.unary_unary(
+                '/memstore.v1.MemoryService/OpenPlane',
+                request_serializer=memstore_dot_v1_dot_memstore__pb2.OpenPlaneRequest.SerializeToString,
+                response_deserializer=memstore_dot_v1_dot_memstore__pb2.OpenPlaneResponse.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer:
@@ -174,6 +179,14 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenPlane(self, request, context):
+        """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
+        host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -231,6 +244,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.ServerInfo,
                     request_deserializer=memstore_dot_v1_dot_memstore__pb2.ServerInfoRequest.FromString,
                     response_serializer=memstore_dot_v1_dot_memstore__pb2.ServerInfoResponse.SerializeToString,
+            ),
+            'OpenPlane': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenPlane,
+                    request_deserializer=memstore_dot_v1_dot_memstore__pb2.OpenPlaneRequest.FromString,
+                    response_serializer=memstore_dot_v1_dot_memstore__pb2.OpenPlaneResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -531,6 +549,33 @@ class MemoryService:
             '/memstore.v1.MemoryService/ServerInfo',
             memstore_dot_v1_dot_memstore__pb2.ServerInfoRequest.SerializeToString,
             memstore_dot_v1_dot_memstore__pb2.ServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenPlane(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memstore.v1.MemoryService/OpenPlane',
+            memstore_dot_v1_dot_memstore__pb2.OpenPlaneRequest.SerializeToString,
+            memstore_dot_v1_dot_memstore__pb2.OpenPlaneResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,6 +64,10 @@ class MemoryServiceStub:
     """Gives a new sequence the prefix of another one."""
     ServerInfo: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.ServerInfoRequest, _memstore_pb2.ServerInfoResponse]
     """Says what this server is, what it can do and what its limits are."""
+    OpenPlane: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.OpenPlaneRequest, _memstore_pb2.OpenPlaneResponse]
+    """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
+    host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+    """
 
 @_typing.type_check_only
 class MemoryServiceAsyncStub(MemoryServiceStub):
@@ -94,6 +98,10 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """Gives a new sequence the prefix of another one."""
     ServerInfo: _aio.UnaryUnaryMultiCallable[_memstore_pb2.ServerInfoRequest, _memstore_pb2.ServerInfoResponse]  # type: ignore[assignment]
     """Says what this server is, what it can do and what its limits are."""
+    OpenPlane: _aio.UnaryUnaryMultiCallable[_memstore_pb2.OpenPlaneRequest, _memstore_pb2.OpenPlaneResponse]  # type: ignore[assignment]
+    """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
+    host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+    """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Bounded memories of model states: append rows, find the rows nearest to a query, give back windows around them."""
@@ -187,5 +195,15 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memstore_pb2.ServerInfoResponse, _abc.Awaitable[_memstore_pb2.ServerInfoResponse]]:
         """Says what this server is, what it can do and what its limits are."""
+
+    @_abc_1.abstractmethod
+    def OpenPlane(
+        self,
+        request: _memstore_pb2.OpenPlaneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memstore_pb2.OpenPlaneResponse, _abc.Awaitable[_memstore_pb2.OpenPlaneResponse]]:
+        """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
+        host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+        """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

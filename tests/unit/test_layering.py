@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each module of memstore may import those that stand before it.
 ORDER = """
     v1 types errors config seams logs
+    descriptors
     ring window slab index sequence retrieval appending memory
     admission capacity catalog device plane
     wire status auth registry metrics service

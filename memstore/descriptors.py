@@ -1,0 +1,201 @@
+"""Descriptors: file descriptors handed to processes of the same user on this host, over a Unix socket.
+
+A caller who has proven over gRPC who it is gets a token, and presents it on the socket. What the token stands for takes
+the connection over, sends descriptors on it, and learns from its end that the other process has gone.
+"""
+
+from __future__ import annotations
+
+import array
+import logging
+import os
+import secrets
+import shutil
+import socket
+import struct
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+
+from memstore.logs import event, trouble
+from memstore.v1 import memstore_pb2 as pb
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+OFFER_S = 10.0
+"""How long a token is good, and how long a connection may say nothing before it has presented one."""
+ACCEPT_AGAIN_S = 1.0
+MAX_STRANGERS = 64
+"""Connections that have not presented a token yet; beyond it, one more is closed at once."""
+MAX_PACKET_BYTES = 64 << 10
+TOKEN_BYTES = 32
+
+_SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_PEER = struct.Struct("3i")
+"""struct ucred: process, user, group."""
+_log = logging.getLogger(__name__)
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user that the process at the other end of a Unix socket ran as when it connected or listened."""
+    _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return int(user)
+
+
+class Link:
+    """A connection to one process. Lives on an event loop; `send` may be called from any thread.
+
+    Packets arrive at `on_packet`. `on_close` is called once, in the loop, when either end has closed the connection.
+    """
+
+    def __init__(self, connection: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self.on_packet: Callable[[bytes], None] = _nobody
+        self.on_close: Callable[[], None] = _nothing
+        self._connection = connection
+        self._loop = loop
+        self._buffer = bytearray(MAX_PACKET_BYTES + 1)
+        self._is_closed = False
+        loop.add_reader(connection.fileno(), self._receive)
+
+    def send(self, packet: bytes, descriptors: Sequence[int] = ()) -> bool:
+        """Sends one packet and, with it, duplicates of descriptors; never waits.
+
+        False where the other end has gone or does not read: the link is closed then.
+        """
+        try:
+            if descriptors:  # socket.send_fds takes flags and forgets them
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+                self._connection.sendmsg([packet], [rights], _SEND_FLAGS)
+            else:
+                self._connection.send(packet, _SEND_FLAGS)
+        except OSError:
+            self._loop.call_soon_threadsafe(self.close)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Closes the connection, in the loop. May be called again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._loop.remove_reader(self._connection.fileno())
+        self._connection.close()
+        self.on_close()
+
+    def _receive(self) -> None:
+        """One packet; descriptors that come with it are closed by the kernel, as no room is given for them."""
+        try:
+            length = self._connection.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            length = 0
+        if not 0 < length <= MAX_PACKET_BYTES:
+            self.close()
+            return
+        try:
+            self.on_packet(bytes(memoryview(self._buffer)[:length]))
+        except Exception as error:  # the root: a bug ends this link, not the loop
+            trouble(_log, "packet failed", error)
+            self.close()
+
+
+class Handover:
+    """A listening Unix socket in a folder that only this user can open. Lives on one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, folder: Path | None = None) -> None:
+        """folder: where to put the socket's own folder; the system's temporary folder if None. Raises OSError."""
+        self._loop = loop
+        self._offers: dict[bytes, Callable[[Link], None]] = {}
+        self._strangers: set[Link] = set()
+        self._folder = Path(tempfile.mkdtemp(prefix="memstore-", dir=folder))  # mode 0700
+        self.path = str((self._folder / "socket").absolute())
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._listen()
+        except OSError:
+            self.close()
+            raise
+
+    def _listen(self) -> None:
+        before = os.umask(0o177)
+        try:
+            self._socket.bind(self.path)
+        finally:
+            os.umask(before)
+        self._socket.listen(MAX_STRANGERS)
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket.fileno(), self._accept)
+
+    def offer(self, claim: Callable[[Link], None]) -> bytes:
+        """A token; `claim` is called in the loop with the connection of the first who presents it in time."""
+        token = secrets.token_bytes(TOKEN_BYTES)
+        self._offers[token] = claim
+        self._loop.call_later(OFFER_S, self._offers.pop, token, None)
+        return token
+
+    def close(self) -> None:
+        """Ends listening, in the loop, and takes the folder away; links that were claimed go on."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._offers.clear()
+        for stranger in tuple(self._strangers):
+            stranger.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # no descriptors left: the connection waits, and is asked for again later
+            trouble(_log, "connection not accepted", error)
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.call_later(ACCEPT_AGAIN_S, self._resume)
+            return
+        if peer_user(connection) != os.geteuid() or len(self._strangers) >= MAX_STRANGERS:
+            event(_log, logging.WARNING, "connection refused", user=peer_user(connection))
+            connection.close()
+            return
+        link = Link(connection, self._loop)
+        patience = self._loop.call_later(OFFER_S, link.close)
+
+        def forget() -> None:
+            patience.cancel()
+            self._strangers.discard(link)
+
+        def present(packet: bytes) -> None:
+            link.on_packet, link.on_close = _nobody, _nothing
+            forget()
+            self._present(link, packet)
+
+        self._strangers.add(link)
+        link.on_packet, link.on_close = present, forget
+
+    def _resume(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket.fileno(), self._accept)
+
+    def _present(self, link: Link, packet: bytes) -> None:
+        try:
+            token = pb.ClaimRequest.FromString(packet).token
+        except DecodeError:
+            token = b""
+        claim = self._offers.pop(token, None)
+        if claim is None:
+            link.close()
+        else:
+            claim(link)
+
+
+def _nobody(_: bytes) -> None:
+    """A packet that nobody waits for."""
+
+
+def _nothing() -> None:
+    """Nobody needs to know."""
