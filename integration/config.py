@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METRICS = ("l2", "ip", "cosine")
-INDEXES = ("exact", "faiss_flat")
+INDEXES = ("exact", "faiss_flat", "faiss_ivf_flat", "faiss_ivf_pq", "faiss_cagra")
 
 
 class ConfigError(ValueError):

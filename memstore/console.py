@@ -131,7 +131,7 @@ def _describe(session: Session, options: argparse.Namespace) -> int:
         _print_json(_as_dict(memory))
     else:
         shown = _as_dict(memory)
-        _print_table([(name, _plain(value)) for part in shown.values() for name, value in part.items()])
+        _print_table([row for part in shown.values() for name, value in part.items() for row in _flat(name, value)])
     return 0
 
 
@@ -174,6 +174,13 @@ def _bytes(number: int) -> str:
             break
         value /= 1024
     return f"{value:.1f} {unit}" if unit != "B" else f"{number} B"
+
+
+def _flat(name: str, value: object) -> list[tuple[str, str]]:
+    """One row for a value; for a group one for each of its values, with the group's name before a dot."""
+    if isinstance(value, dict) and value:
+        return [(f"{name}.{inner}", _plain(each)) for inner, each in value.items()]
+    return [(name, _plain(value))]
 
 
 def _plain(value: object) -> str:

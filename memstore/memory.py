@@ -10,7 +10,7 @@ import torch
 from memstore import ring
 from memstore.appending import stage
 from memstore.errors import AlreadyExists, DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded
-from memstore.index import INDEXES
+from memstore.index import build_thread, index_bytes, make_index
 from memstore.retrieval import retrieve
 from memstore.sequence import BatchPlan, PartPlan, Reply, Sequence, SequenceTable, plan_part
 from memstore.slab import Slab, bytes_needed
@@ -19,6 +19,7 @@ from memstore.types import Hits, MemoryCounts, MemorySpec, SequencePart, Sequenc
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
+    from concurrent.futures import Executor
 
 
 def _nowhere(_: int, __: Hits) -> None:
@@ -28,22 +29,27 @@ def _nowhere(_: int, __: Hits) -> None:
 class Memory:
     """All rows of one spec on one device. Not thread safe."""
 
-    def __init__(self, spec: MemorySpec, device: torch.device, *, new_epoch: Callable[[], int]) -> None:
-        """Reserves and touches everything that the memory will ever take. Raises DeviceMemoryFull."""
+    def __init__(
+        self, spec: MemorySpec, device: torch.device, *, new_epoch: Callable[[], int], builds: Executor | None = None
+    ) -> None:
+        """Reserves everything that the memory will ever take, and touches what rows take. Raises DeviceMemoryFull.
+
+        builds: where the index builds in the background, one thing after the other; a thread of its own if None.
+        """
         self.spec = spec
         self.device = device
-        self.reserved_bytes = bytes_needed(spec)
+        self.reserved_bytes = self.bytes_needed(spec, device)
         self._new_epoch = new_epoch
-        self._index = INDEXES[spec.index]()
+        self._index = make_index(spec, device, build_thread() if builds is None else builds)
         self._slab = Slab(spec, device)
         self._table = SequenceTable(spec.max_sequences)
         self._appended_rows = 0
         self._evicted_rows = 0
 
     @staticmethod
-    def bytes_needed(spec: MemorySpec) -> int:
-        """Bytes that a memory of this spec reserves."""
-        return bytes_needed(spec)
+    def bytes_needed(spec: MemorySpec, device: torch.device) -> int:
+        """Bytes that a memory of this spec reserves: its rows, and what its index takes at most."""
+        return bytes_needed(spec) + index_bytes(spec, device)
 
     def step(
         self, batches: SequenceOf[StepBatch], carry: Callable[[int, Hits], None] = _nowhere
@@ -73,6 +79,8 @@ class Memory:
         ]
         if staged is not None:
             self._slab.write(staged.rows, staged.cells)
+            if self._index.is_told:
+                self._tell_index(_plans_of(outcomes))
         return results
 
     def reset(self, names: SequenceOf[str], release: bool) -> list[int]:
@@ -113,6 +121,7 @@ class Memory:
         sequence.next_position, sequence.floor = plan.as_of, plan.begin
         for run in ring.runs(plan.begin, plan.as_of, self.spec.capacity):
             self._slab.copy_place(origin.place, sequence.place, run.slot, run.length)
+        self._index.forked(self._slab, origin.place, sequence.place, plan.begin, plan.as_of)
         self._appended_rows += (plan.as_of - plan.begin) * self.spec.num_layers
         return SequenceResult(epoch=sequence.epoch, as_of=plan.as_of, live_begin=plan.begin, first_position=plan.as_of)
 
@@ -124,11 +133,21 @@ class Memory:
             reserved_bytes=self.reserved_bytes,
             appended_rows=self._appended_rows,
             evicted_rows=self._evicted_rows,
+            index=self._index.counts(),
         )
 
+    def stop_builds(self) -> None:
+        """Ends the background work of the index for good; everything is scanned from now on."""
+        self._index.close()
+
     def free(self) -> None:
-        """Gives everything back to the device; the memory is of no use afterwards."""
+        """Gives everything back to the device, but for what `join` waits for; the memory is of no use afterwards."""
+        self.stop_builds()
         self._slab.free()
+
+    def join(self) -> None:
+        """After `free`, in any thread: returns when the background work has ended, too."""
+        self._index.join()
 
     def _plan(self, batches: SequenceOf[StepBatch]) -> list[BatchPlan | MemstoreError]:
         num_free = self._table.num_free
@@ -207,6 +226,15 @@ class Memory:
             )
             sequence.remember(writer, reply)
 
+    def _tell_index(self, plans: SequenceOf[BatchPlan]) -> None:
+        """Says which sequences have new rows."""
+        for plan in plans:
+            for part in plan.parts if plan.batch.append else ():
+                if part.part.num_rows and not part.is_replay:
+                    sequence = self._table[part.part.sequence]
+                    begin = sequence.begin(self.spec.capacity)
+                    self._index.appended(self._slab, sequence.place, begin, sequence.next_position)
+
     def _restart(self, sequence: Sequence) -> None:
         self._forget_rows(sequence)
         sequence.restart(self._new_epoch())
@@ -214,6 +242,7 @@ class Memory:
     def _forget_rows(self, sequence: Sequence) -> None:
         num_live = sequence.next_position - sequence.begin(self.spec.capacity)
         self._evicted_rows += num_live * self.spec.num_layers
+        self._index.forgotten(sequence.place)
 
 
 def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan]:

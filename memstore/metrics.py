@@ -25,6 +25,15 @@ BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 SCRAPE_S = 1.0
 OTHER = "other"
+INDEX_METRICS = {
+    "num_generations": (GaugeMetricFamily, "memstore_index_generations", "Generations that are searched"),
+    "tail_rows": (GaugeMetricFamily, "memstore_index_tail_rows", "Live entries in no generation, which are scanned"),
+    "builds_under_way": (GaugeMetricFamily, "memstore_index_builds_under_way", "Builds that run or wait"),
+    "builds_done": (CounterMetricFamily, "memstore_index_builds_done", "Builds that gave a generation"),
+    "builds_put_off": (CounterMetricFamily, "memstore_index_builds_put_off", "Builds that failed or found no memory"),
+    "build_seconds": (CounterMetricFamily, "memstore_index_build_seconds", "Time that builds took"),
+}
+"""Family, name and explanation of each field of IndexCounts."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -114,15 +123,17 @@ class _State:
         yield GaugeMetricFamily("memstore_queue_bytes", "Bytes of those requests", admission.num_bytes)
         yield GaugeMetricFamily("memstore_capacity_bytes", "Bytes memories may reserve", budget.capacity_bytes)
         yield GaugeMetricFamily("memstore_reserved_bytes", "Bytes memories have reserved", budget.reserved_bytes)
-        yield from self._of_memories()
+        counted = self._counts()
+        yield from self._of_memories(counted)
+        yield from self._of_indexes(counted)
 
-    def _of_memories(self) -> Iterator[Metric]:
+    def _of_memories(self, counted: Sequence[tuple[Loaded, MemoryCounts]]) -> Iterator[Metric]:
         rows = GaugeMetricFamily("memstore_memory_rows", "Live entries", labels=("memory",))
         capacity = GaugeMetricFamily("memstore_memory_capacity_rows", "Entries there is room for", labels=("memory",))
         appended = CounterMetricFamily("memstore_appended_rows", "Entries appended", labels=("memory",))
         evicted = CounterMetricFamily("memstore_evicted_rows", "Entries that left", labels=("memory", "reason"))
         totals: dict[str, list[int]] = {}
-        for loaded, counts in self._counts():
+        for loaded, counts in counted:
             spec = loaded.spec
             total = totals.setdefault(self._label(loaded.id.name), [0, 0, 0, 0])
             room = spec.capacity * spec.max_sequences * spec.num_layers
@@ -133,6 +144,19 @@ class _State:
                 family.add_metric((label,), value)
             evicted.add_metric((label, "fifo"), total[3])
         yield from (rows, capacity, appended, evicted)
+
+    def _of_indexes(self, counted: Sequence[tuple[Loaded, MemoryCounts]]) -> Iterator[Metric]:
+        """Of those that keep something."""
+        for field, (family, name, explanation) in INDEX_METRICS.items():
+            totals: dict[str, float] = {}
+            for loaded, counts in counted:
+                if counts.index is not None:
+                    label = self._label(loaded.id.name)
+                    totals[label] = totals.get(label, 0) + getattr(counts.index, field)
+            metric = family(name, explanation, labels=("memory",))
+            for label, total in totals.items():
+                metric.add_metric((label,), total)
+            yield metric
 
     def _counts(self) -> list[tuple[Loaded, MemoryCounts]]:
         """What the device thread says within a second; nothing where it is too busy, or gone."""

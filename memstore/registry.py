@@ -15,6 +15,7 @@ from google.protobuf import json_format
 from memstore import wire
 from memstore.catalog import MemoryId
 from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.index import build_thread
 from memstore.logs import event, trouble
 from memstore.memory import Memory
 from memstore.seams import new_epoch
@@ -75,6 +76,7 @@ class Registry:
         self._loaded: dict[MemoryId, Loaded] = {}
         self._stopping = threading.Event()
         self._admin = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memstore-admin")
+        self._builds = build_thread()
 
     def load(self) -> Future[None]:
         """Reserves every memory of the catalogue, empty, in the background; tries again while that is out of reach."""
@@ -91,6 +93,10 @@ class Registry:
         self.on_change = _nobody
         self.drain()
         self._admin.shutdown(wait=True)
+        with suppress(NotReady):  # the worker is closed already
+            for loaded in self.all():
+                self.worker.control(loaded.engine.stop_builds)
+        self._builds.shutdown(wait=True, cancel_futures=True)
 
     def find(self, tenant: str, name: str, field: str = "memory") -> Loaded:
         """A memory in service; `field` is where its name stood. Raises NotFound; NotReady while it may be loading."""
@@ -168,10 +174,11 @@ class Registry:
         return [found[memory] for memory in sorted(found) if memory.tenant == tenant and memory.name.startswith(prefix)]
 
     def _reserve(self, memory: MemoryId, spec: MemorySpec, created_at: float) -> Loaded:
-        needed = Memory.bytes_needed(spec)
+        device = self.worker.device
+        needed = Memory.bytes_needed(spec, device)
         self.budget.reserve(needed)
         try:
-            make = self.worker.control(lambda: Memory(spec, self.worker.device, new_epoch=new_epoch))
+            make = self.worker.control(lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds))
             return Loaded(id=memory, engine=make.result(), created_at=created_at)
         except BaseException:
             self.budget.release(needed)
@@ -179,6 +186,7 @@ class Registry:
 
     def _free(self, loaded: Loaded) -> None:
         self.worker.control(loaded.engine.free).result()
+        loaded.engine.join()
         self.budget.release(loaded.engine.reserved_bytes)
 
     def _load(self) -> None:

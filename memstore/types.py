@@ -28,10 +28,30 @@ class Metric(Enum):
 
 
 class IndexKind(Enum):
-    """How rows are found; both are exact."""
+    """How rows are found: the first two are exact, the others search old rows in generations of their own."""
 
     EXACT = "exact"
     FAISS_FLAT = "faiss_flat"
+    FAISS_IVF_FLAT = "faiss_ivf_flat"
+    FAISS_IVF_PQ = "faiss_ivf_pq"
+    FAISS_CAGRA = "faiss_cagra"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexSettings:
+    """What an approximate index is built and searched with; 0 where it is chosen, or where the kind has no such thing.
+
+    generation_rows: positions that one generation covers. nlist: lists of a generation, nprobe: those searched for a
+    query. pq_m, pq_bits: codes of a row and bits of each. graph_degree: links of a row; itopk: rows that a walk keeps.
+    """
+
+    generation_rows: int = 0
+    nlist: int = 0
+    nprobe: int = 0
+    pq_m: int = 0
+    pq_bits: int = 0
+    graph_degree: int = 0
+    itopk: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +75,7 @@ class MemorySpec:
     dtype: torch.dtype = torch.float16
     metric: Metric = Metric.L2
     index: IndexKind = IndexKind.EXACT
+    index_settings: IndexSettings | None = None
     payloads: tuple[PayloadSpec, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
 
@@ -146,11 +167,28 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IndexCounts:
+    """What an index holds at one moment, and its builds since it exists. Rows are counted over all layers.
+
+    num_generations: that are searched. tail_rows: live rows that are in none of them, and are scanned. Builds put off
+    are those that failed or found no memory: they are tried again.
+    """
+
+    num_generations: int
+    tail_rows: int
+    builds_under_way: int
+    builds_done: int
+    builds_put_off: int
+    build_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryCounts:
-    """What a memory holds at one moment; rows are counted over all layers."""
+    """What a memory holds at one moment; rows are counted over all layers. index: None where it keeps nothing."""
 
     num_sequences: int
     num_rows: int
     reserved_bytes: int
     appended_rows: int
     evicted_rows: int
+    index: IndexCounts | None = None

@@ -33,7 +33,14 @@ _TO_WIRE = {
 _FROM_WIRE = {code: dtype for dtype, code in _TO_WIRE.items()}
 
 _METRICS = {"l2": pb.METRIC_L2, "ip": pb.METRIC_INNER_PRODUCT, "cosine": pb.METRIC_COSINE}
-_INDEXES = {"exact": pb.INDEX_KIND_EXACT, "faiss_flat": pb.INDEX_KIND_FAISS_FLAT}
+_INDEXES = {
+    "exact": pb.INDEX_KIND_EXACT,
+    "faiss_flat": pb.INDEX_KIND_FAISS_FLAT,
+    "faiss_ivf_flat": pb.INDEX_KIND_FAISS_IVF_FLAT,
+    "faiss_ivf_pq": pb.INDEX_KIND_FAISS_IVF_PQ,
+    "faiss_cagra": pb.INDEX_KIND_FAISS_CAGRA,
+}
+_SETTINGS = sorted(pb.IndexSettings.DESCRIPTOR.fields_by_name)
 
 with warnings.catch_warnings():
     # Torch says once a process that it does not know whether bytes may be written to; here it says so to nobody.
@@ -57,7 +64,9 @@ class MemoryOptions(TypedDict, total=False):
     metric: str
     """"l2" (if not given), "ip" or "cosine"."""
     index: str
-    """"exact" (if not given) or "faiss_flat"."""
+    """"exact" (if not given), "faiss_flat", "faiss_ivf_flat", "faiss_ivf_pq" or "faiss_cagra"."""
+    index_settings: Mapping[str, int]
+    """What the last three are built and searched with, such as nprobe; chosen by the server where not given."""
     payloads: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     """Arrays kept beside the key: name -> dtype and shape of one entry."""
     tags: Mapping[str, str]
@@ -158,6 +167,10 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
         raise InvalidRequest(f"metric: {metric!r} is none of {sorted(_METRICS)}")
     if index not in _INDEXES:
         raise InvalidRequest(f"index: {index!r} is none of {sorted(_INDEXES)}")
+    settings = options.get("index_settings", {})
+    for setting in settings:
+        if setting not in _SETTINGS:
+            raise InvalidRequest(f"index_settings: {setting!r} is none of {_SETTINGS}")
     return pb.MemorySpec(
         name=name,
         dim=options["dim"],
@@ -167,6 +180,7 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
         dtype=wire_dtype(options.get("dtype", torch.float16)),
         metric=_METRICS[metric],
         index=_INDEXES[index],
+        index_settings=pb.IndexSettings(**settings) if settings else None,
         payloads=[
             pb.PayloadSpec(name=each, dtype=wire_dtype(dtype), shape=shape)
             for each, (dtype, shape) in options.get("payloads", {}).items()

@@ -44,6 +44,11 @@ def _payload(**changes: object) -> pb.PayloadSpec:
     return pb.PayloadSpec(**{"name": "hidden", "dtype": FP32, "shape": [2], **changes})  # type: ignore[arg-type]
 
 
+def _settings(index: pb.IndexKind.ValueType, **settings: int) -> pb.MemorySpec:
+    return spec(index=index, index_settings=pb.IndexSettings(**settings))
+
+
+IVF, PQ, GRAPH = pb.INDEX_KIND_FAISS_IVF_FLAT, pb.INDEX_KIND_FAISS_IVF_PQ, pb.INDEX_KIND_FAISS_CAGRA
 PART = pb.SequencePart
 
 SPECS: list[tuple[str, pb.MemorySpec, str]] = [
@@ -64,6 +69,29 @@ SPECS: list[tuple[str, pb.MemorySpec, str]] = [
     ("whole numbers as keys", spec(dtype=pb.DATA_TYPE_INT8), "spec.dtype"),
     ("an unknown metric", spec(metric=99), "spec.metric"),
     ("an unknown index", spec(index=99), "spec.index"),
+    ("too much capacity for a large index", spec(capacity=134_217_729, index=IVF), "spec.capacity"),
+    ("settings of an exact index", _settings(pb.INDEX_KIND_EXACT, nprobe=1), "spec.index_settings.nprobe"),
+    ("links of lists", _settings(IVF, graph_degree=8), "spec.index_settings.graph_degree"),
+    ("lists of a graph", _settings(GRAPH, nlist=8), "spec.index_settings.nlist"),
+    ("codes of whole rows", _settings(IVF, pq_m=2), "spec.index_settings.pq_m"),
+    ("generations too small", _settings(IVF, generation_rows=15), "spec.index_settings.generation_rows"),
+    ("generations too large", _settings(IVF, generation_rows=16_777_217), "spec.index_settings.generation_rows"),
+    ("lists below 0", _settings(IVF, nlist=-1), "spec.index_settings.nlist"),
+    ("too many lists", _settings(IVF, nlist=65_537), "spec.index_settings.nlist"),
+    ("more lists than rows", _settings(IVF, generation_rows=64, nlist=33), "spec.index_settings.nlist"),
+    ("more probes than lists", _settings(IVF, nlist=4, nprobe=5), "spec.index_settings.nprobe"),
+    ("too many probes", _settings(IVF, nlist=4096, nprobe=2049), "spec.index_settings.nprobe"),
+    ("codes that do not divide a row", _settings(PQ, pq_m=3), "spec.index_settings.pq_m"),
+    ("too many codes", _settings(PQ, pq_m=257), "spec.index_settings.pq_m"),
+    ("codes of 3 bits", _settings(PQ, pq_bits=3), "spec.index_settings.pq_bits"),
+    ("codes of 9 bits", _settings(PQ, pq_bits=9), "spec.index_settings.pq_bits"),
+    ("more codes than rows", _settings(PQ, generation_rows=256, pq_bits=8), "spec.index_settings.pq_bits"),
+    ("an odd number of links", _settings(GRAPH, graph_degree=33), "spec.index_settings.graph_degree"),
+    ("too few links", _settings(GRAPH, graph_degree=2), "spec.index_settings.graph_degree"),
+    ("too many links", _settings(GRAPH, graph_degree=130), "spec.index_settings.graph_degree"),
+    ("more links than rows", _settings(GRAPH, generation_rows=64, graph_degree=32), "spec.index_settings.graph_degree"),
+    ("too short a walk", _settings(GRAPH, itopk=15), "spec.index_settings.itopk"),
+    ("too long a walk", _settings(GRAPH, itopk=513), "spec.index_settings.itopk"),
     ("an unknown policy", spec(policy=99), "spec.policy"),
     ("an unknown durability", spec(durability=99), "spec.durability"),
     ("nine payloads", spec(payloads=[_payload(name=f"p{i}") for i in range(9)]), "spec.payloads"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from memstore.types import StepBatch
 
 
+T = TypeVar("T")
 NO_HITS = Hits(row_splits=torch.zeros(1), positions=torch.empty(0), index=torch.empty(0), scores=None, arrays={})
 
 
@@ -67,6 +70,29 @@ class FakeDisk:
             yield
         finally:
             self._held.discard(path)
+
+
+class HeldBuilds(Executor):
+    """Runs nothing before it is told to, and then in the thread that tells."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+
+    def __len__(self) -> int:
+        """How much waits."""
+        return len(self._waiting)
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        self._waiting.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def run(self, number: int | None = None) -> None:
+        """Runs so many things, or all that wait, in the order in which they came."""
+        for _ in range(len(self) if number is None else min(number, len(self))):
+            future, call = self._waiting.popleft()
+            if future.set_running_or_notify_cancel():
+                future.set_result(call())
 
 
 class FakeEngine:

@@ -1,19 +1,44 @@
-"""How rows are found, by IndexKind. A new index is one file and one line here."""
+"""How rows are found, by IndexKind. A new index that keeps nothing is one file and one line here."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memstore.errors import InvalidRequest
+from memstore.index.building import build_thread
 from memstore.index.exact import ExactIndex
 from memstore.index.faiss_flat import FaissFlatIndex
+from memstore.index.generations import GenerationIndex
+from memstore.index.host_parts import HostBuilder
+from memstore.index.settings import index_bytes
 from memstore.types import IndexKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Executor
+
+    import torch
 
     from memstore.index.base import VectorIndex
+    from memstore.index.generation import PartBuilder
+    from memstore.types import MemorySpec
+
+__all__ = ["INDEXES", "build_thread", "index_bytes", "make_index"]
 
 INDEXES: dict[IndexKind, Callable[[], VectorIndex]] = {
     IndexKind.EXACT: ExactIndex,
     IndexKind.FAISS_FLAT: FaissFlatIndex,
 }
+"""Those that keep nothing between calls."""
+
+BUILDERS: dict[str, Callable[[MemorySpec], PartBuilder]] = {"cpu": HostBuilder}
+"""What builds the generations of the others, by type of device."""
+
+
+def make_index(spec: MemorySpec, device: torch.device, executor: Executor) -> VectorIndex:
+    """The index of a memory. executor: where it builds. Raises InvalidRequest where it cannot be had here."""
+    if spec.index in INDEXES:
+        return INDEXES[spec.index]()
+    if device.type not in BUILDERS:
+        raise InvalidRequest("spec.index", f"{spec.index.value} cannot be had on {device.type}")
+    return GenerationIndex(spec, BUILDERS[device.type](spec), executor)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memstore.slab import Slab
-    from memstore.types import Hits, RetrieveOptions
+    from memstore.types import Hits, IndexCounts, RetrieveOptions
 
 SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 """What a search may take beside its result, by type of device; or the scores of one query where that is more."""
@@ -55,7 +55,12 @@ class SearchBatch:
 
 
 class VectorIndex(Protocol):
-    """Finds the `top_k` best rows for each query of a batch, by scanning: it keeps nothing between calls.
+    """Finds the `top_k` best rows for each query of a batch.
+
+    It may keep something between calls, and is told what happens to the rows for that; all calls but `join` come from
+    the device's thread. What an index with something of its own promises less than this, it says.
+
+    is_told: False where the calls from `appended` on have no effect and can be left out.
 
     Gives positions (L, N, k) int64, -1 where fewer are visible, and scores (L, N, k) float32, -inf there; best first,
     lower positions first among equal scores. Exact: queries in float32 against the rows as they are stored, every
@@ -64,6 +69,8 @@ class VectorIndex(Protocol):
     |query|^2 + |row|^2 (l2) or |query| |row| (ip). Scratch is bounded by SCRATCH_BYTES. Vectors whose squared norm
     exceeds 1e37 may overflow and are then ranked arbitrarily.
     """
+
+    is_told: bool
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Searches; reads the slab and the batch and changes neither. Raises torch.OutOfMemoryError."""
@@ -76,6 +83,55 @@ class VectorIndex(Protocol):
         in the reply. Raises torch.OutOfMemoryError.
         """
         ...
+
+    def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
+        """The rows of a place are written up to position `end`, and [begin, end) is live now. Cannot fail."""
+        ...
+
+    def forgotten(self, place: int) -> None:
+        """Nothing of a place is live any more; its positions may begin anew."""
+        ...
+
+    def forked(self, slab: Slab, source: int, target: int, begin: int, end: int) -> None:
+        """An empty place has got the rows [begin, end) of another one, at the same positions."""
+        ...
+
+    def counts(self) -> IndexCounts | None:
+        """What is kept; None where nothing ever is."""
+        ...
+
+    def close(self) -> None:
+        """Ends all background work, and returns at once; from now on nothing is kept."""
+        ...
+
+    def join(self) -> None:
+        """After `close`, in any thread: returns when the device has back what the index took."""
+        ...
+
+
+class Stateless:
+    """The part of VectorIndex of an index that keeps nothing between calls."""
+
+    is_told = False
+
+    def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
+        """Nothing is kept."""
+
+    def forgotten(self, place: int) -> None:
+        """Nothing was kept."""
+
+    def forked(self, slab: Slab, source: int, target: int, begin: int, end: int) -> None:
+        """Nothing is kept."""
+
+    def counts(self) -> IndexCounts | None:
+        """Nothing is kept."""
+        return None
+
+    def close(self) -> None:
+        """Nothing was kept."""
+
+    def join(self) -> None:
+        """Nothing was kept."""
 
 
 def no_candidates(batch: SearchBatch) -> torch.Tensor:

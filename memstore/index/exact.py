@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memstore.index.base import SearchBatch, no_candidates
+from memstore.index.base import SearchBatch, Stateless, no_candidates
 from memstore.index.grid import grids
 from memstore.index.host_scan import HostScan
 from memstore.index.product_scan import ProductScan
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from memstore.types import Hits, RetrieveOptions
 
 
-class ExactIndex:
+class ExactIndex(Stateless):
     """See VectorIndex."""
 
     def __init__(self) -> None:

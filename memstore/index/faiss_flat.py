@@ -8,7 +8,7 @@ import torch
 
 from memstore import ring
 from memstore.errors import InvalidRequest
-from memstore.index.base import SearchBatch, no_candidates
+from memstore.index.base import SearchBatch, Stateless, no_candidates
 from memstore.index.ranking import rank
 from memstore.index.staged import staged_retrieve
 from memstore.slab import inverse_norms
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memstore.types import Hits, RetrieveOptions
 
 
-class FaissFlatIndex:
+class FaissFlatIndex(Stateless):
     """See VectorIndex. Raises InvalidRequest at creation where FAISS is not installed."""
 
     def __init__(self) -> None:

@@ -112,6 +112,12 @@ class _IndexKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_IndexKind.V
     """The fastest exact search this server has for its device."""
     INDEX_KIND_FAISS_FLAT: _IndexKind.ValueType  # 2
     """FAISS brute force over the same rows; equal to EXACT in results."""
+    INDEX_KIND_FAISS_IVF_FLAT: _IndexKind.ValueType  # 3
+    """For a million rows and more: old rows in FAISS inverted lists, the others as EXACT. May miss rows."""
+    INDEX_KIND_FAISS_IVF_PQ: _IndexKind.ValueType  # 4
+    """The same with rows in product codes, which take less memory; hits are ranked by the rows themselves all the same."""
+    INDEX_KIND_FAISS_CAGRA: _IndexKind.ValueType  # 5
+    """The same with a graph: CAGRA on a GPU, HNSW on the host."""
 
 class IndexKind(_IndexKind, metaclass=_IndexKindEnumTypeWrapper):
     """How rows are found."""
@@ -122,6 +128,12 @@ INDEX_KIND_EXACT: IndexKind.ValueType  # 1
 """The fastest exact search this server has for its device."""
 INDEX_KIND_FAISS_FLAT: IndexKind.ValueType  # 2
 """FAISS brute force over the same rows; equal to EXACT in results."""
+INDEX_KIND_FAISS_IVF_FLAT: IndexKind.ValueType  # 3
+"""For a million rows and more: old rows in FAISS inverted lists, the others as EXACT. May miss rows."""
+INDEX_KIND_FAISS_IVF_PQ: IndexKind.ValueType  # 4
+"""The same with rows in product codes, which take less memory; hits are ranked by the rows themselves all the same."""
+INDEX_KIND_FAISS_CAGRA: IndexKind.ValueType  # 5
+"""The same with a graph: CAGRA on a GPU, HNSW on the host."""
 Global___IndexKind: _TypeAlias = IndexKind  # noqa: Y015
 
 class _EvictionPolicy:
@@ -195,6 +207,58 @@ PLANE_CUDA: Plane.ValueType  # 3
 PLANE_PROCESS: Plane.ValueType  # 4
 """Within one process: the tensor itself is handed over. Never valid over a network."""
 Global___Plane: _TypeAlias = Plane  # noqa: Y015
+
+@_typing.final
+class IndexSettings(_message.Message):
+    """What an index that may miss rows is built and searched with. Each is 0 where the server shall choose. A setting that
+    the kind does not have: INVALID_ARGUMENT.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ROWS_FIELD_NUMBER: _builtins.int
+    NLIST_FIELD_NUMBER: _builtins.int
+    NPROBE_FIELD_NUMBER: _builtins.int
+    PQ_M_FIELD_NUMBER: _builtins.int
+    PQ_BITS_FIELD_NUMBER: _builtins.int
+    GRAPH_DEGREE_FIELD_NUMBER: _builtins.int
+    ITOPK_FIELD_NUMBER: _builtins.int
+    generation_rows: _builtins.int
+    """Positions that have an index of their own together, a generation, 16 to 16,777,216: younger rows are scanned. Default
+    a sixteenth of the capacity, 16,384 to 4,194,304; nothing but scanning where that is beyond the capacity.
+    """
+    nlist: _builtins.int
+    """FAISS_IVF_FLAT, FAISS_IVF_PQ: lists of a generation, 1 to 65,536 and at most half its rows. Default about four roots
+    of its rows.
+    """
+    nprobe: _builtins.int
+    """FAISS_IVF_FLAT, FAISS_IVF_PQ: lists searched for a query, 1 to 2,048 and at most nlist. Default nlist / 16."""
+    pq_m: _builtins.int
+    """FAISS_IVF_PQ: codes of a row, 1 to 256, a divisor of dim. Default one for four elements."""
+    pq_bits: _builtins.int
+    """FAISS_IVF_PQ: bits of a code, 4 to 8; 2^pq_bits is at most half of generation_rows. On a GPU only 8. Default 8."""
+    graph_degree: _builtins.int
+    """FAISS_CAGRA: links of a row, 4 to 128, even, at most a quarter of generation_rows. Default 32."""
+    itopk: _builtins.int
+    """FAISS_CAGRA: rows that a walk through the graph keeps, 16 to 512; top_k where that is more. Default 64."""
+    def __init__(
+        self,
+        *,
+        generation_rows: _builtins.int = ...,
+        nlist: _builtins.int = ...,
+        nprobe: _builtins.int = ...,
+        pq_m: _builtins.int = ...,
+        pq_bits: _builtins.int = ...,
+        graph_degree: _builtins.int = ...,
+        itopk: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_rows", b"generation_rows", "graph_degree", b"graph_degree", "itopk", b"itopk", "nlist", b"nlist", "nprobe", b"nprobe", "pq_bits", b"pq_bits", "pq_m", b"pq_m"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IndexSettings: _TypeAlias = IndexSettings  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
@@ -378,12 +442,13 @@ class MemorySpec(_message.Message):
     DURABILITY_FIELD_NUMBER: _builtins.int
     PAYLOADS_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    INDEX_SETTINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 128 characters of [A-Za-z0-9._-], beginning with a letter or digit; INVALID_ARGUMENT otherwise."""
     dim: _builtins.int
     """Width of a key, 1 to 8,192 elements."""
     capacity: _builtins.int
-    """Entries that one layer of one sequence holds, 1 to 16,777,216."""
+    """Entries that one layer of one sequence holds, 1 to 16,777,216; 134,217,728 with an index that may miss rows."""
     max_sequences: _builtins.int
     """Sequences that can exist at once, 1 to 65,536. Default 1."""
     num_layers: _builtins.int
@@ -406,6 +471,10 @@ class MemorySpec(_message.Message):
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free words of the owner: at most 64, keys of 1 to 63 characters, values of at most 255 characters."""
 
+    @_builtins.property
+    def index_settings(self) -> Global___IndexSettings:
+        """What the index is built and searched with. INVALID_ARGUMENT for EXACT and FAISS_FLAT, which have no settings."""
+
     def __init__(
         self,
         *,
@@ -421,14 +490,57 @@ class MemorySpec(_message.Message):
         durability: Global___Durability.ValueType = ...,
         payloads: _abc.Iterable[Global___PayloadSpec] | None = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        index_settings: Global___IndexSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index_settings", b"index_settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "dim", b"dim", "dtype", b"dtype", "durability", b"durability", "index", b"index", "max_sequences", b"max_sequences", "metric", b"metric", "name", b"name", "num_layers", b"num_layers", "payloads", b"payloads", "policy", b"policy", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "dim", b"dim", "dtype", b"dtype", "durability", b"durability", "index", b"index", "index_settings", b"index_settings", "max_sequences", b"max_sequences", "metric", b"metric", "name", b"name", "num_layers", b"num_layers", "payloads", b"payloads", "policy", b"policy", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MemorySpec: _TypeAlias = MemorySpec  # noqa: Y015
+
+@_typing.final
+class IndexStatus(_message.Message):
+    """What an index with generations holds at one moment, over all layers and sequences, and its builds since it exists."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_GENERATIONS_FIELD_NUMBER: _builtins.int
+    TAIL_ROWS_FIELD_NUMBER: _builtins.int
+    BUILDS_UNDER_WAY_FIELD_NUMBER: _builtins.int
+    BUILDS_DONE_FIELD_NUMBER: _builtins.int
+    BUILDS_PUT_OFF_FIELD_NUMBER: _builtins.int
+    BUILD_SECONDS_FIELD_NUMBER: _builtins.int
+    num_generations: _builtins.int
+    """Generations that are searched by their index."""
+    tail_rows: _builtins.int
+    """Live entries that are in none of them, and are scanned."""
+    builds_under_way: _builtins.int
+    """Builds that are running or waiting for their turn."""
+    builds_done: _builtins.int
+    """Builds that have ended with a generation."""
+    builds_put_off: _builtins.int
+    """Builds that failed or found no memory; they are tried again."""
+    build_seconds: _builtins.float
+    """Seconds that builds took in all."""
+    def __init__(
+        self,
+        *,
+        num_generations: _builtins.int = ...,
+        tail_rows: _builtins.int = ...,
+        builds_under_way: _builtins.int = ...,
+        builds_done: _builtins.int = ...,
+        builds_put_off: _builtins.int = ...,
+        build_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build_seconds", b"build_seconds", "builds_done", b"builds_done", "builds_put_off", b"builds_put_off", "builds_under_way", b"builds_under_way", "num_generations", b"num_generations", "tail_rows", b"tail_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IndexStatus: _TypeAlias = IndexStatus  # noqa: Y015
 
 @_typing.final
 class MemoryStatus(_message.Message):
@@ -443,6 +555,7 @@ class MemoryStatus(_message.Message):
     EVICTED_ROWS_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     num_sequences: _builtins.int
     """Sequences that exist, at most max_sequences."""
     num_rows: _builtins.int
@@ -459,6 +572,10 @@ class MemoryStatus(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When the memory was created."""
 
+    @_builtins.property
+    def index(self) -> Global___IndexStatus:
+        """Absent for EXACT and FAISS_FLAT, which keep nothing beside the rows."""
+
     def __init__(
         self,
         *,
@@ -469,10 +586,11 @@ class MemoryStatus(_message.Message):
         evicted_rows: _builtins.int = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         device: _builtins.str = ...,
+        index: Global___IndexStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_rows", b"appended_rows", "created_at", b"created_at", "device", b"device", "evicted_rows", b"evicted_rows", "num_rows", b"num_rows", "num_sequences", b"num_sequences", "reserved_bytes", b"reserved_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_rows", b"appended_rows", "created_at", b"created_at", "device", b"device", "evicted_rows", b"evicted_rows", "index", b"index", "num_rows", b"num_rows", "num_sequences", b"num_sequences", "reserved_bytes", b"reserved_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,10 +9,12 @@ import torch
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from memstore.errors import InvalidRequest
+from memstore.index.settings import SETTINGS
 from memstore.plane import DATA_TYPES, DTYPES
 from memstore.types import IndexKind, MemorySpec, Metric, PayloadSpec
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import fields, limits
+from memstore.wire.index_settings import decode_settings, encode_index_status, encode_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +32,9 @@ _INDICES: dict[int, IndexKind] = {
     pb.INDEX_KIND_UNSPECIFIED: IndexKind.EXACT,
     pb.INDEX_KIND_EXACT: IndexKind.EXACT,
     pb.INDEX_KIND_FAISS_FLAT: IndexKind.FAISS_FLAT,
+    pb.INDEX_KIND_FAISS_IVF_FLAT: IndexKind.FAISS_IVF_FLAT,
+    pb.INDEX_KIND_FAISS_IVF_PQ: IndexKind.FAISS_IVF_PQ,
+    pb.INDEX_KIND_FAISS_CAGRA: IndexKind.FAISS_CAGRA,
 }
 _KEY_DTYPES: dict[int, torch.dtype] = {
     pb.DATA_TYPE_UNSPECIFIED: torch.float16,
@@ -45,22 +50,33 @@ _METRIC_NUMBERS = {
     Metric.INNER_PRODUCT: pb.METRIC_INNER_PRODUCT,
     Metric.COSINE: pb.METRIC_COSINE,
 }
-_INDEX_NUMBERS = {IndexKind.EXACT: pb.INDEX_KIND_EXACT, IndexKind.FAISS_FLAT: pb.INDEX_KIND_FAISS_FLAT}
+_INDEX_NUMBERS = {
+    IndexKind.EXACT: pb.INDEX_KIND_EXACT,
+    IndexKind.FAISS_FLAT: pb.INDEX_KIND_FAISS_FLAT,
+    IndexKind.FAISS_IVF_FLAT: pb.INDEX_KIND_FAISS_IVF_FLAT,
+    IndexKind.FAISS_IVF_PQ: pb.INDEX_KIND_FAISS_IVF_PQ,
+    IndexKind.FAISS_CAGRA: pb.INDEX_KIND_FAISS_CAGRA,
+}
 
 
 def decode_spec(spec: pb.MemorySpec) -> MemorySpec:
     """A spec with its defaults filled in, every limit checked."""
     _choice(_POLICIES, spec.policy, "spec.policy")
     _choice(_DURABILITIES, spec.durability, "spec.durability")
+    index = _choice(_INDICES, spec.index, "spec.index")
+    dim = fields.whole(spec.dim, "spec.dim", 1, limits.MAX_DIM)
+    most = limits.MAX_LARGE_CAPACITY if index in SETTINGS else limits.MAX_CAPACITY
+    capacity = fields.whole(spec.capacity, "spec.capacity", 1, most)
     return MemorySpec(
         name=fields.memory_name(spec.name, "spec.name"),
-        dim=fields.whole(spec.dim, "spec.dim", 1, limits.MAX_DIM),
-        capacity=fields.whole(spec.capacity, "spec.capacity", 1, limits.MAX_CAPACITY),
+        dim=dim,
+        capacity=capacity,
         max_sequences=fields.whole(spec.max_sequences or 1, "spec.max_sequences", 1, limits.MAX_SEQUENCES),
         num_layers=fields.whole(spec.num_layers or 1, "spec.num_layers", 1, limits.MAX_LAYERS),
         dtype=_choice(_KEY_DTYPES, spec.dtype, "spec.dtype"),
         metric=_choice(_METRICS, spec.metric, "spec.metric"),
-        index=_choice(_INDICES, spec.index, "spec.index"),
+        index=index,
+        index_settings=decode_settings(spec.index_settings, index, capacity, dim),
         payloads=_payloads(spec),
         tags=_tags(spec.tags),
     )
@@ -119,6 +135,7 @@ def encode_spec(spec: MemorySpec) -> pb.MemorySpec:
         dtype=DATA_TYPES[spec.dtype],
         metric=_METRIC_NUMBERS[spec.metric],
         index=_INDEX_NUMBERS[spec.index],
+        index_settings=encode_settings(spec.index_settings),
         policy=pb.EVICTION_POLICY_FIFO,
         durability=pb.DURABILITY_VOLATILE,
         payloads=payloads,
@@ -136,6 +153,7 @@ def encode_description(spec: MemorySpec, counts: MemoryCounts, created_at: float
         evicted_rows=counts.evicted_rows,
         created_at=encode_time(created_at),
         device=device,
+        index=encode_index_status(counts.index),
     )
     return pb.MemoryDescription(spec=encode_spec(spec), status=status)
 

@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPEC = MemorySpec(name="m", dim=24, capacity=700, max_sequences=5, num_layers=2)
 
 
-@pytest.fixture(params=list(IndexKind), ids=lambda kind: kind.value)
+@pytest.fixture(params=list(INDEXES), ids=lambda kind: kind.value)
 def index(request: pytest.FixtureRequest) -> VectorIndex:
     if request.param is IndexKind.FAISS_FLAT:
         pytest.importorskip("faiss")
@@ -238,7 +238,7 @@ def test_both_indexes_give_the_same(device: torch.device) -> None:
     for metric in Metric:
         slab = filled(device, metric=metric)
         batch = asked(slab, (1, 40, 3), (WRAPPED, FULL, (2, 80)))
-        exact, flat = (INDEXES[kind]().search(slab, batch) for kind in IndexKind)
+        exact, flat = (INDEXES[kind]().search(slab, batch) for kind in INDEXES)
         assert torch.equal(exact[0], flat[0])
         assert torch.equal(exact[1], flat[1])
 

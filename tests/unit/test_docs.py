@@ -134,6 +134,7 @@ def test_the_limits_are_those_of_the_contract() -> None:
     assert values == [
         limits.MAX_DIM,
         limits.MAX_CAPACITY,
+        limits.MAX_LARGE_CAPACITY,
         limits.MAX_SEQUENCES,
         limits.MAX_LAYERS,
         limits.MAX_PAYLOADS,

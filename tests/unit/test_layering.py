@@ -35,7 +35,7 @@ FOREIGN = {
         "memstore/console.py",
     },
     "redis": {"memstore/catalog.py"},
-    "faiss": {"memstore/index/faiss_flat.py", "memstore/index/host_scan.py"},
+    "faiss": {"memstore/index/faiss_flat.py", "memstore/index/host_parts.py", "memstore/index/host_scan.py"},
     "prometheus_client": {"memstore/metrics.py"},
 }
 GRPC_OF_CLIENT = "model_client/transport/"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FOLDER = Path("/data")
 NOTES = MemoryId("t", "notes")
 SPEC = MemorySpec(name="notes", dim=4, capacity=8, max_sequences=2, tags={"of": "tests"})
-NEEDED = Memory.bytes_needed(SPEC)
+NEEDED = Memory.bytes_needed(SPEC, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

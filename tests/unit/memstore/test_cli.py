@@ -71,6 +71,15 @@ def test_describe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "NOT_FOUND: no memory 'none'" in said(capsys, "describe", "none", code=1)
 
 
+def test_describe_shows_the_generations_of_a_large_index(capsys: pytest.CaptureFixture[str], server: Serving) -> None:
+    pytest.importorskip("faiss")
+    large = spec("large", index=pb.INDEX_KIND_FAISS_CAGRA)
+    server.stub.CreateMemory(pb.CreateMemoryRequest(spec=large))
+    lines = dict(row.split(None, 1) for row in said(capsys, "describe", "large").splitlines())
+    assert (lines["index_settings.generation_rows"], lines["index_settings.graph_degree"]) == ("16384", "32")
+    assert [lines[f"index.{name}"] for name in ("num_generations", "tail_rows", "builds_under_way")] == ["0"] * 3
+
+
 def test_drop_wants_to_be_told_twice(capsys: pytest.CaptureFixture[str], server: Serving) -> None:
     assert "--yes" in said(capsys, "drop", "notes", code=1)
     assert server.registry.is_loaded("default", "notes")

@@ -10,9 +10,10 @@ import pytest
 
 from memstore.grpc_front import SERVICE
 from memstore.metrics import Metrics, MetricsServer
+from memstore.v1 import memstore_pb2 as pb
 from tests.calling import Conversation, fails
 from tests.fakes import held
-from tests.serving import step
+from tests.serving import spec, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,6 +59,32 @@ def test_what_happened_is_shown(server: Serving, port: int) -> None:
         'memstore_build_info{version="0.1.0"} 1.0',
     ):
         assert line in text.splitlines(), line
+
+
+def test_generations_are_shown(server: Serving, port: int) -> None:
+    pytest.importorskip("faiss")
+    settings = pb.IndexSettings(generation_rows=16, nlist=2)
+    large = spec("large", capacity=64, index=pb.INDEX_KIND_FAISS_IVF_FLAT, index_settings=settings)
+    server.stub.CreateMemory(pb.CreateMemoryRequest(spec=large))
+    server.stub.Step(step(memory="large", rows=20))
+    describe = pb.DescribeMemoryRequest(name="large")
+    while server.stub.DescribeMemory(describe).memory.status.index.builds_under_way:
+        pass
+    status = server.stub.DescribeMemory(describe).memory.status.index
+    assert (status.num_generations, status.builds_done, status.tail_rows) == (1, 1, 4)
+    assert status.build_seconds > 0
+    lines = get(port, "/metrics")[1].splitlines()
+    for line in (
+        'memstore_index_generations{memory="large"} 1.0',
+        'memstore_index_tail_rows{memory="large"} 4.0',
+        'memstore_index_builds_under_way{memory="large"} 0.0',
+        'memstore_index_builds_done_total{memory="large"} 1.0',
+        'memstore_index_builds_put_off_total{memory="large"} 0.0',
+        f'memstore_index_build_seconds_total{{memory="large"}} {status.build_seconds!r}',
+    ):
+        assert line in lines, line
+    assert 'memstore_index_generations{memory="notes"} 0.0' not in lines
+    server.stub.DropMemory(pb.DropMemoryRequest(name="large"))
 
 
 def test_streams_are_counted_while_they_are_open(server: Serving) -> None:

@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 
 from memstore import wire
 from memstore.errors import InvalidRequest, QuotaExceeded
+from memstore.index.settings import SETTINGS, filled_in
 from memstore.plane import DATA_TYPES, InlinePlane, ProcessPlane
-from memstore.types import Hits, IndexKind, MemoryCounts, MemorySpec, Metric, PayloadSpec, SequenceResult, StepResult
+from memstore.types import (
+    Hits,
+    IndexKind,
+    IndexSettings,
+    MemoryCounts,
+    MemorySpec,
+    Metric,
+    PayloadSpec,
+    SequenceResult,
+    StepResult,
+)
 from memstore.v1 import memstore_pb2 as pb
 from tests.bad_requests import SPECS, STEPS
 from tests.serving import spec, step, tensor
@@ -98,6 +109,7 @@ def test_a_spec_comes_back_as_it_went(
         dtype=dtype,
         metric=metric,
         index=index,
+        index_settings=filled_in(index, IndexSettings(), numbers[1], numbers[0]) if index in SETTINGS else None,
         payloads=tuple(PayloadSpec(name=name, dtype=kind, shape=(n,)) for name, (kind, n) in payloads.items()),
         tags=tags,
     )

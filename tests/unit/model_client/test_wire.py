@@ -60,18 +60,22 @@ def test_a_memory_spec() -> None:
             "capacity": 8,
             "dtype": torch.bfloat16,
             "metric": "cosine",
-            "index": "faiss_flat",
+            "index": "faiss_ivf_pq",
+            "index_settings": {"nprobe": 7, "pq_m": 2},
             "payloads": {"hidden": (torch.float32, (2, 3))},
             "tags": {"a": "b"},
         },
     )
     assert (spec.max_sequences, spec.num_layers, spec.dtype) == (1, 1, pb.DATA_TYPE_BF16)
-    assert (spec.metric, spec.index) == (pb.METRIC_COSINE, pb.INDEX_KIND_FAISS_FLAT)
+    assert (spec.metric, spec.index) == (pb.METRIC_COSINE, pb.INDEX_KIND_FAISS_IVF_PQ)
+    assert spec.index_settings == pb.IndexSettings(nprobe=7, pq_m=2)
     assert (spec.payloads[0].name, list(spec.payloads[0].shape)) == ("hidden", [2, 3])
     assert dict(spec.tags) == {"a": "b"}
 
 
-@pytest.mark.parametrize("options", [{"metric": "l1"}, {"index": "tree"}, {"dtype": torch.float64}])
+@pytest.mark.parametrize(
+    "options", [{"metric": "l1"}, {"index": "tree"}, {"dtype": torch.float64}, {"index_settings": {"probes": 1}}]
+)
 def test_unknown_words_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(errors.InvalidRequest):
         wire.memory_spec("m", {"dim": 1, "capacity": 1, **options})  # type: ignore[typeddict-item]

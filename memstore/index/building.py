@@ -1,0 +1,126 @@
+"""Building: one generation after the other, in one thread beside the device's, which reads rows and hands over parts.
+
+The thread takes what the others leave: it has the lowest priority, and FAISS one core in eight.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from memstore import ring
+from memstore.index.generation import Generation
+from memstore.index.settings import CHUNK_ROWS
+from memstore.logs import trouble
+from memstore.slab import inverse_norms
+from memstore.types import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memstore.index.generation import Part, PartBuilder
+    from memstore.slab import Slab
+
+LOWEST_PRIORITY = 19
+"""The nice value of the build thread."""
+
+_log = logging.getLogger(__name__)
+
+
+def build_thread() -> Executor:
+    """One thread, for all memories of a device. It begins with the first build."""
+    return ThreadPoolExecutor(1, thread_name_prefix="memstore-build", initializer=_give_way)
+
+
+def _give_way() -> None:
+    """This thread, and those that it begins, run when nobody else wants the core. (Linux: a priority a thread.)"""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+
+
+class BuildStopped(Exception):
+    """Nobody wants the generation any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """See RowSource. keys: (capacity, dim), one layer of one place."""
+
+    keys: torch.Tensor
+    first: int
+    end: int
+    is_cosine: bool
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    def sample(self, num: int) -> torch.Tensor:
+        """Every n-th row."""
+        step = max(len(self) // max(num, 1), 1)
+        positions = torch.arange(self.first, self.end, step, device=self.keys.device)[:num]
+        return self._widened(self.keys.index_select(0, ring.slot_of(positions, len(self.keys))))
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """Run by run."""
+        for run in ring.runs(self.first, self.end, len(self.keys)):
+            for rows in torch.split(self.keys[run.slot : run.slot + run.length], CHUNK_ROWS):
+                yield self._widened(rows)
+
+    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
+        wide = rows.float()
+        return wide * inverse_norms(wide)[:, None] if self.is_cosine else wide
+
+
+class Build:
+    """One generation on its way. Made and asked to stop by the device's thread, run by the build thread.
+
+    Afterwards `generation` is there, unless it was stopped or has failed. What follows one that failed fails too, so
+    that generations have no gap.
+    """
+
+    def __init__(
+        self, builder: PartBuilder, slab: Slab, place: int, positions: tuple[int, int], after: Build | None
+    ) -> None:
+        self.first, self.end = positions
+        self.is_stopped = self.has_failed = False
+        self.generation: Generation | None = None
+        self.seconds = 0.0
+        self._builder = builder
+        self._after = after
+        is_cosine = slab.metric is Metric.COSINE
+        self._rows = [StoredRows(keys[place], self.first, self.end, is_cosine) for keys in slab.keys]
+        self._written = torch.cuda.current_stream(slab.device).record_event() if slab.device.type == "cuda" else None
+
+    def run(self) -> None:
+        """Builds; raises nothing. Lets go of the rows."""
+        try:
+            if self._after is not None and self._after.has_failed:
+                self.has_failed = True
+            else:
+                self._build()
+        except BuildStopped:
+            pass
+        except Exception as error:  # the root of the thread: the rows stay in the tail, and it is tried again
+            self.has_failed = True
+            trouble(_log, "build failed", error, first=self.first, end=self.end)
+        self._rows, self._after = [], None
+
+    def _build(self) -> None:
+        if self._written is not None:
+            self._written.synchronize()
+        parts: list[Part] = []
+        for rows in self._rows:
+            self._check()
+            parts.append(self._builder.build(rows, self._check))
+        self.generation = Generation(self.first, self.end, tuple(parts))
+
+    def _check(self) -> None:
+        if self.is_stopped:
+            raise BuildStopped

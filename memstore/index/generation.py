@@ -1,0 +1,135 @@
+"""Generations: runs of positions whose rows have an index of their own, and what a retrieval sees of them.
+
+    front | generation | generation | ... | back        front and back are scanned row by row
+    begin                                   end
+
+A generation never changes. The row of position p in it has the id p - first, whatever the slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from memstore.index.building import Build
+
+
+class Part(Protocol):
+    """The index of one layer of a generation; used by one thread at a time."""
+
+    def search(self, queries: torch.Tensor, num: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (n, num) float32, larger is nearer, and ids (n, num) int64 in [begin, end), -1 where there are fewer.
+
+        queries: (n, dim) float32. How many are found is not promised, nor that they are the nearest. The range is the
+        whole generation unless PartBuilder.can_mask. Raises torch.OutOfMemoryError.
+        """
+        ...
+
+
+class RowSource(Protocol):
+    """The rows of one layer of a generation, in float32, of length 1 where the metric is cosine; read while building.
+
+    A row whose position has left the ring since may be another one, or torn: nobody is shown it.
+    """
+
+    def __len__(self) -> int: ...
+
+    def sample(self, num: int) -> torch.Tensor:
+        """(at most num, dim): some of them, spread evenly."""
+        ...
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """All of them in the order of positions, (at most CHUNK_ROWS, dim) at a time."""
+        ...
+
+
+class PartBuilder(Protocol):
+    """Builds the index of rows, for one kind and device, in the build thread.
+
+    can_mask: whether parts can be searched for some positions only. candidates: how many rows a part shall nominate
+    for `top_k` that are wanted, as its own scores are not exact.
+    """
+
+    can_mask: bool
+
+    def candidates(self, top_k: int) -> int: ...
+
+    def build(self, rows: RowSource, check: Callable[[], None]) -> Part:
+        """The index, ready for the device's thread. Calls `check`, which may raise, between pieces of bounded length.
+
+        Raises MemoryError, torch.OutOfMemoryError or RuntimeError where there is no room, and has then given all back.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Positions [first, end) of one sequence, with a part a layer of the memory."""
+
+    first: int
+    end: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a retrieval sees: some generations by their index, and two ranges of positions that are scanned."""
+
+    generations: tuple[Generation, ...]
+    front: tuple[int, int]
+    back: tuple[int, int]
+
+
+@dataclass(slots=True)
+class Line:
+    """The generations of one place, oldest first and without a gap, the builds that follow them, and what is live.
+
+    retry_at: the end of the live range from which a build is tried again, after one that failed.
+    """
+
+    generations: list[Generation] = field(default_factory=list)
+    builds: list[Build] = field(default_factory=list)
+    begin: int = 0
+    end: int = 0
+    retry_at: int = 0
+
+    @property
+    def num_scanned(self) -> int:
+        """Live rows that are in no generation."""
+        seen = self.view(self.begin, self.end, can_mask=True)
+        return sum(end - begin for begin, end in (seen.front, seen.back))
+
+    def view(self, begin: int, end: int, *, can_mask: bool) -> View:
+        """What of [begin, end) is found by which way: half a generation or less is scanned."""
+
+        def is_used(generation: Generation) -> bool:
+            rows = generation.end - generation.first
+            seen = min(end, generation.end) - max(begin, generation.first)
+            return seen == rows or (can_mask and 2 * seen > rows)
+
+        used = tuple(generation for generation in self.generations if is_used(generation))
+        if not used:
+            return View((), (begin, begin), (begin, end))
+        return View(used, (begin, max(begin, used[0].first)), (min(end, used[-1].end), end))
+
+    def next_range(self, rows: int) -> tuple[int, int] | None:
+        """The next positions to be built, at least half of `rows`, that no generation or build has; None for none."""
+        last = self.builds[-1] if self.builds else self.generations[-1] if self.generations else None
+        first = max(self.begin, 0 if last is None else last.end)
+        end = first - first % rows + rows
+        if 2 * (end - first) < rows:
+            first, end = end, end + rows
+        return (first, end) if end <= self.end else None
+
+    def drop_dead(self) -> list[Generation]:
+        """Takes out the generations of which nothing is live any more, and stops such builds."""
+        for build in self.builds:
+            build.is_stopped |= build.end <= self.begin
+        dead = [generation for generation in self.generations if generation.end <= self.begin]
+        self.generations = self.generations[len(dead) :]
+        return dead

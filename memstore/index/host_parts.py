@@ -1,0 +1,179 @@
+"""Parts on the host: FAISS's inverted lists, with rows as they are stored or in product codes, and its HNSW graph."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from memstore.errors import InvalidRequest
+from memstore.index.settings import SAMPLES_A_LIST, settings_of
+from memstore.types import IndexKind, Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from memstore.index.generation import RowSource
+    from memstore.types import MemorySpec
+
+CLUSTERING_ROUNDS = 8
+"""After so many rounds of k-means the lists hardly change."""
+
+CODED_ROWS = 16_384
+"""Rows that product codes are trained with: 64 for each of the 256 values of a code."""
+
+GRAPH_ROWS = 1024
+"""Rows that a graph takes in between two looks at whether it is still wanted."""
+
+CORES_A_BUILD = 8
+"""One core in so many is a build's."""
+
+
+class HostPart:
+    """See Part. Threads may search it at the same time."""
+
+    def __init__(self, index: Any, sign: float, params: Callable[..., Any]) -> None:
+        """sign: what makes the index's distances scores. params: makes what a search is told, of num and selector."""
+        self._index = index
+        self._sign = sign
+        self._params = params
+
+    def search(self, queries: torch.Tensor, num: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """In this thread alone."""
+        import faiss
+
+        is_whole = end - begin == self._index.ntotal
+        selector = None if is_whole else faiss.IDSelectorRange(begin, end)
+        with _threads(faiss, 1):
+            distances, ids = self._index.search(queries.numpy(), num, params=self._params(num, selector))
+        return torch.from_numpy(distances).mul_(self._sign), torch.from_numpy(ids)
+
+
+class HostBuilder:
+    """See PartBuilder. Raises InvalidRequest at creation where FAISS is not installed."""
+
+    can_mask = True
+
+    def __init__(self, spec: MemorySpec) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise InvalidRequest(
+                "spec.index", f"{spec.index.value} needs faiss, which is not installed here"
+            ) from error
+        self._faiss: Any = faiss
+        self._spec = spec
+        self._settings = settings_of(spec)
+        is_l2 = spec.metric is Metric.L2
+        self._metric: int = faiss.METRIC_L2 if is_l2 else faiss.METRIC_INNER_PRODUCT
+        self._sign = -1.0 if is_l2 else 1.0
+        kinds = {torch.float16: faiss.ScalarQuantizer.QT_fp16, torch.bfloat16: faiss.ScalarQuantizer.QT_bf16}
+        self._stored: int | None = kinds.get(spec.dtype)
+
+    def candidates(self, top_k: int) -> int:
+        """Product codes are coarse, and rows of length 1 are rounded anew; other rows are kept as they are."""
+        if self._spec.index is IndexKind.FAISS_IVF_PQ:
+            return 8 * top_k
+        return 2 * top_k if self._spec.metric is Metric.COSINE else top_k
+
+    def build(self, rows: RowSource, check: Callable[[], None]) -> HostPart:
+        """With one core in eight."""
+        with _threads(self._faiss, max((os.cpu_count() or 1) // CORES_A_BUILD, 1)):
+            if self._spec.index is IndexKind.FAISS_CAGRA:
+                return self._graph(rows, check)
+            return self._lists(rows, check)
+
+    def _graph(self, rows: RowSource, check: Callable[[], None]) -> HostPart:
+        faiss, settings = self._faiss, self._settings
+        shape = (self._spec.dim, settings.graph_degree // 2, self._metric)
+        if self._stored is None:
+            graph = faiss.IndexHNSWFlat(*shape)
+        else:
+            graph = faiss.IndexHNSWSQ(shape[0], self._stored, *shape[1:])
+            graph.train(rows.sample(1).numpy())  # nothing is learnt
+        for chunk in rows.chunks():
+            for piece in torch.split(chunk, GRAPH_ROWS):
+                check()
+                graph.add(piece.numpy())
+
+        def params(num: int, selector: Any) -> Any:
+            return faiss.SearchParametersHNSW(efSearch=max(settings.itopk, num), sel=selector)
+
+        return HostPart(graph, self._sign, params)
+
+    def _lists(self, rows: RowSource, check: Callable[[], None]) -> HostPart:
+        faiss, settings = self._faiss, self._settings
+        centres = self._centres(rows, check)
+        check()
+        index = self._empty_lists(centres)
+        if not index.is_trained:
+            index.train(rows.sample(CODED_ROWS).numpy())
+        assigned = []
+        for chunk in rows.chunks():
+            check()
+            assigned.append(centres.search(chunk.numpy(), 1)[1][:, 0])
+        _reserve(faiss, index, assigned)
+        first = 0
+        for chunk, lists in zip(rows.chunks(), assigned, strict=True):
+            check()
+            ids = np.arange(first, first + len(chunk))
+            arrays = (chunk.numpy(), ids, lists)
+            index.add_core(len(chunk), *map(faiss.swig_ptr, arrays))
+            first += len(chunk)
+
+        def params(num: int, selector: Any) -> Any:
+            del num
+            return faiss.SearchParametersIVF(nprobe=settings.nprobe, sel=selector)
+
+        return HostPart(index, self._sign, params)
+
+    def _centres(self, rows: RowSource, check: Callable[[], None]) -> Any:
+        """A flat index of the centres of the lists, by k-means over a sample."""
+        faiss, nlist = self._faiss, self._settings.nlist
+        sample = rows.sample(nlist * SAMPLES_A_LIST).numpy()
+        clustering = faiss.Clustering(self._spec.dim, nlist)
+        clustering.niter = 1  # a round at a time, each begins with the centres of the one before
+        clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(sample)
+        clustering.spherical = self._spec.metric is not Metric.L2
+        centres = faiss.IndexFlat(self._spec.dim, self._metric)
+        for _ in range(CLUSTERING_ROUNDS):
+            check()
+            clustering.train(sample, centres)
+        return centres
+
+    def _empty_lists(self, centres: Any) -> Any:
+        faiss, settings = self._faiss, self._settings
+        shape = (centres, self._spec.dim, settings.nlist)
+        if self._spec.index is IndexKind.FAISS_IVF_PQ:
+            index = faiss.IndexIVFPQ(*shape, settings.pq_m, settings.pq_bits, self._metric)
+            index.by_residual = False  # so that one table of distances serves all lists
+            index.pq.cp.min_points_per_centroid = 1
+        elif self._stored is None:
+            index = faiss.IndexIVFFlat(*shape, self._metric)
+        else:
+            index = faiss.IndexIVFScalarQuantizer(*shape, self._stored, self._metric, False)
+        return index
+
+
+def _reserve(faiss: Any, index: Any, assigned: list[NDArray[np.int64]]) -> None:
+    """Makes every list as long as it will be, and empty: lists that grow take up to twice the room."""
+    lists = faiss.downcast_InvertedLists(index.invlists)
+    for number, length in enumerate(np.bincount(np.concatenate(assigned), minlength=index.nlist).tolist()):
+        lists.resize(number, length)
+        lists.resize(number, 0)
+
+
+@contextmanager
+def _threads(faiss: Any, number: int) -> Iterator[None]:
+    """Has FAISS use so many threads for what this thread asks of it."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -1,0 +1,100 @@
+"""Settings of approximate indexes: which belong to which kind, what they are when nobody says, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from memstore.types import IndexKind, IndexSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from memstore.types import MemorySpec
+
+SETTINGS: dict[IndexKind, tuple[str, ...]] = {
+    IndexKind.FAISS_IVF_FLAT: ("generation_rows", "nlist", "nprobe"),
+    IndexKind.FAISS_IVF_PQ: ("generation_rows", "nlist", "nprobe", "pq_m", "pq_bits"),
+    IndexKind.FAISS_CAGRA: ("generation_rows", "graph_degree", "itopk"),
+}
+"""The fields of IndexSettings that each kind has; a kind that is not here keeps nothing between calls."""
+
+SAMPLES_A_LIST = 64
+"""Rows that the centre of a list is trained with, on average: FAISS asks for 39 at least."""
+
+CHUNK_ROWS = 16_384
+"""Rows that a build takes in at a time."""
+
+ENGINE_BYTES = 192 << 20
+"""What FAISS takes for each generation on a GPU beside its rows: cuBLAS, streams and working memory."""
+
+_LEAST_GENERATION, _MOST_GENERATION = 16_384, 4_194_304
+_GENERATIONS = 16
+_LISTS_PROBED = 1 / 16
+_LIST_BYTES = 256
+
+
+def settings_of(spec: MemorySpec) -> IndexSettings:
+    """The settings of a memory whose index has some, those that are not given chosen for it."""
+    return filled_in(spec.index, spec.index_settings or IndexSettings(), spec.capacity, spec.dim)
+
+
+def filled_in(kind: IndexKind, given: IndexSettings, capacity: int, dim: int) -> IndexSettings:
+    """Settings with everything that is 0 chosen: 16 generations, and lists as many as four roots of their rows."""
+    rows = given.generation_rows or min(max(capacity // _GENERATIONS, _LEAST_GENERATION), _MOST_GENERATION)
+    if kind is IndexKind.FAISS_CAGRA:
+        degree = given.graph_degree or max(4, min(32, rows // 4))
+        return replace(given, generation_rows=rows, graph_degree=degree, itopk=given.itopk or 64)
+    nlist = given.nlist or max(1, min(_power_of_two(4 * math.isqrt(rows)), rows // 2))
+    chosen = replace(
+        given, generation_rows=rows, nlist=nlist, nprobe=given.nprobe or max(min(nlist, 8), int(nlist * _LISTS_PROBED))
+    )
+    if kind is IndexKind.FAISS_IVF_FLAT:
+        return chosen
+    return replace(chosen, pq_m=given.pq_m or _codes(dim), pq_bits=given.pq_bits or 8)
+
+
+def index_bytes(spec: MemorySpec, device: torch.device) -> int:
+    """Bytes that the index of a memory may take at most: every generation that can be live, and one being built."""
+    if spec.index not in SETTINGS:
+        return 0
+    settings = settings_of(spec)
+    if settings.generation_rows > spec.capacity:
+        return 0
+    num_generations = -(-spec.capacity // settings.generation_rows) * spec.max_sequences
+    engine = ENGINE_BYTES if device.type == "cuda" else 0
+    each = (_part_bytes(spec, settings) + engine) * spec.num_layers
+    return num_generations * each + _build_bytes(spec, settings, device)
+
+
+def _part_bytes(spec: MemorySpec, settings: IndexSettings) -> int:
+    """Bytes of the index of one generation in one layer."""
+    rows, row_bytes = settings.generation_rows, spec.dim * spec.dtype.itemsize
+    if spec.index is IndexKind.FAISS_CAGRA:
+        # links of all levels and of the lowest twice over, as FAISS lets its vectors grow by doubling
+        return 2 * rows * (row_bytes + 6 * settings.graph_degree + 32)
+    lists = settings.nlist * (4 * spec.dim + _LIST_BYTES)
+    if spec.index is IndexKind.FAISS_IVF_FLAT:
+        return lists + rows * (row_bytes + 8)
+    code_bytes = -(-settings.pq_m * settings.pq_bits // 8)
+    return lists + rows * (code_bytes + 8) + (4 * spec.dim << settings.pq_bits)
+
+
+def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device) -> int:
+    """Bytes of working memory of one build."""
+    rows = settings.generation_rows
+    chunk = 4 * min(CHUNK_ROWS, rows) * (2 * spec.dim + max(settings.nlist, 1))
+    if spec.index is IndexKind.FAISS_CAGRA:
+        return chunk + (rows * 32 * settings.graph_degree if device.type == "cuda" else 0)
+    sample = min(rows, settings.nlist * SAMPLES_A_LIST)
+    return chunk + 16 * rows + 8 * sample * spec.dim
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number.bit_length() - 1, 0)
+
+
+def _codes(dim: int) -> int:
+    """The largest number of codes that divides a row evenly, at most one for four elements."""
+    return next(codes for codes in range(max(dim // 4, 1), 0, -1) if dim % codes == 0)
