@@ -25,6 +25,11 @@ class StagedAppend:
     rows: StagedRows
     cells: torch.Tensor
 
+    @property
+    def first_cells(self) -> torch.Tensor:
+        """The cells of layer 0."""
+        return self.cells[: self.rows.keys.shape[1]]
+
 
 def stage(slab: Slab, plans: Sequence[BatchPlan], free_places: Iterable[int]) -> StagedAppend | None:
     """Converts the rows of all appends that are not resends; None where there are none.
@@ -55,6 +60,15 @@ def stage(slab: Slab, plans: Sequence[BatchPlan], free_places: Iterable[int]) ->
     keys = rows([plan.batch.keys for plan in appending])
     payloads = {name: rows([plan.batch.payloads[name] for plan in appending]) for name in slab.payloads}
     return StagedAppend(slab.stage(keys, payloads), slab.in_all_layers(cells))
+
+
+def cells_of(kept: Sequence[tuple[int, int, int]], capacity: int) -> torch.Tensor:
+    """The cells of layer 0 of rows that follow one another. kept: (place, first position, rows) of each sequence."""
+    table = [(place * capacity, position, 0, count) for place, position, count in kept if count]
+    if not table:
+        return torch.empty(0, dtype=torch.int64)
+    first_cells, positions, _ = _each_row(table).unbind()
+    return first_cells + ring.slot_of(positions, capacity)
 
 
 def _each_row(kept: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:

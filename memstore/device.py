@@ -41,6 +41,9 @@ class Engine(Protocol):
     ) -> list[StepResult | MemstoreError]:
         """See Memory.step."""
 
+    def settle(self, answer: Callable[[MemstoreError | None], None]) -> None:
+        """See Memory.settle."""
+
 
 class Reply(Protocol[T_co]):
     """The answer to one step, made in two halves."""
@@ -88,11 +91,15 @@ class Job(Generic[T]):
 
 
 class CallJob(Job[T]):
-    """Anything that must run in the device thread by itself. Steps before it are done first, steps after it later."""
+    """Anything that must run in the device thread by itself. Steps before it are done first, steps after it later.
 
-    def __init__(self, ticket: Ticket, run: Callable[[], T]) -> None:
+    engine: the memory that it changes, which says when the answer may leave; None where it changes nothing.
+    """
+
+    def __init__(self, ticket: Ticket, run: Callable[[], T], engine: Engine | None = None) -> None:
         super().__init__(ticket)
         self.run = run
+        self.engine = engine
 
 
 class StepJob(Job[T]):
@@ -147,6 +154,10 @@ def _rows(batch: StepBatch) -> int:
     return batch.keys.shape[0] * batch.keys.shape[1]
 
 
+def _changes(batch: StepBatch) -> bool:
+    return batch.append or any(part.start_of_sequence for part in batch.parts)
+
+
 def device_of(name: str) -> torch.device:
     """The device of a name such as "auto", "cpu", "cuda" or "cuda:1". ConfigError where there is none such here."""
     if name == "auto":
@@ -162,6 +173,7 @@ def device_of(name: str) -> torch.device:
 class DeviceWorker:
     """One thread that owns a device and every memory on it.
 
+    The answers of a durable memory leave when its changes are safe; meanwhile the thread goes on.
     Whatever is queued is taken at once and never waited for; steps that can be joined become one Memory.step. The
     order of the steps of a sequence is kept. A request whose deadline has passed never reaches the device.
     """
@@ -172,6 +184,7 @@ class DeviceWorker:
         self.device = device
         self.admission = admission
         self.is_sick = False
+        self.on_sick: Callable[[], None] = _nobody
         self._clock = clock
         self._observer = observer or Unobserved()
         self._queue: deque[Job[object]] = deque()
@@ -255,8 +268,20 @@ class DeviceWorker:
     def _call(self, job: CallJob[object]) -> None:
         begin = self._clock.monotonic()
         outcome = self._guarded(job, lambda: (job.run(),))
-        if outcome is not None:
-            self._finish(job, outcome[0], self._clock.monotonic() - begin)
+        if outcome is None:
+            return
+        served_s = self._clock.monotonic() - begin
+
+        def answer(problem: MemstoreError | None) -> None:
+            if problem is None:
+                self._finish(job, outcome[0], served_s)
+            else:
+                self._fail(job, problem)
+
+        if job.engine is None:
+            answer(None)
+        else:
+            job.engine.settle(answer)
 
     def _step(self, group: _Group) -> None:
         begin = self._clock.monotonic()
@@ -268,8 +293,21 @@ class DeviceWorker:
             return
         served_s = self._clock.monotonic() - begin
         self._observer.joined(group.jobs[0].memory, len(group.jobs), group.num_rows, served_s)
-        for job, result in zip(group.jobs, results, strict=True):
-            self._answer(job, result, served_s / len(group.jobs))
+        group.engine.settle(lambda problem: self._answer_all(group, results, problem, served_s / len(group.jobs)))
+
+    def _answer_all(
+        self,
+        group: _Group,
+        results: Sequence[StepResult | MemstoreError],
+        problem: MemstoreError | None,
+        served_s: float,
+    ) -> None:
+        """Answers the jobs of a group, in the thread that knows that they may be answered.
+
+        problem: why it is not known whether what they changed lasts.
+        """
+        for job, batch, result in zip(group.jobs, group.batches, results, strict=True):
+            self._answer(job, problem if problem is not None and _changes(batch) else result, served_s)
 
     def _carry(self, job: StepJob[object], hits: Hits) -> None:
         """Hands a step its hits. Whatever goes wrong there refuses this step alone, and nothing of it is done."""
@@ -309,8 +347,9 @@ class DeviceWorker:
             return error
         if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return DeviceMemoryFull("no working memory is left on the device for this request")
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) and not self.is_sick:
             self.is_sick = True
+            self.on_sick()
         trouble(_log, "request failed", error, request_id=job.ticket.request_id, device=str(self.device))
         return Internal(job.ticket.request_id)
 
@@ -327,6 +366,10 @@ class DeviceWorker:
         if isinstance(job, StepJob):
             job.reply.discard()
         job.future.set_exception(error)
+
+
+def _nobody() -> None:
+    """Nobody wants to know that the device has failed."""
 
 
 _CONTROL = Ticket(tenant="", num_bytes=0, deadline=None, request_id="server")

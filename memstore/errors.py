@@ -12,9 +12,10 @@ MemstoreError
     Overloaded          carries retry_delay_s
     QuotaExceeded       a bound that waiting does not lift
     DeviceMemoryFull    the device has no room for what a memory would reserve
+    ReadOnly            the memory's log cannot be written: it is read as before, and takes no change
     NotReady            starting, draining, catalogue gone
     Expired             the deadline passed; nothing was done, but for a step of a stream that had begun
-    Corrupt             a stored catalogue fails its check
+    Corrupt             a stored catalogue, log or snapshot fails its check
     Internal            a bug: carries the request_id under which the server's log has the text
 """
 
@@ -87,6 +88,10 @@ class QuotaExceeded(MemstoreError):
 
 class DeviceMemoryFull(MemstoreError):
     """The device has no room for this; nothing was changed."""
+
+
+class ReadOnly(MemstoreError):
+    """The log of a durable memory cannot be written. The memory goes on being read; somebody must see to the disk."""
 
 
 class NotReady(MemstoreError):

@@ -8,18 +8,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore import ring
-from memstore.appending import stage
-from memstore.errors import AlreadyExists, DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded
+from memstore.appending import cells_of, stage
+from memstore.changes import Appended, Change, Forked, Released, Renewed
+from memstore.errors import AlreadyExists, Corrupt, DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded, ReadOnly
 from memstore.index import build_thread, index_bytes, make_index
+from memstore.journal import Volatile
+from memstore.ledger import Ledger, changes_of
 from memstore.retrieval import retrieve
-from memstore.sequence import BatchPlan, PartPlan, Reply, Sequence, SequenceTable, plan_part
+from memstore.row_bytes import RowFormat
+from memstore.sequence import BatchPlan, plan_part
 from memstore.slab import Slab, bytes_needed
+from memstore.still import Still
 from memstore.types import Hits, MemoryCounts, MemorySpec, SequencePart, SequenceResult, StepBatch, StepResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Sequence as SequenceOf
     from concurrent.futures import Executor
+
+    from memstore.appending import StagedAppend
+    from memstore.journal import Keeper
+    from memstore.sequence import Sequence
 
 
 def _nowhere(_: int, __: Hits) -> None:
@@ -38,13 +47,20 @@ class Memory:
         """
         self.spec = spec
         self.device = device
+        self.keeper: Keeper = Volatile()
+        """Makes its changes last; another one may be put here before the first of them."""
         self.reserved_bytes = self.bytes_needed(spec, device)
         self._new_epoch = new_epoch
         self._index = make_index(spec, device, build_thread() if builds is None else builds)
         self._slab = Slab(spec, device)
-        self._table = SequenceTable(spec.max_sequences)
-        self._appended_rows = 0
-        self._evicted_rows = 0
+        self._ledger = Ledger(spec)
+        self._table = self._ledger.table
+        self._still: Still | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an entry in all layers, as logs and snapshots have it."""
+        return RowFormat(self.spec).row_bytes
 
     @staticmethod
     def bytes_needed(spec: MemorySpec, device: torch.device) -> int:
@@ -59,8 +75,9 @@ class Memory:
         The batches have disjoint sequences; those that retrieve have equal options and layers. A batch that does not
         fit the state is answered by its error and changes nothing; the others are done. `carry` gets the number of a
         batch and its hits while nothing is changed yet; what it raises is that batch's error. A resend of an append is
-        answered and retrieved for as at its first arrival, as far as the rows it saw are still there. Raises
-        DeviceMemoryFull where there is no scratch, and then nothing is changed at all.
+        answered and retrieved for as at its first arrival, as far as the rows it saw are still there. Where the changes
+        cannot be kept, ReadOnly answers the batches that have some. Raises DeviceMemoryFull where there is no scratch,
+        and then nothing is changed at all.
         """
         outcomes = self._plan(batches)
         try:
@@ -71,39 +88,45 @@ class Memory:
                 except MemstoreError as error:
                     outcomes[at] = error
             staged = stage(self._slab, _plans_of(outcomes), self._table.free_places)
+            if staged is not None:
+                self._preserve(staged.first_cells)
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
+        changes = self._commit(outcomes, staged)
         results = [
-            outcome if isinstance(outcome, MemstoreError) else self._commit_batch(outcome, found.get(at))
+            outcome if isinstance(outcome, MemstoreError) else self._result(outcome, found.get(at))
             for at, outcome in enumerate(outcomes)
         ]
-        if staged is not None:
+        if staged is not None and changes:
             self._slab.write(staged.rows, staged.cells)
             if self._index.is_told:
-                self._tell_index(_plans_of(outcomes))
+                self._tell_appended(change.sequence for change in changes if change.num_rows)
         return results
 
+    def settle(self, answer: Callable[[ReadOnly | None], None]) -> None:
+        """Calls `answer` once what was done and shown until now lasts as the memory promises; see Keeper."""
+        self.keeper.settle(answer)
+
     def reset(self, names: SequenceOf[str], release: bool) -> list[int]:
-        """Empties sequences and gives their new epochs; 0 for one that does not exist, or, with `release`, no more."""
-        epochs = []
-        for name in names:
-            sequence = self._table.get(name)
-            if sequence is None:
-                epochs.append(0)
-            elif release:
-                self._forget_rows(sequence)
-                self._table.remove(name)
-                epochs.append(0)
-            else:
-                self._restart(sequence)
-                epochs.append(sequence.epoch)
-        return epochs
+        """Empties sequences and gives their new epochs; 0 for one that does not exist, or, with `release`, no more.
+
+        Raises ReadOnly, and nothing is changed then.
+        """
+        known = [name for name in names if self._table.get(name) is not None]
+        changes: list[Change] = [
+            Released(sequence=name)
+            if release
+            else Appended(sequence=name, new_epoch=self._new_epoch(), is_append=False)
+            for name in known
+        ]
+        self._do(changes)
+        return [self._epoch(name) for name in names]
 
     def fork(self, source: str, target: str, as_of: int | None, epoch: int) -> SequenceResult:
         """Gives a new sequence the live positions of another below `as_of`, by copying: its place is reserved anyway.
 
         Raises NotFound (source), AlreadyExists (target), EpochChanged, PositionExpired (beyond what is published),
-        QuotaExceeded; nothing is changed then. first_position of the result is the target's next position.
+        QuotaExceeded, ReadOnly; nothing is changed then. first_position of the result is the target's next position.
         """
         origin = self._table.get(source)
         if origin is None:
@@ -117,28 +140,74 @@ class Memory:
             writer=None,
             fingerprint=0,
         )
-        sequence = self._table.create(target, self._new_epoch())
-        sequence.next_position, sequence.floor = plan.as_of, plan.begin
-        for run in ring.runs(plan.begin, plan.as_of, self.spec.capacity):
-            self._slab.copy_place(origin.place, sequence.place, run.slot, run.length)
-        self._index.forked(self._slab, origin.place, sequence.place, plan.begin, plan.as_of)
-        self._appended_rows += (plan.as_of - plan.begin) * self.spec.num_layers
-        return SequenceResult(epoch=sequence.epoch, as_of=plan.as_of, live_begin=plan.begin, first_position=plan.as_of)
+        self._table.check_room(target)
+        change = Forked(source=source, target=target, epoch=self._new_epoch(), begin=plan.begin, end=plan.as_of)
+        self._preserve(cells_of([(next(self._table.free_places), plan.begin, plan.num_seen)], self.spec.capacity))
+        self._do([change])
+        return SequenceResult(epoch=change.epoch, as_of=plan.as_of, live_begin=plan.begin, first_position=plan.as_of)
 
     def counts(self) -> MemoryCounts:
         """What the memory holds now. appended_rows counts forked rows too: num_rows = appended_rows - evicted_rows."""
+        appended, evicted = self._ledger.appended_rows, self._ledger.evicted_rows
         return MemoryCounts(
             num_sequences=len(self._table),
-            num_rows=self._appended_rows - self._evicted_rows,
+            num_rows=appended - evicted,
             reserved_bytes=self.reserved_bytes,
-            appended_rows=self._appended_rows,
-            evicted_rows=self._evicted_rows,
+            appended_rows=appended,
+            evicted_rows=evicted,
             index=self._index.counts(),
         )
 
     def stop_builds(self) -> None:
         """Ends the background work of the index for good; everything is scanned from now on."""
         self._index.close()
+
+    def hold_still(self) -> Still:
+        """A picture of this moment; `let_go` ends it, and there is one at a time."""
+        self._still = Still(self._slab, self._table, self.spec)
+        return self._still
+
+    def let_go(self) -> None:
+        """Nothing is put aside for a picture any more."""
+        self._still = None
+
+    def restore(self, sequences: Mapping[str, Sequence], appended_rows: int, evicted_rows: int) -> None:
+        """Takes over the sequences of a snapshot; their rows are given to `put`. ValueError where two share a place."""
+        self._ledger.restore(sequences, appended_rows, evicted_rows)
+
+    def put(self, kept: SequenceOf[tuple[int, int, int]], content: memoryview) -> None:
+        """Puts rows in their place, as they were. kept: (place, first position, rows) of each sequence, in order.
+
+        content: as RowFormat has it. Raises Corrupt where it has another length.
+        """
+        rows = RowFormat(self.spec)
+        num_rows = sum(count for _, _, count in kept)
+        if len(content) != num_rows * rows.row_bytes:
+            raise Corrupt(f"{len(content)} bytes of rows, {num_rows * rows.row_bytes} expected")
+        if num_rows:
+            cells = cells_of(kept, self.spec.capacity).to(self.device)
+            self._slab.write(rows.decode(content, num_rows).to(self.device), self._slab.in_all_layers(cells))
+
+    def redo(self, changes: SequenceOf[Change], content: memoryview) -> None:
+        """Does changes of a log once more, and puts the rows they appended. Raises Corrupt where they do not fit."""
+        kept = []
+        for change in changes:
+            self._ledger.check(change)
+            self._apply(change)
+            if isinstance(change, Appended) and change.num_rows:
+                count = min(change.num_rows, self.spec.capacity)
+                sequence = self._table[change.sequence]
+                kept.append((sequence.place, sequence.next_position - count, count))
+        self.put(kept, content)
+
+    def wake(self) -> None:
+        """After the last `put` or `redo`: lets the index begin with what is here."""
+        if self._index.is_told:
+            self._tell_appended(name for name, _ in self._table.items())
+
+    def renew(self) -> None:
+        """Gives every sequence a new epoch and forgets its writers, as rows behind its last one may be lost."""
+        self._do([Renewed(sequence=name, epoch=self._new_epoch()) for name, _ in self._table.items()])
 
     def free(self) -> None:
         """Gives everything back to the device, but for what `join` waits for; the memory is of no use afterwards."""
@@ -187,62 +256,83 @@ class Memory:
         }
         return dict(zip(asking, retrieve(self._slab, self._index, list(asking.values())), strict=True))
 
-    def _commit_batch(self, plan: BatchPlan, hits: Hits | None) -> StepResult:
-        return StepResult(sequences=tuple(self._commit(plan.batch, part) for part in plan.parts), hits=hits)
+    def _preserve(self, cells: torch.Tensor) -> None:
+        """Lets a picture that is being taken put aside what is about to be overwritten. cells: those of layer 0."""
+        if self._still is not None:
+            self._still.preserve(cells)
 
-    def _commit(self, batch: StepBatch, plan: PartPlan) -> SequenceResult:
-        """Makes one part's change of state, and its answer. Cannot fail."""
-        part, sequence = plan.part, plan.sequence
-        if sequence is not None and part.start_of_sequence and not plan.is_replay:
-            self._restart(sequence)
-        if batch.append:
-            sequence = sequence or self._table.create(part.sequence, self._new_epoch())
-            if not plan.is_replay:
-                self._advance(sequence, batch.writer, plan)
-        return SequenceResult(
-            epoch=0 if sequence is None else sequence.epoch,
-            as_of=plan.as_of,
-            live_begin=plan.begin,
-            first_position=plan.first_position,
-            num_appended=part.num_rows if batch.append else 0,
-            is_replay=plan.is_replay,
-        )
+    def _commit(self, outcomes: list[BatchPlan | MemstoreError], staged: StagedAppend | None) -> list[Appended]:
+        """Keeps and does the changes of all batches, and gives them.
 
-    def _advance(self, sequence: Sequence, writer: str, plan: PartPlan) -> None:
-        """Counts the rows of an append as published, and its answer as given."""
-        part, capacity = plan.part, self.spec.capacity
-        num_live = sequence.next_position - sequence.begin(capacity)
-        sequence.next_position += part.num_rows
-        num_evicted = num_live + part.num_rows - (sequence.next_position - sequence.begin(capacity))
-        self._appended_rows += part.num_rows * self.spec.num_layers
-        self._evicted_rows += num_evicted * self.spec.num_layers
-        if writer:
-            reply = Reply(
-                num_rows=part.num_rows,
-                fingerprint=plan.fingerprint,
-                as_of=plan.as_of,
-                first_position=plan.first_position,
-                begun_from=part.epoch if part.start_of_sequence else None,
+        Where they cannot be kept, the batches that have some get the error, and none is done or given.
+        """
+        changes = {
+            at: changes_of(plan, self._new_epoch) for at, plan in enumerate(outcomes) if isinstance(plan, BatchPlan)
+        }
+        every = [change for each in changes.values() for change in each]
+        if every:
+            try:
+                self.keeper.write(every, None if staged is None else staged.rows)
+            except ReadOnly as error:
+                for at in (at for at, each in changes.items() if each):
+                    outcomes[at] = error
+                return []
+        for change in every:
+            if change.new_epoch:
+                self._tell_forgotten(change)
+            self._ledger.do(change)
+        return every
+
+    def _do(self, changes: SequenceOf[Change]) -> None:
+        """Keeps changes without rows, then does them. Raises ReadOnly, and nothing is changed then."""
+        if changes:
+            self.keeper.write(changes, None)
+        for change in changes:
+            self._tell_forgotten(change)
+            self._apply(change)
+            if isinstance(change, Forked):
+                source, target = self._table[change.source].place, self._table[change.target].place
+                self._index.forked(self._slab, source, target, change.begin, change.end)
+
+    def _tell_forgotten(self, change: Change) -> None:
+        """Tells the index of a sequence that is about to end, or to begin anew."""
+        if isinstance(change, Appended | Released):
+            sequence = self._table.get(change.sequence)
+            if sequence is not None:
+                self._index.forgotten(sequence.place)
+
+    def _tell_appended(self, names: Iterable[str]) -> None:
+        """Tells the index which sequences have new rows."""
+        for name in names:
+            sequence = self._table[name]
+            begin = sequence.begin(self.spec.capacity)
+            self._index.appended(self._slab, sequence.place, begin, sequence.next_position)
+
+    def _apply(self, change: Change) -> None:
+        """Does one change, with the copies that a fork makes."""
+        self._ledger.do(change)
+        if isinstance(change, Forked):
+            source, target = self._table[change.source].place, self._table[change.target].place
+            for run in ring.runs(change.begin, change.end, self.spec.capacity):
+                self._slab.copy_place(source, target, run.slot, run.length)
+
+    def _result(self, plan: BatchPlan, hits: Hits | None) -> StepResult:
+        sequences = [
+            SequenceResult(
+                epoch=self._epoch(part.part.sequence),
+                as_of=part.as_of,
+                live_begin=part.begin,
+                first_position=part.first_position,
+                num_appended=part.part.num_rows if plan.batch.append else 0,
+                is_replay=part.is_replay,
             )
-            sequence.remember(writer, reply)
+            for part in plan.parts
+        ]
+        return StepResult(sequences=tuple(sequences), hits=hits)
 
-    def _tell_index(self, plans: SequenceOf[BatchPlan]) -> None:
-        """Says which sequences have new rows."""
-        for plan in plans:
-            for part in plan.parts if plan.batch.append else ():
-                if part.part.num_rows and not part.is_replay:
-                    sequence = self._table[part.part.sequence]
-                    begin = sequence.begin(self.spec.capacity)
-                    self._index.appended(self._slab, sequence.place, begin, sequence.next_position)
-
-    def _restart(self, sequence: Sequence) -> None:
-        self._forget_rows(sequence)
-        sequence.restart(self._new_epoch())
-
-    def _forget_rows(self, sequence: Sequence) -> None:
-        num_live = sequence.next_position - sequence.begin(self.spec.capacity)
-        self._evicted_rows += num_live * self.spec.num_layers
-        self._index.forgotten(sequence.place)
+    def _epoch(self, name: str) -> int:
+        sequence = self._table.get(name)
+        return 0 if sequence is None else sequence.epoch
 
 
 def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memstore.types import MemoryCounts
 
 BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+LONG_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 SCRAPE_S = 1.0
 OTHER = "other"
@@ -66,6 +67,22 @@ class Metrics:
             registry=self.registry,
         )
         self._rows = Counter("memstore_step_rows_total", "Rows of all steps", ("memory",), registry=self.registry)
+        self._cuts = Counter(
+            "memstore_log_cut_bytes", "Torn ends of logs that were cut at a start, in bytes", registry=self.registry
+        )
+        self._recovery = Histogram(
+            "memstore_recovery_duration_seconds",
+            "One durable memory read back at a start",
+            buckets=LONG_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._snapshots = Histogram(
+            "memstore_snapshot_duration_seconds",
+            "One snapshot, from its beginning to its check",
+            ("outcome",),
+            buckets=LONG_BUCKETS_S,
+            registry=self.registry,
+        )
         self._sessions = Gauge("memstore_sessions", "Open streams", registry=self.registry)
         build = Gauge("memstore_build_info", "What runs here; always 1", ("version",), registry=self.registry)
         build.labels(version).set(1)
@@ -82,6 +99,15 @@ class Metrics:
         self._search.labels(label, "step").observe(seconds)
         self._joined.observe(num_requests)
         self._rows.labels(label).inc(num_rows)
+
+    def recovered(self, cut_bytes: int, seconds: float) -> None:
+        """See StoreObserver of store.py."""
+        self._cuts.inc(cut_bytes)
+        self._recovery.observe(seconds)
+
+    def snapshot(self, outcome: str, seconds: float) -> None:
+        """See StoreObserver of store.py."""
+        self._snapshots.labels(outcome).observe(seconds)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -123,9 +149,23 @@ class _State:
         yield GaugeMetricFamily("memstore_queue_bytes", "Bytes of those requests", admission.num_bytes)
         yield GaugeMetricFamily("memstore_capacity_bytes", "Bytes memories may reserve", budget.capacity_bytes)
         yield GaugeMetricFamily("memstore_reserved_bytes", "Bytes memories have reserved", budget.reserved_bytes)
+        yield GaugeMetricFamily(
+            "memstore_damaged_memories", "Memories that could not be loaded", self._registry.num_damaged
+        )
+        yield from self._of_files()
         counted = self._counts()
         yield from self._of_memories(counted)
         yield from self._of_indexes(counted)
+
+    def _of_files(self) -> Iterator[Metric]:
+        log_bytes = GaugeMetricFamily("memstore_log_bytes", "Bytes of log behind the last snapshot", labels=("memory",))
+        refusing = GaugeMetricFamily("memstore_read_only", "1 where the log cannot be written", labels=("memory",))
+        for loaded in self._registry.all():
+            if loaded.archive is not None:
+                journal, label = loaded.archive.journal, (self._label(loaded.id.name),)
+                log_bytes.add_metric(label, journal.log_bytes)
+                refusing.add_metric(label, journal.is_refusing)
+        yield from (log_bytes, refusing)
 
     def _of_memories(self, counted: Sequence[tuple[Loaded, MemoryCounts]]) -> Iterator[Metric]:
         rows = GaugeMetricFamily("memstore_memory_rows", "Live entries", labels=("memory",))

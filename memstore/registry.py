@@ -8,8 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from google.protobuf import json_format
 
 from memstore import wire
@@ -19,15 +21,18 @@ from memstore.index import build_thread
 from memstore.logs import event, trouble
 from memstore.memory import Memory
 from memstore.seams import new_epoch
+from memstore.store import NoStore
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memstore.admission import CapacityBudget
+    from memstore.archive import Archive
     from memstore.catalog import Catalog
     from memstore.device import DeviceWorker
     from memstore.seams import Clock
+    from memstore.store import Store
     from memstore.types import MemorySpec
 
 T = TypeVar("T")
@@ -45,11 +50,15 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A memory in service. Its engine is touched by the device thread only. created_at: Unix seconds."""
+    """A memory in service. Its engine is touched by the device thread only.
+
+    created_at: Unix seconds. archive: its files, where it is durable.
+    """
 
     id: MemoryId
     engine: Memory
     created_at: float
+    archive: Archive | None = None
 
     @property
     def spec(self) -> MemorySpec:
@@ -64,8 +73,15 @@ class Registry:
     """
 
     def __init__(
-        self, catalog: Catalog, worker: DeviceWorker, budget: CapacityBudget, clock: Clock, max_memories: int
+        self,
+        catalog: Catalog,
+        worker: DeviceWorker,
+        budget: CapacityBudget,
+        clock: Clock,
+        max_memories: int,
+        store: Store | None = None,
     ) -> None:
+        """store: where durable memories are kept; nowhere without one."""
         self.state = State.LOADING
         self.worker = worker
         self.budget = budget
@@ -73,13 +89,18 @@ class Registry:
         self._catalog = catalog
         self._clock = clock
         self._max_memories = max_memories
+        self._store = store or NoStore()
         self._loaded: dict[MemoryId, Loaded] = {}
+        self._damaged: dict[MemoryId, MemstoreError] = {}
         self._stopping = threading.Event()
         self._admin = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memstore-admin")
         self._builds = build_thread()
 
     def load(self) -> Future[None]:
-        """Reserves every memory of the catalogue, empty, in the background; tries again while that is out of reach."""
+        """Reserves every memory of the catalogue, and fills the durable ones, in the background.
+
+        Tries again while the catalogue is out of reach.
+        """
         return self._admin.submit(self._load)
 
     def drain(self) -> None:
@@ -89,7 +110,10 @@ class Registry:
         self.on_change()
 
     def close(self) -> None:
-        """Drains, and ends the background work; the memories stay until the device worker is closed."""
+        """Drains, and ends the background work; the memories stay until the device worker is closed.
+
+        Once it is, `close_files` may be called.
+        """
         self.on_change = _nobody
         self.drain()
         self._admin.shutdown(wait=True)
@@ -98,10 +122,26 @@ class Registry:
                 self.worker.control(loaded.engine.stop_builds)
         self._builds.shutdown(wait=True, cancel_futures=True)
 
+    def close_files(self) -> None:
+        """Makes everything that was written safe, and says so in the files. The device worker is closed."""
+        for loaded in self._loaded.values():
+            if loaded.archive is not None:
+                try:
+                    loaded.archive.close()
+                except OSError as error:
+                    trouble(_log, "memory not closed in order", error, memory=ascii(loaded.id.name))
+        self._store.close()
+
     def find(self, tenant: str, name: str, field: str = "memory") -> Loaded:
-        """A memory in service; `field` is where its name stood. Raises NotFound; NotReady while it may be loading."""
-        loaded = self._loaded.get(MemoryId(tenant, wire.memory_name(name, field)))
+        """A memory in service; `field` is where its name stood.
+
+        Raises NotFound; NotReady while it may be loading; Corrupt, or what else kept it, where it cannot be loaded.
+        """
+        memory = MemoryId(tenant, wire.memory_name(name, field))
+        loaded = self._loaded.get(memory)
         if loaded is None:
+            if memory in self._damaged:
+                raise self._damaged[memory]
             if self.state is State.LOADING:
                 raise NotReady("memories are being loaded")
             raise NotFound(f"no memory {name!r}", memory=name)
@@ -110,6 +150,11 @@ class Registry:
     def is_loaded(self, tenant: str, name: str) -> bool:
         """True where a memory is in service."""
         return MemoryId(tenant, name) in self._loaded
+
+    @property
+    def num_damaged(self) -> int:
+        """Memories of the catalogue that could not be loaded."""
+        return len(self._damaged)
 
     def all(self) -> list[Loaded]:
         """Every memory in service."""
@@ -142,13 +187,19 @@ class Registry:
                 return existing, False
             how = "an equal" if existing.spec == spec else "another"
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
+        if memory in self._damaged:
+            raise self._damaged[memory]
         if len(self._loaded) >= self._max_memories:
             raise QuotaExceeded(f"{self._max_memories} memories exist, as many as this server may have")
-        loaded = self._reserve(memory, spec, self._clock.wall())
+        self._store.check(spec)
+        created_at = self._clock.wall()
+        text = _text_of(spec, created_at)
+        keep = partial(self._store.create, memory, _identity(memory, text))
+        loaded = self._reserve(memory, spec, created_at, keep)
         try:
-            self._catalog.put(memory, _text_of(loaded))
+            self._catalog.put(memory, text)
         except MemstoreError:
-            self._free(loaded)
+            self._discard(loaded)
             raise
         self._loaded[memory] = loaded
         event(_log, logging.INFO, "memory created", memory=memory.name, reserved_bytes=loaded.engine.reserved_bytes)
@@ -157,11 +208,15 @@ class Registry:
 
     def _drop(self, memory: MemoryId) -> None:
         loaded = self._loaded.get(memory)
-        if loaded is None:
+        if loaded is None and memory not in self._damaged:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
         self._catalog.remove(memory)
-        del self._loaded[memory]
-        self._free(loaded)
+        if loaded is None:
+            del self._damaged[memory]
+            self._store.remove(memory)
+        else:
+            del self._loaded[memory]
+            self._discard(loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
 
@@ -173,16 +228,31 @@ class Registry:
         found |= self._loaded
         return [found[memory] for memory in sorted(found) if memory.tenant == tenant and memory.name.startswith(prefix)]
 
-    def _reserve(self, memory: MemoryId, spec: MemorySpec, created_at: float) -> Loaded:
+    def _reserve(
+        self, memory: MemoryId, spec: MemorySpec, created_at: float, keep: Callable[[Memory], Archive | None]
+    ) -> Loaded:
+        """Makes a memory on the device. keep: begins its files, or fills it with what they hold."""
         device = self.worker.device
         needed = Memory.bytes_needed(spec, device)
         self.budget.reserve(needed)
         try:
             make = self.worker.control(lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds))
-            return Loaded(id=memory, engine=make.result(), created_at=created_at)
+            engine = make.result()
+            try:
+                return Loaded(id=memory, engine=engine, created_at=created_at, archive=keep(engine))
+            except BaseException:
+                self.worker.control(engine.free).result()
+                raise
         except BaseException:
             self.budget.release(needed)
             raise
+
+    def _discard(self, loaded: Loaded) -> None:
+        """Removes a memory's files, which ends a snapshot of it, then its rows."""
+        try:
+            self._store.forget(loaded.archive, loaded.spec)
+        finally:
+            self._free(loaded)
 
     def _free(self, loaded: Loaded) -> None:
         self.worker.control(loaded.engine.free).result()
@@ -212,19 +282,34 @@ class Registry:
         """One memory; what cannot be loaded is logged and left out, so that the others serve."""
         try:
             spec, created_at = _spec_of(memory, text)
-            self._loaded[memory] = self._reserve(memory, spec, created_at)
+            keep = partial(self._fill, memory, text)
+            self._loaded[memory] = self._reserve(memory, spec, created_at, keep)
             self.on_change()
         except MemstoreError as error:
+            self._damaged[memory] = error
             trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
+
+    def _fill(self, memory: MemoryId, text: str, engine: Memory) -> Archive | None:
+        """Nobody else has the engine yet, so that the device thread goes on with others meanwhile."""
+        with torch.no_grad():
+            archive = self._store.recover(memory, _identity(memory, text), engine)
+        if archive is not None:
+            self.worker.control(engine.wake).result()
+        return archive
 
 
 def _nobody() -> None:
     """Nobody listens for changes."""
 
 
-def _text_of(loaded: Loaded) -> str:
-    description = pb.MemoryDescription(spec=wire.encode_spec(loaded.spec))
-    description.status.created_at.CopyFrom(wire.encode_time(loaded.created_at))
+def _identity(memory: MemoryId, text: str) -> str:
+    """What the files of a memory say they belong to; no two memories that ever were have the same."""
+    return f"{memory.tenant}/{text}"
+
+
+def _text_of(spec: MemorySpec, created_at: float) -> str:
+    description = pb.MemoryDescription(spec=wire.encode_spec(spec))
+    description.status.created_at.CopyFrom(wire.encode_time(created_at))
     return str(json_format.MessageToJson(description, indent=None))
 
 

@@ -16,7 +16,7 @@ from memstore import ring
 from memstore.errors import AlreadyExists, EpochChanged, PositionExpired, QuotaExceeded, SequenceGap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from memstore.types import SequencePart, StepBatch
 
@@ -99,6 +99,10 @@ class SequenceTable:
     def __getitem__(self, name: str) -> Sequence:
         return self._by_name[name]
 
+    def items(self) -> Iterable[tuple[str, Sequence]]:
+        """Every sequence with its name."""
+        return self._by_name.items()
+
     @property
     def num_free(self) -> int:
         """Sequences that can still begin to exist."""
@@ -113,13 +117,24 @@ class SequenceTable:
         """The sequence of that name, if it exists."""
         return self._by_name.get(name)
 
-    def create(self, name: str, epoch: int) -> Sequence:
-        """A new, empty sequence in the lowest place that is free. Raises QuotaExceeded."""
+    def check_room(self, name: str) -> None:
+        """Raises QuotaExceeded where no sequence of that name can begin to exist."""
         if not self._free_places:
             raise QuotaExceeded(f"sequences[{name!r}]: {len(self)} sequences exist, as many as the memory can hold")
+
+    def create(self, name: str, epoch: int) -> Sequence:
+        """A new, empty sequence in the lowest place that is free. Raises QuotaExceeded."""
+        self.check_room(name)
         sequence = Sequence(self._free_places.pop(), epoch)
         self._by_name[name] = sequence
         return sequence
+
+    def restore(self, name: str, sequence: Sequence) -> None:
+        """Puts back a sequence into the place that it says. ValueError where that is taken, or there is none such."""
+        if name in self._by_name:
+            raise ValueError(f"sequence {name!r} stands twice")
+        self._free_places.remove(sequence.place)
+        self._by_name[name] = sequence
 
     def remove(self, name: str) -> None:
         """Ends a sequence that exists; its place is free."""
@@ -141,6 +156,11 @@ class PartPlan:
     as_of: int
     first_position: int
     is_replay: bool = False
+
+    @property
+    def num_seen(self) -> int:
+        """Positions that its retrieval sees."""
+        return self.as_of - self.begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -25,19 +26,32 @@ from memstore.config import Config, ConfigError
 from memstore.device import DeviceWorker, device_of
 from memstore.grpc_front import SERVICE, GrpcFront
 from memstore.health import Health
+from memstore.journal import INTERVAL_S, Syncer
 from memstore.logs import event
 from memstore.metrics import Metrics, MetricsServer
 from memstore.registry import Registry
 from memstore.seams import SystemClock, SystemDisk
 from memstore.service import VERSION, Service
+from memstore.snapshotter import Snapshotter
+from memstore.store import FileStore, NoStore, Syncers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+    from memstore.seams import Disk
+    from memstore.store import Store
 
 _log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
+SICK = 70
+"""Exit code after a failure of the device that only another process can leave behind."""
+SICK_S = 4.0
+"""How long the process may take to end then."""
+
+
+def run(config: Config, disk: Disk | None = None) -> int:
     """Serves until told to stop; the exit code. ConfigError and MemstoreError say why it could not begin."""
     logs.configure(config.log_format, config.log_level)
     check_bind(config)
@@ -45,33 +59,36 @@ def run(config: Config) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, ExitStack() as stack:
-        runner.run(Server(config, stack).serve())
-    return 0
+        return runner.run(Server(config, stack, disk or SystemDisk()).serve())
 
 
 class Server:
     """All parts of one process. What must be undone at the end is left with `stack`."""
 
-    def __init__(self, config: Config, stack: ExitStack) -> None:
+    def __init__(self, config: Config, stack: ExitStack, disk: Disk) -> None:
         self._config = config
+        self._disk = disk
         self._stack = stack
         self._clock = SystemClock()
         self._authenticator = authenticator_of(config)
-        stack.enter_context(listen.address_lock(config, SystemDisk()))
+        stack.enter_context(listen.address_lock(config, disk))
         self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, config.metrics_memories)
         self._registry = self._make_registry()
         self._metrics.watch(self._registry)
+        self._snapshotter = Snapshotter(self._registry, self._clock, config.snapshot_interval, self._metrics)
+        stack.callback(self._snapshotter.close)
         self._forget_ready_file()
         stack.callback(self._forget_ready_file)
 
     def _forget_ready_file(self) -> None:
         if self._config.ready_file is not None:
-            SystemDisk().remove(self._config.ready_file)
+            self._disk.remove(self._config.ready_file)
 
-    async def serve(self) -> None:
-        """From binding to the last answer."""
+    async def serve(self) -> int:
+        """From binding to the last answer; the exit code."""
         server, front, health, address = await self._listen()
         stop = self._stop_signals()
+        self._end_when_sick(stop)
         loading = self._registry.load()
         try:
             metrics_port = self._serve_metrics(lambda: health.is_serving)
@@ -82,7 +99,27 @@ class Server:
             await self._drain(server, front, stop)
         finally:
             await server.stop(0)
+        if self._registry.worker.is_sick:
+            event(_log, logging.CRITICAL, "ended by a failure of the device")
+            return SICK
+        await _first(asyncio.to_thread(self._snapshotter.finish), stop.wait_again())
         event(_log, logging.INFO, "stopped")
+        return 0
+
+    def _end_when_sick(self, stop: StopSignals) -> None:
+        """Ends the process soon after a failure of the device, whatever hangs, for its supervisor to start it again.
+
+        Logs need no device: what was acknowledged is in them.
+        """
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            timer = threading.Timer(SICK_S, os._exit, (SICK,))
+            timer.daemon = True
+            timer.start()
+            loop.call_soon_threadsafe(stop.give_up)
+
+        self._registry.worker.on_sick = end
 
     def _make_registry(self) -> Registry:
         config = self._config
@@ -91,26 +128,33 @@ class Server:
             max_requests=config.queue_requests, max_bytes=config.queue_bytes, tenant_ratio=config.tenant_ratio
         )
         worker = DeviceWorker(device, Admission(limits), self._clock, self._metrics)
-        self._stack.callback(worker.close)
+        catalog, store = self._open_catalog()
         budget = CapacityBudget(config.capacity or capacity_of(device))
-        registry = Registry(self._open_catalog(), worker, budget, self._clock, config.max_memories)
+        registry = Registry(catalog, worker, budget, self._clock, config.max_memories, store)
+        self._stack.callback(registry.close_files)
+        self._stack.callback(worker.close)
         self._stack.callback(registry.close)
         return registry
 
-    def _open_catalog(self) -> Catalog:
+    def _open_store(self, data: Path) -> Store:
+        """The data folder, which is this server's alone."""
+        self._stack.enter_context(self._disk.lock(data / "lock"))
+        syncers = Syncers(Syncer(0.0), Syncer(INTERVAL_S))
+        return FileStore(data, self._disk, self._clock, self._config.disk_quota, self._metrics, syncers)
+
+    def _open_catalog(self) -> tuple[Catalog, Store]:
         config = self._config
         if config.catalog == "none" or config.data is None:
-            return NoCatalog()
+            return NoCatalog(), NoStore()
+        store = self._open_store(config.data)
         if config.catalog != "file":
             try:
                 catalog = RedisCatalog(config.catalog, config.catalog_prefix)
             except ValueError as error:
                 raise ConfigError(f"--catalog: {error}") from error
             self._stack.callback(catalog.close)
-            return catalog
-        disk = SystemDisk()
-        self._stack.enter_context(disk.lock(config.data / "lock"))
-        return FileCatalog(config.data, disk)
+            return catalog, store
+        return FileCatalog(config.data, self._disk), store
 
     async def _listen(self) -> tuple[grpc.aio.Server, GrpcFront, Health, str]:
         """Bound before anything is loaded, so that health can say so."""
@@ -149,7 +193,7 @@ class Server:
         metrics = f"http://{self._config.metrics_host}:{metrics_port}" if metrics_port >= 0 else ""
         if self._config.ready_file is not None:
             content = {"address": address, "metrics": metrics, "pid": os.getpid()}
-            SystemDisk().replace(self._config.ready_file, json.dumps(content).encode())
+            self._disk.replace(self._config.ready_file, json.dumps(content).encode())
         event(_log, logging.INFO, "ready", address=address, metrics=metrics, capacity_bytes=self._capacity_bytes)
 
     @property
@@ -176,6 +220,11 @@ class StopSignals:
     def __init__(self) -> None:
         self._first = asyncio.Event()
         self._second = asyncio.Event()
+
+    def give_up(self) -> None:
+        """Nothing shall be waited for."""
+        self._first.set()
+        self._second.set()
 
     def arrived(self) -> None:
         """One more signal."""

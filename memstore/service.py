@@ -83,7 +83,7 @@ class Service:
             loaded.id.name,
             loaded.engine,
             lambda: wire.decode_batch(request, loaded.spec, caller.plane),
-            wire.Reply(request, caller.plane),
+            wire.Reply(request, caller.plane, loaded.spec.durability),
         )
         return self._worker.submit(job)
 
@@ -94,7 +94,7 @@ class Service:
         def reset() -> Message:
             return pb.ResetResponse(epochs=engine.reset(names, request.release))
 
-        return self._worker.submit(CallJob(_ticket(request, caller), reset))
+        return self._worker.submit(CallJob(_ticket(request, caller), reset, engine))
 
     def _fork(self, request: pb.ForkRequest, caller: Caller) -> Future[Message]:
         source, target, as_of = wire.decode_fork(request)
@@ -102,6 +102,7 @@ class Service:
         job: CallJob[Message] = CallJob(
             _ticket(request, caller),
             lambda: wire.encode_fork(engine.fork(source, target, as_of, request.epoch)),
+            engine,
         )
         return self._worker.submit(job)
 

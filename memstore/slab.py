@@ -20,7 +20,7 @@ from memstore.errors import DeviceMemoryFull
 from memstore.types import KEY, MemorySpec, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -32,6 +32,26 @@ class StagedRows:
     keys: torch.Tensor
     norms: torch.Tensor | None
     payloads: Mapping[str, torch.Tensor]
+
+    def to(self, device: torch.device | str) -> StagedRows:
+        """The same rows on a device."""
+        return self._each(lambda array: array.to(device))
+
+    def select(self, chosen: torch.Tensor) -> StagedRows:
+        """Some of the rows. chosen: (n,) bool, or int64 numbers."""
+        return self._each(lambda array: array[:, chosen])
+
+    def put(self, places: torch.Tensor, rows: StagedRows) -> None:
+        """Overwrites rows here with those of another. places: (m,) int64."""
+        self.keys[:, places] = rows.keys
+        if self.norms is not None and rows.norms is not None:
+            self.norms[:, places] = rows.norms
+        for name, array in self.payloads.items():
+            array[:, places] = rows.payloads[name]
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> StagedRows:
+        payloads = {name: change(array) for name, array in self.payloads.items()}
+        return StagedRows(change(self.keys), None if self.norms is None else change(self.norms), payloads)
 
 
 class Slab:
@@ -75,6 +95,17 @@ class Slab:
         """Rows of the keys or a payload. cells: (U,) int64, (layer * places + place) * capacity + slot."""
         slab = self.keys if name == KEY else self.payloads[name]
         return slab.flatten(0, 2).index_select(0, cells)
+
+    def rows(self, cells: torch.Tensor) -> StagedRows:
+        """A copy of every array of some entries in all layers. cells: (n,) int64 of layer 0, on the device."""
+        everywhere = self.in_all_layers(cells)
+
+        def taken(tensor: torch.Tensor) -> torch.Tensor:
+            chosen = tensor.flatten(0, 2).index_select(0, everywhere)
+            return chosen.view(self.num_layers, len(cells), *chosen.shape[1:])
+
+        payloads = {name: taken(slab) for name, slab in self.payloads.items()}
+        return StagedRows(taken(self.keys), None if self.norms is None else taken(self.norms), payloads)
 
     def first_cells(self, layers: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
         """The cell of slot 0 of each place in each layer, as `gather` counts cells, (layers, places)."""

@@ -28,6 +28,7 @@ _CODES: dict[type[errors.MemstoreError], grpc.StatusCode] = {
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeviceMemoryFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ReadOnly: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NotReady: grpc.StatusCode.UNAVAILABLE,
     errors.Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Corrupt: grpc.StatusCode.DATA_LOSS,

@@ -54,6 +54,14 @@ class IndexSettings:
     itopk: int = 0
 
 
+class Durability(Enum):
+    """What survives a stop of the server."""
+
+    VOLATILE = "volatile"
+    INTERVAL = "interval"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadSpec:
     """An array kept beside the key: `shape` elements of `dtype` an entry."""
@@ -76,6 +84,7 @@ class MemorySpec:
     metric: Metric = Metric.L2
     index: IndexKind = IndexKind.EXACT
     index_settings: IndexSettings | None = None
+    durability: Durability = Durability.VOLATILE
     payloads: tuple[PayloadSpec, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 MemstoreClientError
     InvalidRequest NotFound AlreadyExists SequenceGap EpochChanged PositionExpired NotAuthenticated NotAllowed
-    Overloaded QuotaExceeded DeviceMemoryFull NotReady Expired Corrupt        the server answered so
+    Overloaded QuotaExceeded DeviceMemoryFull ReadOnly NotReady Expired Corrupt        the server answered so
     Internal        the server failed in a way it has no name for
     Unavailable     the connection failed: whether the call was done is not known
     Late            no answer before the deadline: whether the call was done is not known
@@ -86,6 +86,12 @@ class QuotaExceeded(MemstoreClientError):
 
 class DeviceMemoryFull(MemstoreClientError):
     """The device has no room for what the call would reserve."""
+
+
+class ReadOnly(MemstoreClientError):
+    """The log of a durable memory cannot be written; or it was, and not synced. The same seq can be sent again."""
+
+    is_outcome_unknown = True
 
 
 class NotReady(MemstoreClientError):

@@ -33,6 +33,11 @@ _TO_WIRE = {
 _FROM_WIRE = {code: dtype for dtype, code in _TO_WIRE.items()}
 
 _METRICS = {"l2": pb.METRIC_L2, "ip": pb.METRIC_INNER_PRODUCT, "cosine": pb.METRIC_COSINE}
+_DURABILITIES = {
+    "volatile": pb.DURABILITY_VOLATILE,
+    "interval": pb.DURABILITY_INTERVAL,
+    "always": pb.DURABILITY_ALWAYS,
+}
 _INDEXES = {
     "exact": pb.INDEX_KIND_EXACT,
     "faiss_flat": pb.INDEX_KIND_FAISS_FLAT,
@@ -67,6 +72,9 @@ class MemoryOptions(TypedDict, total=False):
     """"exact" (if not given), "faiss_flat", "faiss_ivf_flat", "faiss_ivf_pq" or "faiss_cagra"."""
     index_settings: Mapping[str, int]
     """What the last three are built and searched with, such as nprobe; chosen by the server where not given."""
+    durability: str
+    """What survives a stop of the server: nothing with "volatile" (if not given); with "interval" all, but for the last
+    second before the machine went down; all with "always"."""
     payloads: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     """Arrays kept beside the key: name -> dtype and shape of one entry."""
     tags: Mapping[str, str]
@@ -163,6 +171,7 @@ def wire_dtype(dtype: torch.dtype) -> pb.DataType.ValueType:
 def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
     """The spec of a memory as a message; InvalidRequest where a word is unknown. The server checks the numbers."""
     metric, index = options.get("metric", "l2"), options.get("index", "exact")
+    durability = options.get("durability", "volatile")
     if metric not in _METRICS:
         raise InvalidRequest(f"metric: {metric!r} is none of {sorted(_METRICS)}")
     if index not in _INDEXES:
@@ -171,6 +180,8 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
     for setting in settings:
         if setting not in _SETTINGS:
             raise InvalidRequest(f"index_settings: {setting!r} is none of {_SETTINGS}")
+    if durability not in _DURABILITIES:
+        raise InvalidRequest(f"durability: {durability!r} is none of {sorted(_DURABILITIES)}")
     return pb.MemorySpec(
         name=name,
         dim=options["dim"],
@@ -181,6 +192,7 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
         metric=_METRICS[metric],
         index=_INDEXES[index],
         index_settings=pb.IndexSettings(**settings) if settings else None,
+        durability=_DURABILITIES[durability],
         payloads=[
             pb.PayloadSpec(name=each, dtype=wire_dtype(dtype), shape=shape)
             for each, (dtype, shape) in options.get("payloads", {}).items()

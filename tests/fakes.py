@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from memstore.device import DeviceWorker
+    from memstore.journal import Journal
+    from memstore.seams import Buffer
     from memstore.types import StepBatch
 
 
@@ -43,12 +46,92 @@ class FakeClock:
 
 
 class FakeDisk:
-    """Files in a dict. `is_full` makes every write fail."""
+    """Files in a dict, some of them not synced yet.
 
-    def __init__(self) -> None:
+    is_full: every write fails, after half of it. cannot_sync: every sync fails. kill() ends the process: what was
+    written is there. power_off() ends the machine: of what was not synced, the disk has as much as `random` says, and
+    maybe torn.
+    """
+
+    def __init__(self, random: Random | None = None) -> None:
         self.files: dict[Path, bytes] = {}
         self.is_full = False
+        self.cannot_sync = False
+        self.num_syncs = 0
+        self._random = random or Random(0)
+        self._synced: dict[Path, bytes] = {}
+        self._boot = 1
         self._held: set[Path] = set()
+
+    def kill(self) -> None:
+        """The process has ended, and its locks are free."""
+        self._held.clear()
+
+    def power_off(self) -> None:
+        """The machine went down and is up again."""
+        self.kill()
+        self._boot += 1
+        for path, content in self.files.items():
+            kept = self._synced.get(path, b"")
+            self.files[path] = kept + self._torn(content[len(kept) :])
+        self._synced = dict(self.files)
+
+    def _torn(self, unsynced: bytes) -> bytes:
+        """What the disk has of bytes that were not synced: any length of them, and blocks that it never wrote."""
+        content = bytearray(unsynced[: self._random.randint(0, len(unsynced))])
+        if content and self._random.random() < 0.5:
+            at = self._random.randrange(len(content))
+            end = min(len(content), at + self._random.randint(1, 512))
+            content[at:end] = bytes(end - at)
+        return bytes(content)
+
+    def sync(self, path: Path) -> None:
+        """What a file has outlives the machine's power."""
+        if self.cannot_sync:
+            raise OSError(5, "Input/output error")
+        self.num_syncs += 1
+        if path in self.files:
+            self._synced[path] = self.files[path]
+
+    def add(self, path: Path, content: bytes) -> None:
+        """Appends to a file; where the disk is full, half of it."""
+        if self.is_full:
+            self.files[path] += content[: len(content) // 2]
+            raise OSError(28, "No space left on device")
+        self.files[path] += content
+
+    def boot_id(self) -> str:
+        return f"boot {self._boot}"
+
+    def create(self, path: Path) -> FakeAppendFile:
+        if path in self.files:
+            raise FileExistsError(17, "File exists", str(path))
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        self.files[path] = self._synced[path] = b""
+        return FakeAppendFile(self, path)
+
+    def open(self, path: Path) -> FakeReadFile:
+        if path not in self.files:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return FakeReadFile(self.files[path])
+
+    def truncate(self, path: Path, size: int) -> None:
+        self.files[path] = self.files[path][:size]
+        self.sync(path)
+
+    def names(self, folder: Path) -> list[str]:
+        depth = len(folder.parts)
+        return sorted({path.parts[depth] for path in self.files if folder in path.parents})
+
+    def rename(self, source: Path, target: Path) -> None:
+        for files in (self.files, self._synced):
+            for path in [path for path in files if path == source or source in path.parents]:
+                files[target / path.relative_to(source)] = files.pop(path)
+
+    def remove_folder(self, path: Path) -> None:
+        for each in [each for each in self.files if path in each.parents]:
+            self.remove(each)
 
     def read(self, path: Path) -> bytes | None:
         return self.files.get(path)
@@ -56,10 +139,11 @@ class FakeDisk:
     def replace(self, path: Path, content: bytes) -> None:
         if self.is_full:
             raise OSError(28, "No space left on device")
-        self.files[path] = content
+        self.files[path] = self._synced[path] = content
 
     def remove(self, path: Path) -> None:
         self.files.pop(path, None)
+        self._synced.pop(path, None)
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
@@ -95,6 +179,66 @@ class HeldBuilds(Executor):
                 future.set_result(call())
 
 
+class FakeAppendFile:
+    """A file of a FakeDisk that grows."""
+
+    def __init__(self, disk: FakeDisk, path: Path) -> None:
+        self._disk = disk
+        self._path = path
+
+    @property
+    def size(self) -> int:
+        return len(self._disk.files[self._path])
+
+    def write(self, parts: Sequence[Buffer]) -> None:
+        self._disk.add(self._path, b"".join(bytes(part) for part in parts))
+
+    def sync(self) -> None:
+        self._disk.sync(self._path)
+
+    def truncate(self, size: int) -> None:
+        self._disk.files[self._path] = self._disk.files[self._path][:size]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class FakeReadFile:
+    """A file of a FakeDisk as it is now."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.size = len(content)
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        part = self._content[offset : offset + len(target)]
+        target[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Diligent:
+    """Syncs at once; or, where `waits`, when it is told to."""
+
+    def __init__(self, *, waits: bool = False) -> None:
+        self.waits = waits
+        self.asking: list[Journal] = []
+
+    def ask(self, journal: Journal) -> None:
+        if self.waits:
+            self.asking.append(journal)
+        else:
+            journal.sync()
+
+    def sync(self) -> None:
+        """Syncs what has asked."""
+        asking, self.asking = self.asking, []
+        for journal in asking:
+            journal.sync()
+
+
 class FakeEngine:
     """Remembers how it was called; fails as it is told."""
 
@@ -115,6 +259,9 @@ class FakeEngine:
             raise self.failure
         self.calls.append(list(batches))
         return [self._outcome(at, batch, carry) for at, batch in enumerate(batches)]
+
+    def settle(self, answer: Callable[[MemstoreError | None], None]) -> None:
+        answer(None)
 
     def _outcome(self, at: int, batch: StepBatch, carry: Callable[[int, Hits], None]) -> StepResult | MemstoreError:
         try:

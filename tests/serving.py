@@ -25,13 +25,17 @@ from memstore.metrics import Metrics
 from memstore.registry import Registry
 from memstore.seams import Clock, SystemClock
 from memstore.service import VERSION, Service
+from memstore.store import FileStore, NoStore, Store, Syncers
 from memstore.v1 import memstore_pb2 as pb
 from memstore.v1 import memstore_pb2_grpc
+from tests.fakes import Diligent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from memstore.auth import Authenticator
+    from memstore.seams import Disk
 
 
 @dataclass(kw_only=True)
@@ -41,6 +45,7 @@ class Setting:
     authenticator: Authenticator = field(default_factory=Open)
     limits: QueueLimits = field(default_factory=QueueLimits)
     catalog: Catalog = field(default_factory=NoCatalog)
+    store: Store = field(default_factory=NoStore)
     clock: Clock = field(default_factory=SystemClock)
     capacity_bytes: int = 1 << 30
     max_memories: int = 100
@@ -74,7 +79,7 @@ def serving(setting: Setting | None = None, *, loads: bool = True) -> Iterator[S
     metrics = Metrics([method.name for method in SERVICE.methods], VERSION, 10)
     worker = DeviceWorker(torch.device("cpu"), Admission(setting.limits), setting.clock, metrics)
     budget = CapacityBudget(setting.capacity_bytes)
-    registry = Registry(setting.catalog, worker, budget, setting.clock, setting.max_memories)
+    registry = Registry(setting.catalog, worker, budget, setting.clock, setting.max_memories, setting.store)
     metrics.watch(registry)
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -100,9 +105,25 @@ def serving(setting: Setting | None = None, *, loads: bool = True) -> Iterator[S
         registry.close()
         asyncio.run_coroutine_threadsafe(server.stop(0), loop).result()
         worker.close()
+        registry.close_files()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+class Unwatched:
+    """Nobody looks at the files."""
+
+    def recovered(self, cut_bytes: int, seconds: float) -> None:
+        """Nothing is said."""
+
+    def snapshot(self, outcome: str, seconds: float) -> None:
+        """Nothing is said."""
+
+
+def file_store(data: Path, disk: Disk, clock: Clock, quota_bytes: int = 0) -> FileStore:
+    """A store whose journals are synced at once."""
+    return FileStore(data, disk, clock, quota_bytes, Unwatched(), Syncers(Diligent(), Diligent()))
 
 
 async def _start(

@@ -166,6 +166,12 @@ class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability
     """Not given: VOLATILE."""
     DURABILITY_VOLATILE: _Durability.ValueType  # 1
     """Rows live in device memory only; a restart begins new epochs."""
+    DURABILITY_INTERVAL: _Durability.ValueType  # 2
+    """Answered once the operating system has it: an end of the process loses nothing that was answered, an end of the
+    machine at most the last second, and then every sequence of the memory has a new epoch.
+    """
+    DURABILITY_ALWAYS: _Durability.ValueType  # 3
+    """Answered once it is on the disk, with everything the answer shows: no end of the machine loses it."""
 
 class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
     """What survives when the server stops."""
@@ -174,6 +180,12 @@ DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
 """Not given: VOLATILE."""
 DURABILITY_VOLATILE: Durability.ValueType  # 1
 """Rows live in device memory only; a restart begins new epochs."""
+DURABILITY_INTERVAL: Durability.ValueType  # 2
+"""Answered once the operating system has it: an end of the process loses nothing that was answered, an end of the
+machine at most the last second, and then every sequence of the memory has a new epoch.
+"""
+DURABILITY_ALWAYS: Durability.ValueType  # 3
+"""Answered once it is on the disk, with everything the answer shows: no end of the machine loses it."""
 Global___Durability: _TypeAlias = Durability  # noqa: Y015
 
 class _Plane:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from memstore.errors import QuotaExceeded
 from memstore.v1 import memstore_pb2 as pb
+from memstore.wire.spec import DURABILITY_NUMBERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from memstore.plane import Plane
-    from memstore.types import Hits, SequenceResult
+    from memstore.types import Durability, Hits, SequenceResult
     from memstore.wire.batch import StepLike
 
 _REPLIES: dict[type[StepLike], type[pb.StepResponse | pb.RetrieveResponse | pb.AppendResponse]] = {
@@ -26,9 +27,11 @@ _REPLIES: dict[type[StepLike], type[pb.StepResponse | pb.RetrieveResponse | pb.A
 class Reply:
     """The answer to one step, made in two halves: the tensors before anything is changed, the rest after it."""
 
-    def __init__(self, request: StepLike, plane: Plane) -> None:
+    def __init__(self, request: StepLike, plane: Plane, durability: Durability) -> None:
+        """durability: what the memory promises of what is appended."""
         self._message = _REPLIES[type(request)]()
         self._plane = plane
+        self._durability = DURABILITY_NUMBERS[durability]
 
     def carry(self, hits: Hits) -> None:
         """Takes in what was retrieved. QuotaExceeded where the rows found do not fit into one reply."""
@@ -37,7 +40,7 @@ class Reply:
 
     def finish(self, sequences: Sequence[SequenceResult]) -> Message:
         """The whole message, with what happened to each sequence, in order."""
-        self._message.sequences.extend([_encode_sequence(sequence) for sequence in sequences])
+        self._message.sequences.extend([_encode_sequence(sequence, self._durability) for sequence in sequences])
         return self._message
 
     def discard(self) -> None:
@@ -45,7 +48,7 @@ class Reply:
         self._plane.discard(self._message)
 
 
-def _encode_sequence(sequence: SequenceResult) -> pb.SequenceResult:
+def _encode_sequence(sequence: SequenceResult, durability: pb.Durability.ValueType) -> pb.SequenceResult:
     return pb.SequenceResult(
         epoch=sequence.epoch,
         as_of=sequence.as_of,
@@ -53,7 +56,7 @@ def _encode_sequence(sequence: SequenceResult) -> pb.SequenceResult:
         first_position=sequence.first_position,
         num_appended=sequence.num_appended,
         is_replay=sequence.is_replay,
-        durability=pb.DURABILITY_VOLATILE if sequence.num_appended else pb.DURABILITY_UNSPECIFIED,
+        durability=durability if sequence.num_appended else pb.DURABILITY_UNSPECIFIED,
     )
 
 

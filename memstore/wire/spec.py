@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from memstore.errors import InvalidRequest
 from memstore.index.settings import SETTINGS
 from memstore.plane import DATA_TYPES, DTYPES
-from memstore.types import IndexKind, MemorySpec, Metric, PayloadSpec
+from memstore.types import Durability, IndexKind, MemorySpec, Metric, PayloadSpec
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import fields, limits
 from memstore.wire.index_settings import decode_settings, encode_index_status, encode_settings
@@ -44,7 +44,17 @@ _KEY_DTYPES: dict[int, torch.dtype] = {
 }
 _PAYLOAD_DTYPES: dict[int, torch.dtype] = dict(DTYPES.items())
 _POLICIES: dict[int, str] = {pb.EVICTION_POLICY_UNSPECIFIED: "fifo", pb.EVICTION_POLICY_FIFO: "fifo"}
-_DURABILITIES: dict[int, str] = {pb.DURABILITY_UNSPECIFIED: "volatile", pb.DURABILITY_VOLATILE: "volatile"}
+_DURABILITIES: dict[int, Durability] = {
+    pb.DURABILITY_UNSPECIFIED: Durability.VOLATILE,
+    pb.DURABILITY_VOLATILE: Durability.VOLATILE,
+    pb.DURABILITY_INTERVAL: Durability.INTERVAL,
+    pb.DURABILITY_ALWAYS: Durability.ALWAYS,
+}
+DURABILITY_NUMBERS = {
+    Durability.VOLATILE: pb.DURABILITY_VOLATILE,
+    Durability.INTERVAL: pb.DURABILITY_INTERVAL,
+    Durability.ALWAYS: pb.DURABILITY_ALWAYS,
+}
 _METRIC_NUMBERS = {
     Metric.L2: pb.METRIC_L2,
     Metric.INNER_PRODUCT: pb.METRIC_INNER_PRODUCT,
@@ -62,7 +72,6 @@ _INDEX_NUMBERS = {
 def decode_spec(spec: pb.MemorySpec) -> MemorySpec:
     """A spec with its defaults filled in, every limit checked."""
     _choice(_POLICIES, spec.policy, "spec.policy")
-    _choice(_DURABILITIES, spec.durability, "spec.durability")
     index = _choice(_INDICES, spec.index, "spec.index")
     dim = fields.whole(spec.dim, "spec.dim", 1, limits.MAX_DIM)
     most = limits.MAX_LARGE_CAPACITY if index in SETTINGS else limits.MAX_CAPACITY
@@ -77,6 +86,7 @@ def decode_spec(spec: pb.MemorySpec) -> MemorySpec:
         metric=_choice(_METRICS, spec.metric, "spec.metric"),
         index=index,
         index_settings=decode_settings(spec.index_settings, index, capacity, dim),
+        durability=_choice(_DURABILITIES, spec.durability, "spec.durability"),
         payloads=_payloads(spec),
         tags=_tags(spec.tags),
     )
@@ -137,7 +147,7 @@ def encode_spec(spec: MemorySpec) -> pb.MemorySpec:
         index=_INDEX_NUMBERS[spec.index],
         index_settings=encode_settings(spec.index_settings),
         policy=pb.EVICTION_POLICY_FIFO,
-        durability=pb.DURABILITY_VOLATILE,
+        durability=DURABILITY_NUMBERS[spec.durability],
         payloads=payloads,
         tags=spec.tags,
     )

@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = """
     v1 types errors config seams logs
     descriptors
-    ring window slab index sequence retrieval appending memory
-    admission capacity catalog device plane
-    wire status auth registry metrics service
+    ring window slab index sequence retrieval appending row_bytes changes log journal ledger still memory
+    folder snapshot recovery archive
+    admission capacity catalog store device plane
+    wire status auth registry snapshotter metrics service
     embedded listen grpc_front health
     server console __main__
 """.split()

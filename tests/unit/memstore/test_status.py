@@ -28,6 +28,7 @@ EXAMPLES: list[tuple[errors.MemstoreError, grpc.StatusCode, str]] = [
     (errors.Overloaded("full", 0.25), grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     (errors.QuotaExceeded("enough"), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     (errors.DeviceMemoryFull("full"), grpc.StatusCode.RESOURCE_EXHAUSTED, "DEVICE_MEMORY_FULL"),
+    (errors.ReadOnly("disk full"), grpc.StatusCode.FAILED_PRECONDITION, "READ_ONLY"),
     (errors.NotReady("soon"), grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
     (errors.Expired("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "EXPIRED"),
     (errors.Corrupt("torn"), grpc.StatusCode.DATA_LOSS, "CORRUPT"),

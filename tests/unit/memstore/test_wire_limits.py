@@ -15,6 +15,7 @@ from memstore.errors import InvalidRequest, QuotaExceeded
 from memstore.index.settings import SETTINGS, filled_in
 from memstore.plane import DATA_TYPES, InlinePlane, ProcessPlane
 from memstore.types import (
+    Durability,
     Hits,
     IndexKind,
     IndexSettings,
@@ -222,9 +223,9 @@ def _result(rows: int) -> StepResult:
     return StepResult(sequences=(sequence,), hits=hits)
 
 
-def _reply(request: wire.StepLike, plane: InlinePlane = INLINE) -> Any:
+def _reply(request: wire.StepLike, plane: InlinePlane = INLINE, durability: Durability = Durability.VOLATILE) -> Any:
     result = _result(3)
-    reply = wire.Reply(request, plane)
+    reply = wire.Reply(request, plane, durability)
     assert result.hits is not None
     reply.carry(result.hits)
     return reply.finish(result.sequences)
@@ -236,6 +237,8 @@ def test_a_reply_has_what_was_found() -> None:
     assert (first.epoch, first.as_of, first.live_begin, first.first_position, first.num_appended) == (7, 3, 1, 3, 2)
     assert first.is_replay
     assert first.durability == pb.DURABILITY_VOLATILE
+    always = _reply(pb.StepRequest(), durability=Durability.ALWAYS)
+    assert always.sequences[0].durability == pb.DURABILITY_ALWAYS
     assert not reply.hits.HasField("scores")
     assert [array.name for array in reply.hits.arrays] == ["key", "hidden"]
     assert torch.equal(INLINE.read(reply.hits.arrays[1].tensor, "hidden"), torch.ones(3, 2))

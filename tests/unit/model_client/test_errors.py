@@ -44,4 +44,4 @@ def test_a_status_without_a_reason_is_read_by_its_code(code: int, kind: type[err
 
 def test_what_may_have_been_done_is_not_known_where_no_answer_came() -> None:
     unknown = {each.__name__ for each in errors.MemstoreClientError.__subclasses__() if each.is_outcome_unknown}
-    assert unknown == {"Internal", "Unavailable", "Late", "Expired", "ClientClosed"}
+    assert unknown == {"Internal", "ReadOnly", "Unavailable", "Late", "Expired", "ClientClosed"}

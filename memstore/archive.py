@@ -1,0 +1,174 @@
+"""Archive: the lasting side of one durable memory: its folder, its journal, and its snapshots."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from memstore.errors import Corrupt, MemstoreError, NotReady
+from memstore.journal import Journal
+from memstore.log import Head
+from memstore.recovery import Recovery
+from memstore.snapshot import Snapshot, State, write
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from memstore.folder import MemoryFolder
+    from memstore.journal import Asked
+    from memstore.memory import Memory
+    from memstore.recovery import Recovered
+    from memstore.seams import AppendFile
+    from memstore.still import Piece, Still
+    from memstore.types import MemorySpec
+
+T = TypeVar("T")
+
+
+class Control(Protocol):
+    """Runs something in the device's thread."""
+
+    def __call__(self, run: Callable[[], T], /) -> Future[T]:
+        """What `run` gives."""
+
+
+class Archive:
+    """A durable memory's files, open. `memory` is filled, and its keeper is the journal."""
+
+    def __init__(self, folder: MemoryFolder, identity: str, segment: int, journal: Journal) -> None:
+        self.journal = journal
+        self._folder = folder
+        self._identity = identity
+        self._segment = segment
+        self._spare: AppendFile | None = None
+        self.has_failed = False
+        """Whether the last snapshot could not be taken."""
+        self._busy = threading.Lock()
+        self._is_closing = threading.Event()
+
+    @classmethod
+    def create(cls, folder: MemoryFolder, identity: str, spec: MemorySpec, syncer: Asked) -> Archive:
+        """A memory that is new: whatever its folder held is removed. Raises OSError."""
+        folder.disk.remove_folder(folder.path)
+        return cls._begin(folder, identity, spec, syncer, number=1, segment=1)
+
+    @classmethod
+    def recover(
+        cls,
+        folder: MemoryFolder,
+        identity: str,
+        memory: Memory,
+        syncer: Asked,
+        progress: Callable[[int, int], None],
+    ) -> tuple[Archive, Recovered]:
+        """A memory as its folder has it; `memory` is new, and filled. Raises Corrupt and OSError."""
+        found = Recovery(folder, identity, progress).run(memory)
+        folder.mark_open()  # before the log goes on; its name is gone for good once the new segment's is there
+        archive = cls._begin(
+            folder, identity, memory.spec, syncer, number=found.next_number, segment=found.next_segment
+        )
+        archive.journal.count_replayed(found.num_steps, found.log_bytes)
+        memory.keeper = archive.journal
+        if found.is_loss_possible and archive.journal.may_lose:
+            memory.renew()
+        return archive, found
+
+    @classmethod
+    def _begin(
+        cls, folder: MemoryFolder, identity: str, spec: MemorySpec, syncer: Asked, *, number: int, segment: int
+    ) -> Archive:
+        head = Head(identity=identity, boot_id=folder.disk.boot_id())
+        journal = Journal(folder.disk.create(folder.segment(segment)), head, number, spec, syncer)
+        return cls(folder, identity, segment, journal)
+
+    def snapshot(self, memory: Memory, control: Control) -> bool:
+        """Takes a snapshot while the memory goes on, checks it, and only then removes what it replaces.
+
+        control: runs something in the device's thread. False where the archive was closed meanwhile. Raises OSError,
+        Corrupt where what was written cannot be read back, NotReady where the device's thread has ended; what was there
+        before is there still.
+        """
+        with self._busy:
+            if self._is_closing.is_set() or self.journal.failure:
+                return False
+            spare = self._spare = self._spare or self._folder.disk.create(self._folder.segment(self._segment + 1))
+            self.has_failed = True
+            try:
+                is_taken = self._take(memory, spare, control)
+            finally:
+                control(memory.let_go).result()
+            self.has_failed = False
+            return is_taken
+
+    def close(self) -> None:
+        """Ends what is under way, syncs the log and marks it closed. Raises OSError."""
+        self._is_closing.set()
+        with self._busy:
+            self._drop_spare()
+            self.journal.close("the server is stopping")
+            if not self.journal.has_failed:
+                self._folder.mark_closed(self.journal.next_number)
+
+    def remove(self) -> None:
+        """Removes everything; the memory is dropped. Raises OSError."""
+        self._is_closing.set()
+        with self._busy:
+            self._drop_spare()
+            self.journal.close("the memory is dropped")
+            self._folder.disk.remove_folder(self._folder.path)
+
+    def _take(self, memory: Memory, spare: AppendFile, control: Control) -> bool:
+        still, state = self._hold(memory, spare, control)
+        number, disk = self._segment, self._folder.disk
+        partial = self._folder.partial(number)
+        disk.remove_folder(partial)
+        self.journal.sync()
+
+        def take(piece: Piece) -> list[memoryview]:
+            if self._is_closing.is_set():
+                raise NotReady("the memory is being closed")
+            return control(lambda: still.take(piece)).result()
+
+        try:
+            write(disk, partial, state, still, take)
+        except MemstoreError:
+            disk.remove_folder(partial)
+            if self._is_closing.is_set():
+                return False
+            raise
+        disk.rename(partial, self._folder.snapshot(number))
+        try:
+            Snapshot(disk, self._folder.snapshot(number)).verify()
+        except Corrupt:
+            disk.remove_folder(self._folder.snapshot(number))
+            raise
+        self.journal.forget_retired()
+        self._folder.remove_before(number)
+        return True
+
+    def _hold(self, memory: Memory, spare: AppendFile, control: Control) -> tuple[Still, State]:
+        """Begins a new segment of the log and a picture of the memory in the same moment."""
+
+        def hold() -> tuple[Still, State]:
+            number = self.journal.rotate(spare)
+            still, counts = memory.hold_still(), memory.counts()
+            state = State(
+                identity=self._identity,
+                number=number,
+                appended_rows=counts.appended_rows,
+                evicted_rows=counts.evicted_rows,
+                sequences=still.sequences,
+            )
+            return still, state
+
+        held = control(hold).result()
+        self._spare = None
+        self._segment += 1
+        return held
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+            self._folder.disk.remove(self._folder.segment(self._segment + 1))
+            self._spare = None

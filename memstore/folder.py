@@ -1,0 +1,103 @@
+"""MemoryFolder: where the files of one durable memory lie, and what they are called. Never a name as a client gave it.
+
+DATA/memories/TENANT/NAME/
+    log-00000001, log-00000002, ...     segments of the log, each going on where the one before ends
+    snapshot-00000002/                  the memory as it was when log-00000002 began
+    .snapshot-00000003/                 one that is being written; removed at the next start
+    closed                              where the log ended when the server stopped in order
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from memstore.errors import Corrupt
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from memstore.seams import Disk
+
+MEMORIES = "memories"
+CLOSED = "closed"
+_NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")
+
+
+def escaped(name: str) -> str:
+    """A name as that of a file: [A-Za-z0-9_.~-] as they are, but not a leading dot; everything else as %XX."""
+    plain = quote(name, safe="")
+    return f"%2E{plain[1:]}" if plain.startswith(".") else plain
+
+
+def path_of(data: Path, tenant: str, name: str) -> Path:
+    """The folder of a memory in the data folder."""
+    return data / MEMORIES / escaped(tenant) / escaped(name)
+
+
+class MemoryFolder:
+    """The files of one memory by their numbers. Every call may raise OSError."""
+
+    def __init__(self, path: Path, disk: Disk) -> None:
+        self.path = path
+        self.disk = disk
+
+    def segments(self) -> list[int]:
+        """Numbers of the segments of the log, ascending."""
+        return self._numbers("log")
+
+    def snapshots(self) -> list[int]:
+        """Numbers of the snapshots, ascending. The log goes on from the segment of the same number."""
+        return self._numbers("snapshot")
+
+    def segment(self, number: int) -> Path:
+        """The file of a segment."""
+        return self.path / f"log-{number:08d}"
+
+    def snapshot(self, number: int) -> Path:
+        """The folder of a snapshot."""
+        return self.path / f"snapshot-{number:08d}"
+
+    def partial(self, number: int) -> Path:
+        """The folder of a snapshot while it is written."""
+        return self.path / f".snapshot-{number:08d}"
+
+    def remove_partials(self) -> None:
+        """Removes snapshots that were never finished."""
+        for name in self.disk.names(self.path):
+            if name.startswith(".snapshot-"):
+                self.disk.remove_folder(self.path / name)
+
+    def remove_before(self, number: int) -> None:
+        """Removes the snapshots and segments that a snapshot has made superfluous, the oldest first."""
+        for each in self.snapshots():
+            if each < number:
+                self.disk.remove_folder(self.snapshot(each))
+        for each in self.segments():
+            if each < number:
+                self.disk.remove(self.segment(each))
+
+    def mark_closed(self, next_number: int) -> None:
+        """Says that the log ends before the record `next_number`, and that all of it is synced."""
+        text = f"{next_number:016x}"
+        self.disk.replace(self.path / CLOSED, f"{text} {zlib.crc32(text.encode()):08x}\n".encode())
+
+    def closed_at(self) -> int | None:
+        """What `mark_closed` said last; None where the log was written since. Raises Corrupt."""
+        content = self.disk.read(self.path / CLOSED)
+        if content is None:
+            return None
+        text, _, check = content.decode("latin-1").partition(" ")
+        if check != f"{zlib.crc32(text.encode('latin-1')):08x}\n" or not re.fullmatch(r"[0-9a-f]{16}", text):
+            raise Corrupt(f"{self.path / CLOSED}: its checksum does not fit")
+        return int(text, 16)
+
+    def mark_open(self) -> None:
+        """The log will be written."""
+        self.disk.remove(self.path / CLOSED)
+
+    def _numbers(self, kind: str) -> list[int]:
+        matches = (_NUMBERED.fullmatch(name) for name in self.disk.names(self.path))
+        return [int(match[2]) for match in matches if match and match[1] == kind]

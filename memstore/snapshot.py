@@ -1,0 +1,270 @@
+"""Snapshots: a whole memory in a folder of plain arrays and a JSON manifest; written, checked, and read back.
+
+    rows.bin        the live rows, chunk by chunk, each as RowFormat has it: some positions of one sequence, all layers
+    replies.bin     what the writers were answered, uint64 [replies, 6], in the order of the manifest
+    manifest.json   what they are: spec, sequences, where each chunk belongs; CRC-32 of every chunk and of each file
+
+The manifest has a SHA-256 over itself, and is accepted only byte for byte as this module writes it. Nothing here is
+executed or trusted: a snapshot is checked as it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memstore.errors import Corrupt
+from memstore.row_bytes import RowFormat
+from memstore.sequence import Reply, Sequence, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from memstore.seams import Disk
+    from memstore.still import Piece, Still
+    from memstore.types import MemorySpec
+
+FORMAT = 1
+MANIFEST, ROWS, REPLIES = "manifest.json", "rows.bin", "replies.bin"
+_REPLY_NUMBERS = 6
+REPLY_CHUNK_BYTES = 8 * _REPLY_NUMBERS << 16
+"""One chunk of replies.bin: 65,536 replies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a snapshot holds beside rows. number: of the first record of the log that is not in it."""
+
+    identity: str
+    number: int
+    appended_rows: int
+    evicted_rows: int
+    sequences: Mapping[str, Sequence]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of rows.bin. sequence: its name."""
+
+    sequence: str
+    position: int
+    num_rows: int
+    crc: int
+
+
+class _Writing:
+    """One file of a snapshot while it is written."""
+
+    def __init__(self, disk: Disk, path: Path) -> None:
+        self._file = disk.create(path)
+        self.crc = 0
+
+    def chunk(self, parts: Iterable[memoryview]) -> int:
+        """Adds a chunk; its CRC-32."""
+        crc, given = 0, list(parts)
+        for part in given:
+            crc = zlib.crc32(part, crc)
+            self.crc = zlib.crc32(part, self.crc)
+        self._file.write(given)
+        return crc
+
+    def close(self) -> dict[str, int]:
+        """Syncs the file; what the manifest says about it."""
+        try:
+            self._file.sync()
+            return {"bytes": self._file.size, "crc32": self.crc}
+        finally:
+            self._file.close()
+
+
+def write(disk: Disk, folder: Path, state: State, still: Still, take: Callable[[Piece], list[memoryview]]) -> None:
+    """Writes a snapshot into a new folder, its last file being the manifest. take: gives a piece of `still`.
+
+    Raises OSError, and what `take` raises; the folder is then of no use.
+    """
+    names = {sequence.place: name for name, sequence in state.sequences.items()}
+    rows = _Writing(disk, folder / ROWS)
+    try:
+        chunks = [[names[each.place], each.position, each.length, rows.chunk(take(each))] for each in still.pieces]
+    finally:
+        files = {ROWS: rows.close()}
+    replies = _Writing(disk, folder / REPLIES)
+    reply_chunks = [replies.chunk([part]) for part in _split(_reply_bytes(state.sequences))]
+    files[REPLIES] = replies.close()
+    manifest = {
+        "format": FORMAT,
+        "identity": state.identity,
+        "number": state.number,
+        "num_layers": still.format.num_layers,
+        "arrays": [[array.name, str(array.dtype), list(array.shape)] for array in still.format.arrays],
+        "appended_rows": state.appended_rows,
+        "evicted_rows": state.evicted_rows,
+        "sequences": [_sequence_entry(name, sequence) for name, sequence in state.sequences.items()],
+        "chunks": chunks,
+        "reply_chunks": reply_chunks,
+        "files": files,
+    }
+    disk.replace(folder / MANIFEST, _sealed(manifest))
+
+
+def _split(content: memoryview) -> list[memoryview]:
+    return [content[at : at + REPLY_CHUNK_BYTES] for at in range(0, len(content), REPLY_CHUNK_BYTES)]
+
+
+def _sealed(manifest: Mapping[str, object]) -> bytes:
+    text = json.dumps(manifest, separators=(",", ":"), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"sha256":"{digest}","manifest":{text}}}\n'.encode()
+
+
+def _sequence_entry(name: str, sequence: Sequence) -> list[object]:
+    writers = [[writer, each.next_seq, len(each.replies)] for writer, each in sequence.writers.items()]
+    return [name, sequence.place, sequence.epoch, sequence.next_position, sequence.floor, writers]
+
+
+def _reply_bytes(sequences: Mapping[str, Sequence]) -> memoryview:
+    """uint64 (replies, 6): rows, fingerprint, as_of, first position, whether it began an epoch, and sent with which."""
+    replies = (
+        reply
+        for sequence in sequences.values()
+        for writer in sequence.writers.values()
+        for reply in writer.replies.values()
+    )
+    numbers = [
+        (
+            reply.num_rows,
+            reply.fingerprint,
+            reply.as_of,
+            reply.first_position,
+            reply.begun_from is not None,
+            reply.begun_from or 0,
+        )
+        for reply in replies
+    ]
+    return memoryview(np.array(numbers, np.uint64).tobytes())
+
+
+class Snapshot:
+    """A snapshot on a disk. Every call raises Corrupt where something does not fit, and OSError."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        """Reads and checks the manifest."""
+        self._disk = disk
+        self._folder = folder
+        self._manifest = _unsealed(disk.read(folder / MANIFEST), folder)
+        try:
+            self._files = {name: (int(each["bytes"]), int(each["crc32"])) for name, each in self._part("files").items()}
+            self.chunks = [Chunk(*each) for each in self._part("chunks")]
+            self.identity, self.number = str(self._part("identity")), int(self._part("number"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Corrupt(f"{folder}: its manifest lacks something: {error}") from error
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of rows."""
+        return self._files[ROWS][0]
+
+    def state(self, spec: MemorySpec) -> State:
+        """What it holds beside rows, for a memory of this spec."""
+        arrays = [[array.name, str(array.dtype), list(array.shape)] for array in RowFormat(spec).arrays]
+        if self._part("arrays") != arrays or self._part("num_layers") != spec.num_layers:
+            raise Corrupt(f"{self._folder}: its arrays are not those of the memory")
+        try:
+            replies = iter(self._replies())
+            sequences = {entry[0]: _sequence(entry, replies) for entry in self._part("sequences")}
+            return State(
+                identity=self.identity,
+                number=self.number,
+                appended_rows=int(self._part("appended_rows")),
+                evicted_rows=int(self._part("evicted_rows")),
+                sequences=sequences,
+            )
+        except (StopIteration, RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise Corrupt(f"{self._folder}: its manifest does not fit its replies") from error
+
+    def rows(self, row_bytes: int) -> Iterator[tuple[Chunk, memoryview]]:
+        """Every chunk of rows with its bytes, which are valid until the next one."""
+        lengths = [chunk.num_rows * row_bytes for chunk in self.chunks]
+        crcs = [chunk.crc for chunk in self.chunks]
+        yield from zip(self.chunks, self._checked(ROWS, lengths, crcs), strict=True)
+
+    def verify(self) -> None:
+        """Reads everything, and checks it."""
+        total = sum(chunk.num_rows for chunk in self.chunks)
+        row_bytes = self.num_bytes // total if total else 0
+        for _ in self.rows(row_bytes):
+            """What is checked is not kept."""
+        self._replies()
+
+    def _part(self, name: str) -> Any:
+        try:
+            return self._manifest[name]
+        except KeyError as error:
+            raise Corrupt(f"{self._folder}: its manifest has no {name}") from error
+
+    def _replies(self) -> list[list[int]]:
+        size, _ = self._files[REPLIES]
+        lengths = [min(REPLY_CHUNK_BYTES, size - at) for at in range(0, size, REPLY_CHUNK_BYTES)]
+        table: list[list[int]] = []
+        for content in self._checked(REPLIES, lengths, self._part("reply_chunks")):
+            table += np.frombuffer(content, np.uint64).reshape(-1, _REPLY_NUMBERS).tolist()
+        return table
+
+    def _checked(self, name: str, lengths: list[int], crcs: list[int]) -> Iterator[memoryview]:
+        """The chunks of a file, one behind the other, each checked, and at last the file as a whole."""
+        size, whole = self._files[name]
+        buffer = memoryview(bytearray(max(lengths, default=0)))
+        file = self._disk.open(self._folder / name)
+        try:
+            if file.size != size or sum(lengths) != size or len(lengths) != len(crcs):
+                raise Corrupt(f"{self._folder / name}: {file.size} bytes, {size} expected")
+            offset, crc = 0, 0
+            for length, expected in zip(lengths, crcs, strict=True):
+                view = buffer[:length]
+                if file.read_into(offset, view) < length or zlib.crc32(view) != expected:
+                    raise Corrupt(f"{self._folder / name}: the chunk at byte {offset} fails its check")
+                crc = zlib.crc32(view, crc)
+                offset += length
+                yield view
+            if crc != whole:
+                raise Corrupt(f"{self._folder / name}: the file fails its check")
+        finally:
+            file.close()
+
+
+def _unsealed(content: bytes | None, folder: Path) -> dict[str, Any]:
+    """The manifest. Raises Corrupt unless it is byte for byte what `_sealed` makes of it."""
+    if content is None:
+        raise Corrupt(f"{folder}: it has no manifest")
+    try:
+        manifest = json.loads(content)["manifest"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Corrupt(f"{folder}: its manifest cannot be read") from error
+    if not isinstance(manifest, dict) or _sealed(manifest) != content:
+        raise Corrupt(f"{folder}: its manifest fails its check")
+    if manifest.get("format") != FORMAT:
+        raise Corrupt(f"{folder}: a snapshot of format {manifest.get('format')}, and this release reads {FORMAT}")
+    return manifest
+
+
+def _sequence(entry: list[Any], replies: Iterator[list[int]]) -> Sequence:
+    _, place, epoch, next_position, floor, writers = entry
+    sequence = Sequence(place, epoch, next_position, floor)
+    for name, next_seq, num_replies in writers:
+        sequence.writers[name] = writer = Writer(next_seq=next_seq)
+        for seq in range(next_seq - num_replies, next_seq):
+            num_rows, fingerprint, as_of, first_position, is_beginning, begun_from = next(replies)
+            writer.replies[seq] = Reply(
+                num_rows=num_rows,
+                fingerprint=fingerprint,
+                as_of=as_of,
+                first_position=first_position,
+                begun_from=begun_from if is_beginning else None,
+            )
+    return sequence

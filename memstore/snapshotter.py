@@ -1,0 +1,80 @@
+"""Snapshotter: the thread that takes snapshots of durable memories, when their logs are long or old."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from memstore.errors import MemstoreError
+from memstore.logs import event, trouble
+from memstore.store import log_limit
+
+if TYPE_CHECKING:
+    from memstore.registry import Loaded, Registry
+    from memstore.seams import Clock
+    from memstore.store import StoreObserver
+
+CHECK_S = 1.0
+"""How often logs are looked at."""
+_log = logging.getLogger(__name__)
+
+
+class Snapshotter:
+    """Watches the memories of a registry. A snapshot that fails is tried again after the interval."""
+
+    def __init__(self, registry: Registry, clock: Clock, interval_s: float, observer: StoreObserver) -> None:
+        """interval_s: how old what only the log has may become."""
+        self._registry = registry
+        self._clock = clock
+        self._interval_s = interval_s
+        self._observer = observer
+        self._tried: dict[int, float] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memstore-snapshots", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Takes the last snapshots, of every memory that was changed since its own; those under way are finished."""
+        self.close()
+        for loaded in self._registry.all():
+            if loaded.archive is not None and loaded.archive.journal.num_kept:
+                self._take(loaded)
+
+    def close(self) -> None:
+        """Takes no more of them."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(CHECK_S):
+            for loaded in self._registry.all():
+                if self._stopping.is_set():
+                    return
+                if self._is_due(loaded):
+                    self._take(loaded)
+
+    def _is_due(self, loaded: Loaded) -> bool:
+        if loaded.archive is None or not loaded.archive.journal.num_kept:
+            return False
+        age_s = self._clock.monotonic() - self._tried.setdefault(id(loaded.archive), self._clock.monotonic())
+        if age_s >= self._interval_s:
+            return True
+        has_failed = loaded.archive.has_failed
+        return not has_failed and loaded.archive.journal.log_bytes >= log_limit(loaded.spec)
+
+    def _take(self, loaded: Loaded) -> None:
+        if loaded.archive is None:
+            return
+        begun = self._clock.monotonic()
+        self._tried[id(loaded.archive)] = begun
+        try:
+            is_taken = loaded.archive.snapshot(loaded.engine, self._registry.worker.control)
+        except (MemstoreError, OSError) as error:
+            self._observer.snapshot("failed", self._clock.monotonic() - begun)
+            trouble(_log, "snapshot failed", error, memory=loaded.id.name)
+            return
+        if is_taken:
+            seconds = self._clock.monotonic() - begun
+            self._observer.snapshot("ok", seconds)
+            event(_log, logging.INFO, "snapshot taken", memory=loaded.id.name, seconds=round(seconds, 3))

@@ -1,0 +1,217 @@
+"""Store: the data folder of a server, and the archives of the durable memories in it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from memstore.archive import Archive
+from memstore.errors import Corrupt, InvalidRequest, NotReady, QuotaExceeded
+from memstore.folder import MemoryFolder, path_of
+from memstore.journal import Syncer
+from memstore.logs import event
+from memstore.slab import bytes_needed
+from memstore.types import Durability
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from memstore.catalog import MemoryId
+    from memstore.journal import Asked
+    from memstore.memory import Memory
+    from memstore.seams import Clock, Disk
+    from memstore.types import MemorySpec
+
+LEAST_LOG_BYTES = 64 << 20
+"""A log shorter than this is no reason for a snapshot."""
+PROGRESS_S = 2.0
+"""How often the log says how far a memory is loaded."""
+_log = logging.getLogger(__name__)
+
+
+class StoreObserver(Protocol):
+    """Who is told what happens to files; must be quick."""
+
+    def recovered(self, cut_bytes: int, seconds: float) -> None:
+        """A memory was read back; so many bytes of its log were a torn end."""
+
+    def snapshot(self, outcome: str, seconds: float) -> None:
+        """A snapshot was taken ("ok"), or was not ("failed")."""
+
+
+class Store(Protocol):
+    """Where durable memories are kept."""
+
+    def check(self, spec: MemorySpec) -> None:
+        """Raises InvalidRequest where a memory of this spec cannot be kept here at all, QuotaExceeded for its size."""
+
+    def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        """Begins the files of a new memory and makes them its keeper; None for a volatile one. Raises NotReady."""
+
+    def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
+
+    def remove(self, memory: MemoryId) -> None:
+        """Removes the files of a memory that is not open. Raises NotReady."""
+
+    def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
+        """Removes the files of an open memory, and gives its share of the quota back. Raises NotReady."""
+
+    def close(self) -> None:
+        """Ends the threads; archives are closed before."""
+
+
+class NoStore:
+    """Keeps no rows: only volatile memories can be here."""
+
+    def check(self, spec: MemorySpec) -> None:
+        if spec.durability is not Durability.VOLATILE:
+            raise InvalidRequest("spec.durability", f"{spec.durability.value}: this server keeps no rows")
+
+    def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        return None
+
+    def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        self.check(engine.spec)
+        return None
+
+    def remove(self, memory: MemoryId) -> None:
+        """There is nothing."""
+
+    def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
+        """There is nothing."""
+
+    def close(self) -> None:
+        """There are no threads."""
+
+
+class FileStore:
+    """Archives in a folder that this server owns. Called by one thread at a time."""
+
+    def __init__(
+        self, data: Path, disk: Disk, clock: Clock, quota_bytes: int, observer: StoreObserver, syncers: Syncers
+    ) -> None:
+        """quota_bytes: what memories may take in the folder; 0 for no bound but the disk's."""
+        self._data = data
+        self._disk = disk
+        self._clock = clock
+        self._quota_bytes = quota_bytes
+        self._observer = observer
+        self._syncers = syncers
+        self.used_bytes = 0
+
+    def check(self, spec: MemorySpec) -> None:
+        needed = disk_bytes(spec)
+        left = self._quota_bytes - self.used_bytes
+        if self._quota_bytes and needed > left:
+            raise QuotaExceeded(
+                f"the memory may take {needed} bytes of disk, {left} of {self._quota_bytes} are left",
+                needed_bytes=needed,
+                left_bytes=left,
+            )
+
+    def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        if engine.spec.durability is Durability.VOLATILE:
+            return None
+        folder, syncer = self._folder(memory), self._syncers.of(engine.spec)
+        try:
+            archive = Archive.create(folder, identity, engine.spec, syncer)
+        except OSError as error:
+            raise _unwritable(error) from error
+        engine.keeper = archive.journal
+        self.used_bytes += disk_bytes(engine.spec)
+        return archive
+
+    def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        if engine.spec.durability is Durability.VOLATILE:
+            return None
+        begun = self._clock.monotonic()
+        progress = _Progress(memory.name, self._clock)
+        folder, syncer = self._folder(memory), self._syncers.of(engine.spec)
+        try:
+            archive, found = Archive.recover(folder, identity, engine, syncer, progress)
+        except OSError as error:
+            raise _unwritable(error) from error
+        self.used_bytes += disk_bytes(engine.spec)
+        seconds = self._clock.monotonic() - begun
+        self._observer.recovered(found.cut_bytes, seconds)
+        if found.cut_bytes:
+            event(_log, logging.WARNING, "torn end of the log is cut", memory=memory.name, cut_bytes=found.cut_bytes)
+        if found.is_loss_possible and archive.journal.may_lose:
+            event(_log, logging.WARNING, "the machine went down: the last second may be lost", memory=memory.name)
+        rows = engine.counts().num_rows
+        event(_log, logging.INFO, "memory restored", memory=memory.name, rows=rows, seconds=round(seconds, 3))
+        return archive
+
+    def remove(self, memory: MemoryId) -> None:
+        try:
+            self._disk.remove_folder(self._folder(memory).path)
+        except OSError as error:
+            raise _unwritable(error) from error
+
+    def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
+        if archive is None:
+            return
+        self.used_bytes -= disk_bytes(spec)
+        try:
+            archive.remove()
+        except OSError as error:
+            raise _unwritable(error) from error
+
+    def close(self) -> None:
+        self._syncers.close()
+
+    def _folder(self, memory: MemoryId) -> MemoryFolder:
+        return MemoryFolder(path_of(self._data, memory.tenant, memory.name), self._disk)
+
+
+class Syncers:
+    """The threads that sync: one for memories whose callers wait, one for those whose do not."""
+
+    def __init__(self, always: Asked, interval: Asked) -> None:
+        self._always = always
+        self._interval = interval
+
+    def of(self, spec: MemorySpec) -> Asked:
+        """Who syncs a memory of this spec."""
+        return self._always if spec.durability is Durability.ALWAYS else self._interval
+
+    def close(self) -> None:
+        """Ends the threads."""
+        for syncer in (self._always, self._interval):
+            if isinstance(syncer, Syncer):
+                syncer.close()
+
+
+class _Progress:
+    """Says how far a memory is, every now and then."""
+
+    def __init__(self, name: str, clock: Clock) -> None:
+        self._name = name
+        self._clock = clock
+        self._said = clock.monotonic()
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now = self._clock.monotonic()
+        if now - self._said >= PROGRESS_S:
+            self._said = now
+            percent = 100 * done_bytes // max(total_bytes, 1)
+            event(_log, logging.INFO, "loading memory", memory=self._name, percent=percent, bytes=total_bytes)
+
+
+def log_limit(spec: MemorySpec) -> int:
+    """Bytes of a log that call for a snapshot: as long as the rows themselves."""
+    return max(LEAST_LOG_BYTES, bytes_needed(spec))
+
+
+def disk_bytes(spec: MemorySpec) -> int:
+    """Bytes of disk that a memory may take: two snapshots, and the log until the next one is done."""
+    if spec.durability is Durability.VOLATILE:
+        return 0
+    return 2 * bytes_needed(spec) + 2 * log_limit(spec)
+
+
+def _unwritable(error: OSError) -> NotReady | Corrupt:
+    if isinstance(error, FileNotFoundError):
+        return Corrupt(f"{error.filename}: a file of the memory is missing")
+    return NotReady(f"the data folder cannot be used ({error.strerror})")

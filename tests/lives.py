@@ -1,0 +1,153 @@
+"""A durable memory over a fake disk, through one life of its process after another."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from memstore.archive import Archive
+from memstore.errors import MemstoreError
+from memstore.folder import MemoryFolder
+from memstore.memory import Memory
+from memstore.types import Durability, MemorySpec, RetrieveOptions, SequencePart, SequenceResult, StepBatch, StepResult
+from tests.fakes import Diligent, FakeDisk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memstore.recovery import Recovered
+
+T = TypeVar("T")
+FOLDER = Path("/data/memories/t/m")
+SPEC = MemorySpec(name="m", dim=2, capacity=4, max_sequences=3, dtype=torch.float16, durability=Durability.ALWAYS)
+Picture = dict[str, object]
+
+
+class Life:
+    """One life of a server with one memory, whose files may be those of an earlier life."""
+
+    def __init__(
+        self,
+        disk: FakeDisk,
+        spec: MemorySpec = SPEC,
+        *,
+        is_new: bool = False,
+        syncer: Diligent | None = None,
+        epochs: itertools.count[int] | None = None,
+    ) -> None:
+        self.disk = disk
+        self.folder = MemoryFolder(FOLDER, disk)
+        self.syncer = syncer or Diligent()
+        self.epochs = epochs or itertools.count(1)
+        self.memory = Memory(spec, torch.device("cpu"), new_epoch=self.epochs.__next__)
+        self.found: Recovered | None = None
+        if is_new:
+            self.archive = Archive.create(self.folder, "m", spec, self.syncer)
+            self.memory.keeper = self.archive.journal
+        else:
+            self.archive, self.found = Archive.recover(
+                self.folder, "m", self.memory, self.syncer, lambda done, total: None
+            )
+
+    def again(self) -> Life:
+        """The next life, after whatever happened to the disk."""
+        return Life(self.disk, self.memory.spec, syncer=self.syncer, epochs=self.epochs)
+
+    def append(
+        self,
+        name: str = "a",
+        rows: int = 1,
+        seq: int = 0,
+        *,
+        writer: str = "w",
+        value: float = 0.0,
+        start: bool = False,
+    ) -> SequenceResult:
+        """Appends rows that say who they are; MemstoreError where that is refused."""
+        return self.step(batch(self.memory.spec, name, rows, seq, writer=writer, value=value, start=start))
+
+    def step(self, step: StepBatch) -> SequenceResult:
+        """What happened to the one sequence of a batch."""
+        (result,) = self.memory.step([step])
+        if isinstance(result, MemstoreError):
+            raise result
+        return result.sequences[0]
+
+    def control(self, run: Callable[[], T], /) -> Future[T]:
+        """Runs something as the device's thread would, at once."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(run())
+        except MemstoreError as error:
+            future.set_exception(error)
+        return future
+
+    def snapshot(self) -> bool:
+        """Takes a snapshot."""
+        return self.archive.snapshot(self.memory, self.control)
+
+    def picture(self) -> Picture:
+        """Everything there is to see, byte for byte."""
+        return picture(self.memory)
+
+
+def batch(
+    spec: MemorySpec,
+    name: str,
+    rows: int,
+    seq: int,
+    *,
+    writer: str = "w",
+    value: float = 0.0,
+    start: bool = False,
+    epoch: int = 0,
+) -> StepBatch:
+    """An append of rows of which each is different."""
+    numbers = torch.arange(spec.num_layers * rows * spec.dim).view(spec.num_layers, rows, spec.dim)
+    keys = (numbers + 10 * seq + value) / 7
+    payloads = {
+        each.name: (torch.arange(spec.num_layers * rows * torch.Size(each.shape).numel()) + seq)
+        .view(spec.num_layers, rows, *each.shape)
+        .to(each.dtype)
+        for each in spec.payloads
+    }
+    return StepBatch(
+        parts=(SequencePart(sequence=name, num_rows=rows, seq=seq, start_of_sequence=start, epoch=epoch),),
+        layers=tuple(range(spec.num_layers)),
+        keys=keys,
+        payloads=payloads,
+        append=True,
+        writer=writer,
+        fingerprints=(zlib.crc32(keys.numpy().tobytes()),) if writer else (),
+    )
+
+
+def found(memory: Memory, name: str) -> StepResult:
+    """What a search of a sequence gives."""
+    spec = memory.spec
+    query = replace(
+        batch(spec, name, 2, 3, writer=""),
+        append=False,
+        payloads={},
+        retrieve=RetrieveOptions(top_k=3, window_before=1, arrays=("key", *(each.name for each in spec.payloads))),
+    )
+    (result,) = memory.step([query])
+    assert isinstance(result, StepResult)
+    return result
+
+
+def picture(memory: Memory) -> Picture:
+    """Everything there is to see of a memory, byte for byte."""
+    still = memory.hold_still()
+    memory.let_go()
+    rows: dict[str, list[bytes]] = {name: [] for name in still.sequences}
+    names = {sequence.place: name for name, sequence in still.sequences.items()}
+    for piece in still.pieces:
+        rows[names[piece.place]].append(b"".join(bytes(part) for part in still.take(piece)))
+    return {"counts": memory.counts(), "sequences": still.sequences, "rows": rows}

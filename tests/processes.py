@@ -1,0 +1,58 @@
+"""The server as a process of its own, whose log the test reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from memstore.v1 import memstore_pb2_grpc
+
+if TYPE_CHECKING:
+    import signal
+    from pathlib import Path
+
+
+class Process:
+    """`memstore serve` with a JSON log, its data in a folder."""
+
+    def __init__(self, folder: Path, *arguments: str, optimised: bool = False) -> None:
+        command = [sys.executable, *(["-O"] if optimised else []), "-m", "memstore", "serve"]
+        command += ["--data", str(folder), "--log-format", "json", "--metrics-port", "0", "--threads", "1"]
+        self._process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        self.channel: grpc.Channel | None = None
+
+    def until(self, name: str) -> dict[str, Any]:
+        """The line of the log with this event."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            entry: dict[str, Any] = json.loads(line)
+            if entry["event"] == name:
+                return entry
+        raise AssertionError(f"the log ended without {name!r}")
+
+    def connect(self) -> memstore_pb2_grpc.MemoryServiceStub:
+        """A connection, once the server is ready."""
+        self.channel = grpc.insecure_channel(self.until("ready")["address"])
+        return memstore_pb2_grpc.MemoryServiceStub(self.channel)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Sends a signal."""
+        self._process.send_signal(number)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and what was left of the log."""
+        assert self._process.stderr is not None
+        rest = self._process.stderr.read()
+        return self._process.wait(), rest
+
+    def close(self) -> None:
+        """Ends it whatever its state is."""
+        if self.channel is not None:
+            self.channel.close()
+        self._process.kill()
+        with self._process:
+            """Waits, and closes its pipes."""

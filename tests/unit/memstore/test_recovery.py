@@ -1,0 +1,355 @@
+"""What comes back after a stop: everything, byte for byte; or as much as was promised; or Corrupt."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+from memstore.errors import Corrupt, EpochChanged, ReadOnly
+from memstore.memory import Memory
+from memstore.sequence import REPLAY_WINDOW
+from memstore.types import Durability, MemorySpec, Metric, PayloadSpec, StepResult
+from tests.fakes import Diligent, FakeDisk
+from tests.lives import FOLDER, SPEC, Life, batch, found
+
+INTERVAL = replace(SPEC, durability=Durability.INTERVAL)
+WIDE = replace(
+    SPEC,
+    num_layers=2,
+    max_sequences=4,
+    dtype=torch.bfloat16,
+    payloads=(
+        PayloadSpec(name="hidden", dtype=torch.int32, shape=(3,)),
+        PayloadSpec(name="x", dtype=torch.int8, shape=(1,)),
+    ),
+)
+
+
+def _busy(life: Life) -> None:
+    """Something of everything: wraps, several writers, restarts, forks, ends, empty appends, unnumbered ones."""
+    for seq, rows in enumerate([1, 3, 0, 6, 2]):
+        life.append("a", rows, seq)
+    life.append("b", 2, 0, writer="")
+    life.append("b", 2, 0, writer="v", value=5)
+    life.memory.fork("a", "c", None, 0)
+    life.append("c", 1, 0)
+    life.append("b", 1, 0, start=True)
+    life.memory.reset(["b"], release=True)
+    life.memory.reset(["c", "never"], release=False)
+    life.append("n", 3, 0)
+
+
+def _bits(content: bytes) -> list[bytes]:
+    """The content with each of its bits flipped once."""
+    flipped = []
+    for at in range(len(content) * 8):
+        changed = bytearray(content)
+        changed[at // 8] ^= 1 << at % 8
+        flipped.append(bytes(changed))
+    return flipped
+
+
+@pytest.fixture(params=list(Metric), ids=lambda metric: metric.value)
+def spec(request: pytest.FixtureRequest) -> MemorySpec:
+    return replace(WIDE, metric=request.param)
+
+
+@pytest.mark.parametrize("durability", [Durability.INTERVAL, Durability.ALWAYS])
+@pytest.mark.parametrize("ends", ["killed", "closed"])
+@pytest.mark.parametrize("has_snapshot", [False, True])
+def test_a_restart_gives_back_everything(
+    spec: MemorySpec, durability: Durability, ends: str, has_snapshot: bool
+) -> None:
+    life = Life(FakeDisk(), replace(spec, durability=durability), is_new=True)
+    _busy(life)
+    if has_snapshot:
+        assert life.snapshot()
+        life.append("n", 2, 1)
+    before, answer = life.picture(), found(life.memory, "a")
+    if ends == "closed":
+        life.archive.close()
+    life.disk.kill()
+    again = life.again()
+    assert again.picture() == before
+    _assert_identical(found(again.memory, "a"), answer)
+    assert again.found is not None
+    assert again.found.cut_bytes == 0
+
+
+def _assert_identical(got: StepResult, want: StepResult) -> None:
+    assert got.sequences == want.sequences
+    assert got.hits is not None
+    assert want.hits is not None
+    for name in ("row_splits", "positions", "index", "scores"):
+        assert torch.equal(getattr(got.hits, name), getattr(want.hits, name))
+    for name, array in want.hits.arrays.items():
+        assert torch.equal(got.hits.arrays[name], array)
+
+
+def test_a_restored_memory_goes_on_and_is_restored_again() -> None:
+    life = Life(FakeDisk(), is_new=True)
+    for round_ in range(5):
+        for seq in range(3):
+            life.append("a", 1, 3 * round_ + seq)
+        if round_ % 2:
+            life.snapshot()
+        before = life.picture()
+        life.disk.kill()
+        life = life.again()
+        assert life.picture() == before
+    assert life.append("a", 1, 15).first_position == 15
+
+
+def test_the_last_256_replies_survive() -> None:
+    life = Life(FakeDisk(), is_new=True)
+    answers = [life.append("a", 1, seq) for seq in range(REPLAY_WINDOW + 10)]
+    life.snapshot()
+    answers += [life.append("a", 1, seq) for seq in range(REPLAY_WINDOW + 10, REPLAY_WINDOW + 20)]
+    again = life.again()
+    for seq in range(20, REPLAY_WINDOW + 20):
+        answer = again.append("a", 1, seq)
+        assert answer == replace(answers[seq], is_replay=True, live_begin=answer.live_begin)
+    assert again.memory.counts().appended_rows == REPLAY_WINDOW + 20
+
+
+def test_a_write_that_fails_changes_nothing_and_the_next_one_succeeds() -> None:
+    life = Life(FakeDisk(), is_new=True)
+    life.append("a", 2, 0)
+    before = life.picture()
+    life.disk.is_full = True
+    with pytest.raises(ReadOnly, match="No space"):
+        life.append("a", 1, 1)
+    with pytest.raises(ReadOnly):
+        life.memory.reset(["a"], release=False)
+    with pytest.raises(ReadOnly):
+        life.memory.fork("a", "b", None, 0)
+    assert life.picture() == before
+    assert found(life.memory, "a").hits is not None
+    assert life.archive.journal.is_refusing
+    life.disk.is_full = False
+    assert life.append("a", 1, 1).first_position == 2
+    assert not life.archive.journal.is_refusing
+    after = life.picture()
+    assert life.again().picture() == after
+
+
+def test_a_batch_without_changes_is_answered_while_the_disk_is_full() -> None:
+    life = Life(FakeDisk(), is_new=True)
+    life.append("a", 2, 0)
+    life.disk.is_full = True
+    asks = replace(batch(SPEC, "b", 1, 0, writer=""), append=False)
+    refused, answered = life.memory.step([batch(SPEC, "a", 1, 1), asks])
+    assert isinstance(refused, ReadOnly)
+    assert isinstance(answered, StepResult)
+
+
+def test_what_a_killed_process_was_writing_is_cut_and_reported() -> None:
+    life = Life(FakeDisk(), is_new=True)
+    life.append("a", 2, 0)
+    before = life.picture()
+    path = FOLDER / "log-00000001"
+    whole = len(life.disk.files[path])
+    life.append("a", 1, 1)
+    longest = life.disk.files[path]
+    for size in range(whole + 1, len(longest)):
+        life.disk.files = {path: longest[:size]}
+        again = life.again()
+        assert again.picture() == before
+        assert again.found is not None
+        assert again.found.cut_bytes == size - whole
+        assert len(life.disk.files[path]) == whole
+
+
+def test_always_is_answered_when_it_is_synced_and_not_before() -> None:
+    life = Life(FakeDisk(), is_new=True, syncer=Diligent(waits=True))
+    answered: list[object] = []
+    life.append("a", 1, 0)
+    life.memory.settle(answered.append)
+    life.append("a", 1, 1)
+    life.memory.settle(answered.append)
+    assert answered == []
+    num_syncs = life.disk.num_syncs
+    life.syncer.sync()
+    assert answered == [None, None]
+    assert life.disk.num_syncs == num_syncs + 1
+    life.memory.settle(answered.append)
+    assert answered == [None] * 3
+
+
+def test_interval_is_answered_at_once_and_asks_for_one_sync() -> None:
+    life = Life(FakeDisk(), INTERVAL, is_new=True, syncer=Diligent(waits=True))
+    answered: list[object] = []
+    for seq in range(3):
+        life.append("a", 1, seq)
+        life.memory.settle(answered.append)
+    assert answered == [None] * 3
+    assert len(life.syncer.asking) == 1
+
+
+def test_a_failed_sync_is_said_and_nothing_is_changed_any_more() -> None:
+    life = Life(FakeDisk(), is_new=True, syncer=Diligent(waits=True))
+    answered: list[object] = []
+    life.append("a", 1, 0)
+    life.memory.settle(answered.append)
+    life.disk.cannot_sync = True
+    life.syncer.sync()
+    (problem,) = answered
+    assert isinstance(problem, ReadOnly)
+    assert "not known" in problem.message
+    life.disk.cannot_sync = False
+    with pytest.raises(ReadOnly):
+        life.append("a", 1, 1)
+    assert found(life.memory, "a").sequences[0].as_of == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_always_survives_the_loss_of_power(seed: int) -> None:
+    life = Life(FakeDisk(Random(seed)), is_new=True, syncer=Diligent(waits=True))
+    pictures = [life.picture()]
+    for seq in range(6):
+        life.append("a", seq, seq)
+        pictures.append(life.picture())
+        if seq == 3:
+            life.archive.journal.sync()
+    life.disk.power_off()
+    again = life.again()
+    assert again.picture() in pictures[4:]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_interval_gives_new_epochs_when_the_machine_went_down(seed: int) -> None:
+    life = Life(FakeDisk(Random(seed)), INTERVAL, is_new=True, syncer=Diligent(waits=True))
+    epoch = life.append("a", 1, 0).epoch
+    life.syncer.sync()
+    life.append("a", 2, 1)
+    life.disk.power_off()
+    again = life.again()
+    assert again.found is not None
+    assert again.found.is_loss_possible
+    result = found(again.memory, "a").sequences[0]
+    assert result.as_of in (1, 3)
+    assert result.epoch not in (0, epoch)
+    with pytest.raises(EpochChanged):
+        again.step(batch(INTERVAL, "a", 1, 2, epoch=epoch))
+    assert again.append("a", 1, 0).first_position == result.as_of
+    before = again.picture()
+    again.disk.kill()
+    assert again.again().picture() == before  # the new epochs are in the log
+
+
+def test_interval_keeps_its_epochs_when_the_process_was_killed_or_stopped_in_order() -> None:
+    life = Life(FakeDisk(), INTERVAL, is_new=True, syncer=Diligent(waits=True))
+    epoch = life.append("a", 1, 0).epoch
+    life.disk.kill()
+    life = life.again()
+    assert life.append("a", 1, 1).epoch == epoch
+    life.archive.close()
+    life.disk.power_off()
+    assert life.again().append("a", 1, 2).epoch == epoch
+
+
+def _small() -> Life:
+    life = Life(FakeDisk(), replace(SPEC, dim=1, dtype=torch.float16), is_new=True)
+    life.append("a", 2, 0)
+    life.append("b", 1, 0)
+    life.append("a", 1, 1)
+    return life
+
+
+def test_every_flipped_bit_of_a_log_is_found() -> None:
+    life = _small()
+    path = FOLDER / "log-00000001"
+    content = life.disk.files[path]
+    for flipped in _bits(content):
+        life.disk.files = {path: flipped}
+        with pytest.raises(Corrupt):
+            life.again()
+        assert life.disk.files == {path: flipped}  # and is left for whoever looks into it
+
+
+def test_every_flipped_bit_of_a_log_is_found_or_cut_after_a_loss_of_power() -> None:
+    life = Life(FakeDisk(), replace(SPEC, dim=1), is_new=True)
+    pictures = [life.picture()]
+    for seq in range(3):
+        life.append("a", 1, seq)
+        life.memory.settle(lambda problem: None)
+        pictures.append(life.picture())
+    path = FOLDER / "log-00000001"
+    content = life.disk.files[path]
+    life.disk.power_off()
+    outcomes = set()
+    for flipped in _bits(content):
+        life.disk.files = {path: flipped}
+        try:
+            again = life.again()
+        except Corrupt:
+            outcomes.add("found")
+            continue
+        assert again.found is not None
+        assert again.found.cut_bytes > 0
+        outcomes.add(str(pictures.index(again.picture())))
+    # Only the last record can be taken for torn: it is the one that nothing behind it says was synced.
+    assert outcomes == {"found", "2"}
+
+
+def test_every_truncation_of_a_log_gives_a_prefix_or_is_found() -> None:
+    life = Life(FakeDisk(), replace(SPEC, dim=1), is_new=True)
+    pictures = [life.picture()]
+    for seq in range(3):
+        life.append("a", 1, seq)
+        pictures.append(life.picture())
+    path = FOLDER / "log-00000001"
+    content = life.disk.files[path]
+    life.archive.close()
+    closed = life.disk.files[FOLDER / "closed"]
+    seen = set()
+    for size in range(len(content)):
+        life.disk.files = {path: content[:size], FOLDER / "closed": closed}
+        with pytest.raises(Corrupt):
+            life.again()
+        life.disk.files = {path: content[:size]}
+        try:
+            seen.add(pictures.index(life.again().picture()))
+        except Corrupt:
+            assert size < 200  # within the head
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rows.bin", "replies.bin", "closed"])
+def test_every_flipped_bit_and_every_truncation_of_a_snapshot_is_found(name: str) -> None:
+    life = _small()
+    life.snapshot()
+    life.archive.close()
+    path = FOLDER / name if name == "closed" else FOLDER / "snapshot-00000002" / name
+    files = dict(life.disk.files)
+    content = files[path]
+    assert content
+    for spoilt in [*_bits(content), *(content[:size] for size in range(len(content)))]:
+        life.disk.files = {**files, path: spoilt}
+        with pytest.raises(Corrupt):
+            life.again()
+    life.disk.files = dict(files)
+    life.again()
+
+
+@pytest.mark.parametrize("lost", ["log-00000002", "snapshot-00000002/rows.bin", "snapshot-00000002/manifest.json"])
+def test_a_missing_file_is_found(lost: str) -> None:
+    life = _small()
+    life.snapshot()
+    life.disk.files.pop(FOLDER / lost)
+    with pytest.raises((Corrupt, FileNotFoundError)):
+        life.again()
+
+
+def test_files_of_another_memory_are_not_believed() -> None:
+    life = _small()
+    for has_snapshot in (False, True):
+        if has_snapshot:
+            life.snapshot()
+        other = Memory(life.memory.spec, torch.device("cpu"), new_epoch=itertools.count(1).__next__)
+        with pytest.raises(Corrupt, match="another memory"):
+            life.archive.recover(life.folder, "other", other, life.syncer, lambda done, total: None)
