@@ -12,7 +12,7 @@ from memstore import ring
 from memstore.retrieval import joined_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from memstore.sequence import BatchPlan
     from memstore.slab import Slab, StagedRows
@@ -31,13 +31,15 @@ class StagedAppend:
         return self.cells[: self.rows.keys.shape[1]]
 
 
-def stage(slab: Slab, plans: Sequence[BatchPlan], free_places: Iterable[int]) -> StagedAppend | None:
+def stage(
+    slab: Slab, plans: Sequence[BatchPlan], places_of_new: Callable[[list[str]], Iterator[int]]
+) -> StagedAppend | None:
     """Converts the rows of all appends that are not resends; None where there are none.
 
-    free_places: those that new sequences will get, in their order.
+    places_of_new: the places that new sequences of these names will get, in their order.
     """
     appending = [plan for plan in plans if plan.batch.append]
-    places = iter(free_places)
+    places = places_of_new([part.part.sequence for plan in appending for part in plan.parts if part.sequence is None])
     kept: list[tuple[int, int, int, int]] = []
     num_rows = 0
     for part in (part for plan in appending for part in plan.parts):

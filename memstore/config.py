@@ -112,6 +112,7 @@ class Config:
     queue_requests: int = setting(whole(1, 1_000_000), 1024, "requests that may wait for the device")
     queue_bytes: int = setting(size, 256 << 20, "bytes of requests that may wait for the device")
     tenant_ratio: float = setting(real(0.01, 1.0), 1.0, "share of the queue that one tenant may take, 0.01 to 1")
+    lend: str = setting(one_of("auto", "off"), "auto", "lend memories to processes of this host and user: auto or off")
     stream_in_flight: int = setting(whole(1, 1024), 16, "steps of one stream that may be under way")
     metrics_host: str = setting(str, "127.0.0.1", "address of metrics and probes")
     metrics_port: int = setting(whole(-1, 65535), 9077, "port of metrics and probes; 0 for any free one, -1 for none")

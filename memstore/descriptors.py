@@ -24,7 +24,7 @@ from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 OFFER_S = 10.0
 """How long a token is good, and how long a connection may say nothing before it has presented one."""
@@ -37,6 +37,10 @@ TOKEN_BYTES = 32
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _PEER = struct.Struct("3i")
 """struct ucred: process, user, group."""
+_DESCRIPTOR = struct.Struct("i")
+MAX_DESCRIPTORS = 2
+"""Descriptors that are taken from one packet."""
+_ROOM = socket.CMSG_SPACE(MAX_DESCRIPTORS * _DESCRIPTOR.size)
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +53,8 @@ def peer_user(connection: socket.socket) -> int:
 class Link:
     """A connection to one process. Lives on an event loop; `send` may be called from any thread.
 
-    Packets arrive at `on_packet`. `on_close` is called once, in the loop, when either end has closed the connection.
+    Packets arrive at `on_packet`, which may take the descriptors that came with them. `on_close` is called once, in the
+    loop, when either end has closed the connection.
     """
 
     def __init__(self, connection: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
@@ -58,6 +63,7 @@ class Link:
         self._connection = connection
         self._loop = loop
         self._buffer = bytearray(MAX_PACKET_BYTES + 1)
+        self._descriptors: list[int] = []
         self._is_closed = False
         loop.add_reader(connection.fileno(), self._receive)
 
@@ -86,14 +92,28 @@ class Link:
         self._connection.close()
         self.on_close()
 
+    def take_descriptors(self) -> list[int]:
+        """What came with the packet that is being heard, and is the caller's to close from now on."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
+
     def _receive(self) -> None:
-        """One packet; descriptors that come with it are closed by the kernel, as no room is given for them."""
         try:
-            length = self._connection.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+            length, ancillary, _, _ = self._connection.recvmsg_into(
+                [self._buffer], _ROOM, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError:
-            length = 0
+            length, ancillary = 0, []
+        self._descriptors = list(_descriptors(ancillary))
+        try:
+            self._hear(length)
+        finally:
+            for descriptor in self.take_descriptors():
+                os.close(descriptor)
+
+    def _hear(self, length: int) -> None:
         if not 0 < length <= MAX_PACKET_BYTES:
             self.close()
             return
@@ -104,13 +124,21 @@ class Link:
             self.close()
 
 
+def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> Iterator[int]:
+    """The descriptors that came with a packet; the kernel has closed those that there was no room for."""
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            whole = len(content) - len(content) % _DESCRIPTOR.size
+            yield from (number for (number,) in _DESCRIPTOR.iter_unpack(content[:whole]))
+
+
 class Handover:
     """A listening Unix socket in a folder that only this user can open. Lives on one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, folder: Path | None = None) -> None:
         """folder: where to put the socket's own folder; the system's temporary folder if None. Raises OSError."""
         self._loop = loop
-        self._offers: dict[bytes, Callable[[Link], None]] = {}
+        self._offers: dict[bytes, Callable[[Link, pb.ClaimRequest], None]] = {}
         self._strangers: set[Link] = set()
         self._folder = Path(tempfile.mkdtemp(prefix="memstore-", dir=folder))  # mode 0700
         self.path = str((self._folder / "socket").absolute())
@@ -131,8 +159,8 @@ class Handover:
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
-    def offer(self, claim: Callable[[Link], None]) -> bytes:
-        """A token; `claim` is called in the loop with the connection of the first who presents it in time."""
+    def offer(self, claim: Callable[[Link, pb.ClaimRequest], None]) -> bytes:
+        """A token; `claim` is called in the loop with the connection of the first who presents it in time, and how."""
         token = secrets.token_bytes(TOKEN_BYTES)
         self._offers[token] = claim
         self._loop.call_later(OFFER_S, self._offers.pop, token, None)
@@ -183,14 +211,14 @@ class Handover:
 
     def _present(self, link: Link, packet: bytes) -> None:
         try:
-            token = pb.ClaimRequest.FromString(packet).token
+            request = pb.ClaimRequest.FromString(packet)
         except DecodeError:
-            token = b""
-        claim = self._offers.pop(token, None)
+            request = pb.ClaimRequest()
+        claim = self._offers.pop(request.token, None)
         if claim is None:
             link.close()
         else:
-            claim(link)
+            claim(link, request)
 
 
 def _nobody(_: bytes) -> None:

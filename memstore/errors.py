@@ -13,7 +13,7 @@ MemstoreError
     QuotaExceeded       a bound that waiting does not lift
     DeviceMemoryFull    the device has no room for what a memory would reserve
     ReadOnly            the memory's log cannot be written: it is read as before, and takes no change
-    NotReady            starting, draining, catalogue gone
+    NotReady            starting, draining, catalogue gone, a sequence lent to another process
     Expired             the deadline passed; nothing was done, but for a step of a stream that had begun
     Corrupt             a stored catalogue, log or snapshot fails its check
     Internal            a bug: carries the request_id under which the server's log has the text
@@ -95,7 +95,14 @@ class ReadOnly(MemstoreError):
 
 
 class NotReady(MemstoreError):
-    """The server is starting or draining, or its catalogue is out of reach."""
+    """The server is starting or draining, its catalogue is out of reach, or a lent sequence was asked back.
+
+    Worth another try after `retry_delay_s`.
+    """
+
+    def __init__(self, message: str, retry_delay_s: float = 0.5) -> None:
+        super().__init__(message)
+        self.retry_delay_s = retry_delay_s
 
 
 class Expired(MemstoreError):

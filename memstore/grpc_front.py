@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import MethodDescriptor
 
     from memstore.auth import Authenticator
+    from memstore.lending import Lending
     from memstore.metrics import Metrics
     from memstore.seams import Clock
     from memstore.service import Service
@@ -71,8 +72,13 @@ class GrpcFront:
         clock: Clock,
         *,
         stream_in_flight: int = 16,
+        lending: Lending | None = None,
     ) -> None:
-        """stream_in_flight: steps of one stream that may be under way before no more are read."""
+        """stream_in_flight: steps of one stream that may be under way before no more are read.
+
+        lending: what lends memories to callers of this host.
+        """
+        self._lending = lending
         self._stream_in_flight = stream_in_flight
         self._service = service
         self._authenticator = authenticator
@@ -109,7 +115,10 @@ class GrpcFront:
         request_id = _request_id(metadata)
         try:
             caller = self._caller(metadata, request_id, _deadline(began, context.time_remaining()))
-            reply = await asyncio.wrap_future(self._service.call(method, _whole(request), caller))
+            if isinstance(request, pb.OpenPlaneRequest) and self._lending is not None and is_local(context.peer()):
+                reply: Message = self._lending.offer(request, caller.tenant)
+            else:
+                reply = await asyncio.wrap_future(self._service.call(method, _whole(request), caller))
         except asyncio.CancelledError:
             self._count(method, grpc.StatusCode.CANCELLED, began)
             raise
@@ -254,6 +263,11 @@ def _serialize(message: Message) -> bytes:
 
 def _metadata(context: Context) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def is_local(peer: str) -> bool:
+    """True for a peer, as gRPC names it, that connects from this host."""
+    return peer.startswith(("unix:", "ipv4:127.", "ipv6:[::1]:", "ipv6:%5B::1%5D:"))
 
 
 def _request_id(metadata: dict[str, str]) -> str:

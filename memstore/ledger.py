@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Ledger:
     """All of a memory's state but its rows. Rows are counted over all layers."""
 
-    def __init__(self, spec: MemorySpec) -> None:
-        self.table = SequenceTable(spec.max_sequences)
+    def __init__(self, spec: MemorySpec, table: SequenceTable | None = None) -> None:
+        """table: of sequences that another process has lent; a table of this process's own if None."""
+        self.table = SequenceTable(spec.max_sequences) if table is None else table
         self.appended_rows = 0
         self.evicted_rows = 0
         self._spec = spec
@@ -85,14 +86,14 @@ class Ledger:
         capacity, num_layers = self._spec.capacity, self._spec.num_layers
         begin, num_rows = sequence.begin(capacity), change.num_rows
         sequence.next_position += num_rows
+        sequence.num_appended += num_rows
         self.appended_rows += num_rows * num_layers
         self.evicted_rows += (sequence.begin(capacity) - begin) * num_layers
         if change.reply is not None:
             sequence.remember(change.writer, change.reply)
 
     def _forget_rows(self, sequence: Sequence) -> None:
-        num_live = sequence.next_position - sequence.begin(self._spec.capacity)
-        self.evicted_rows += num_live * self._spec.num_layers
+        self.evicted_rows += sequence.num_live(self._spec.capacity) * self._spec.num_layers
 
 
 def changes_of(plan: BatchPlan, new_epoch: Callable[[], int]) -> list[Appended]:

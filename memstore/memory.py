@@ -11,15 +11,25 @@ from memstore import ring
 from memstore.appending import cells_of, stage
 from memstore.changes import Appended, Change, Forked, Released, Renewed
 from memstore.errors import AlreadyExists, Corrupt, DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded, ReadOnly
-from memstore.index import build_thread, index_bytes, make_index
+from memstore.index import INDEXES, build_thread, index_bytes, make_index
 from memstore.journal import Volatile
 from memstore.ledger import Ledger, changes_of
+from memstore.lender import Lender
 from memstore.retrieval import retrieve
 from memstore.row_bytes import RowFormat
 from memstore.sequence import BatchPlan, plan_part
 from memstore.slab import Slab, bytes_needed
 from memstore.still import Still
-from memstore.types import Hits, MemoryCounts, MemorySpec, SequencePart, SequenceResult, StepBatch, StepResult
+from memstore.types import (
+    Durability,
+    Hits,
+    MemoryCounts,
+    MemorySpec,
+    SequencePart,
+    SequenceResult,
+    StepBatch,
+    StepResult,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +38,8 @@ if TYPE_CHECKING:
 
     from memstore.appending import StagedAppend
     from memstore.journal import Keeper
-    from memstore.sequence import Sequence
+    from memstore.region.base import Region
+    from memstore.sequence import Sequence, SequenceTable
 
 
 def _nowhere(_: int, __: Hits) -> None:
@@ -36,25 +47,35 @@ def _nowhere(_: int, __: Hits) -> None:
 
 
 class Memory:
-    """All rows of one spec on one device. Not thread safe."""
+    """All rows of one spec on one device; `lender` lends sequences to other processes. Not thread safe."""
 
     def __init__(
-        self, spec: MemorySpec, device: torch.device, *, new_epoch: Callable[[], int], builds: Executor | None = None
+        self,
+        spec: MemorySpec,
+        device: torch.device,
+        *,
+        new_epoch: Callable[[], int],
+        builds: Executor | None = None,
+        is_shared: bool = False,
+        mapped: tuple[Slab, SequenceTable] | None = None,
     ) -> None:
         """Reserves everything that the memory will ever take, and touches what rows take. Raises DeviceMemoryFull.
 
         builds: where the index builds in the background, one thing after the other; a thread of its own if None.
+        is_shared: in a region that can be lent. mapped: what another process has reserved, and those of its sequences
+        that this one has the lease of; nothing is reserved then.
         """
         self.spec = spec
         self.device = device
         self.keeper: Keeper = Volatile()
         """Makes its changes last; another one may be put here before the first of them."""
-        self.reserved_bytes = self.bytes_needed(spec, device)
+        self.reserved_bytes = self.bytes_needed(spec, device, is_shared=is_shared)
         self._new_epoch = new_epoch
         self._index = make_index(spec, device, build_thread() if builds is None else builds)
-        self._slab = Slab(spec, device)
-        self._ledger = Ledger(spec)
+        self._slab, table = mapped or (Slab(spec, device, is_shared=is_shared), None)
+        self._ledger = Ledger(spec, table)
         self._table = self._ledger.table
+        self.lender = Lender(self._slab, self._table, new_epoch)
         self._still: Still | None = None
 
     @property
@@ -63,9 +84,19 @@ class Memory:
         return RowFormat(self.spec).row_bytes
 
     @staticmethod
-    def bytes_needed(spec: MemorySpec, device: torch.device) -> int:
+    def bytes_needed(spec: MemorySpec, device: torch.device, *, is_shared: bool = False) -> int:
         """Bytes that a memory of this spec reserves: its rows, and what its index takes at most."""
-        return bytes_needed(spec) + index_bytes(spec, device)
+        return bytes_needed(spec, device, is_shared=is_shared) + index_bytes(spec, device)
+
+    @staticmethod
+    def can_be_lent(spec: MemorySpec) -> bool:
+        """True where another process can search and append: nothing is kept beside the rows, neither index nor log."""
+        return spec.index in INDEXES and spec.durability is Durability.VOLATILE
+
+    @property
+    def region(self) -> Region | None:
+        """What can be handed to other processes; None where nothing can."""
+        return self._slab.region
 
     def step(
         self, batches: SequenceOf[StepBatch], carry: Callable[[int, Hits], None] = _nowhere
@@ -84,10 +115,11 @@ class Memory:
             found = self._retrieve(outcomes)
             for at, hits in found.items():
                 try:
+                    self.lender.check_intact(_plans_of([outcomes[at]]))
                     carry(at, hits)
                 except MemstoreError as error:
                     outcomes[at] = error
-            staged = stage(self._slab, _plans_of(outcomes), self._table.free_places)
+            staged = stage(self._slab, _plans_of(outcomes), self._table.places_of_new)
             if staged is not None:
                 self._preserve(staged.first_cells)
         except torch.OutOfMemoryError as error:
@@ -97,10 +129,13 @@ class Memory:
             outcome if isinstance(outcome, MemstoreError) else self._result(outcome, found.get(at))
             for at, outcome in enumerate(outcomes)
         ]
+        changed = [change.sequence for change in changes]
         if staged is not None and changes:
+            self._table.announce(changed)
             self._slab.write(staged.rows, staged.cells)
             if self._index.is_told:
                 self._tell_appended(change.sequence for change in changes if change.num_rows)
+        self._table.publish(changed)
         return results
 
     def settle(self, answer: Callable[[ReadOnly | None], None]) -> None:
@@ -110,8 +145,10 @@ class Memory:
     def reset(self, names: SequenceOf[str], release: bool) -> list[int]:
         """Empties sequences and gives their new epochs; 0 for one that does not exist, or, with `release`, no more.
 
-        Raises ReadOnly, and nothing is changed then.
+        Raises ReadOnly, NotReady where one is lent, and nothing is changed then.
         """
+        for name in names:
+            self.lender.check_writable(name, "")
         known = [name for name in names if self._table.get(name) is not None]
         changes: list[Change] = [
             Released(sequence=name)
@@ -120,14 +157,18 @@ class Memory:
             for name in known
         ]
         self._do(changes)
+        self._table.publish(known)
         return [self._epoch(name) for name in names]
 
     def fork(self, source: str, target: str, as_of: int | None, epoch: int) -> SequenceResult:
         """Gives a new sequence the live positions of another below `as_of`, by copying: its place is reserved anyway.
 
         Raises NotFound (source), AlreadyExists (target), EpochChanged, PositionExpired (beyond what is published),
-        QuotaExceeded, ReadOnly; nothing is changed then. first_position of the result is the target's next position.
+        QuotaExceeded, ReadOnly, NotReady where one is lent; nothing is changed then. first_position of the result is
+        the target's next position.
         """
+        for name in (source, target):
+            self.lender.check_writable(name, "")
         origin = self._table.get(source)
         if origin is None:
             raise NotFound(f"source: there is no sequence {source!r}")
@@ -140,17 +181,22 @@ class Memory:
             writer=None,
             fingerprint=0,
         )
+        if not self._table.num_free:
+            self.lender.check_kept()
         self._table.check_room(target)
         change = Forked(source=source, target=target, epoch=self._new_epoch(), begin=plan.begin, end=plan.as_of)
-        self._preserve(cells_of([(next(self._table.free_places), plan.begin, plan.num_seen)], self.spec.capacity))
+        self._preserve(
+            cells_of([(next(self._table.places_of_new([target])), plan.begin, plan.num_seen)], self.spec.capacity)
+        )
         self._do([change])
         return SequenceResult(epoch=change.epoch, as_of=plan.as_of, live_begin=plan.begin, first_position=plan.as_of)
 
     def counts(self) -> MemoryCounts:
         """What the memory holds now. appended_rows counts forked rows too: num_rows = appended_rows - evicted_rows."""
-        appended, evicted = self._ledger.appended_rows, self._ledger.evicted_rows
+        lent_appended, lent_evicted, num_vacant = self.lender.counts()
+        appended, evicted = self._ledger.appended_rows + lent_appended, self._ledger.evicted_rows + lent_evicted
         return MemoryCounts(
-            num_sequences=len(self._table),
+            num_sequences=len(self._table) - num_vacant,
             num_rows=appended - evicted,
             reserved_bytes=self.reserved_bytes,
             appended_rows=appended,
@@ -210,8 +256,12 @@ class Memory:
         self._do([Renewed(sequence=name, epoch=self._new_epoch()) for name, _ in self._table.items()])
 
     def free(self) -> None:
-        """Gives everything back to the device, but for what `join` waits for; the memory is of no use afterwards."""
+        """Gives everything back to the device, but for what `join` waits for; the memory is of no use afterwards.
+
+        Nor is it to those it is lent to.
+        """
         self.stop_builds()
+        self.lender.revoke()
         self._slab.free()
 
     def join(self) -> None:
@@ -233,6 +283,9 @@ class Memory:
 
     def _plan_batch(self, batch: StepBatch, num_free: int) -> BatchPlan:
         """Decides a batch against the state, changing nothing. Raises what makes it impossible."""
+        for part in batch.parts:
+            if batch.append or part.start_of_sequence:
+                self.lender.check_writable(part.sequence, batch.writer)
         fingerprints = batch.fingerprints or (0,) * len(batch.parts)
         writer = batch.writer if batch.append else None
         parts = tuple(
@@ -241,6 +294,7 @@ class Memory:
         )
         plan = BatchPlan(batch=_on_device(batch, self.device), parts=parts)
         if plan.num_new > num_free:
+            self.lender.check_kept()
             raise QuotaExceeded(
                 f"sequences: {plan.num_new} new ones, but {self.spec.max_sequences - num_free} of "
                 f"{self.spec.max_sequences} exist"

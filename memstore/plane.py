@@ -206,6 +206,18 @@ class ProcessPlane:
                 self._regions.pop(number, None)
 
 
+class MixedPlane(ProcessPlane):
+    """Within one process, but for requests whose tensors had been written into the message before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inline = InlinePlane(self.max_reply_bytes)
+
+    def read(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
+        is_inline = tensor.WhichOneof("payload") == "data"
+        return self._inline.read(tensor, field) if is_inline else super().read(tensor, field)
+
+
 def tensors_of(message: Message) -> Iterator[pb.Tensor]:
     """Every tensor anywhere in a message."""
     if isinstance(message, pb.Tensor):

@@ -80,8 +80,14 @@ class Registry:
         clock: Clock,
         max_memories: int,
         store: Store | None = None,
+        *,
+        lends: bool = False,
     ) -> None:
-        """store: where durable memories are kept; nowhere without one."""
+        """store: where durable memories are kept; nowhere without one.
+
+        lends: memories are reserved so that they can be lent to other processes, where that is possible.
+        """
+        self._lends = lends
         self.state = State.LOADING
         self.worker = worker
         self.budget = budget
@@ -233,10 +239,13 @@ class Registry:
     ) -> Loaded:
         """Makes a memory on the device. keep: begins its files, or fills it with what they hold."""
         device = self.worker.device
-        needed = Memory.bytes_needed(spec, device)
+        is_shared = self._lends and Memory.can_be_lent(spec)
+        needed = Memory.bytes_needed(spec, device, is_shared=is_shared)
         self.budget.reserve(needed)
         try:
-            make = self.worker.control(lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds))
+            make = self.worker.control(
+                lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared)
+            )
             engine = make.result()
             try:
                 return Loaded(id=memory, engine=engine, created_at=created_at, archive=keep(engine))

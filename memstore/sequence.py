@@ -2,6 +2,9 @@
 
 A writer numbers its appends to a sequence from 0 within an epoch. The replies to the last 256 of them are kept, for the
 64 writers that appended most recently: an append that is sent again is answered again and not applied.
+
+A table has one of two homes: it is private to this process, and then a sequence in it may be lent to another one; or it
+holds the sequences of a lease in the process that they are lent to (lent.py).
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 from operator import neg
 from typing import TYPE_CHECKING
 
@@ -17,7 +21,9 @@ from memstore.errors import AlreadyExists, EpochChanged, PositionExpired, QuotaE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from collections.abc import Sequence as SequenceOf
 
+    from memstore.lease import Loan
     from memstore.types import SequencePart, StepBatch
 
 REPLAY_WINDOW = 256
@@ -29,7 +35,10 @@ MAX_WRITERS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What the first arrival of an append was answered. begun_from: epoch it was sent with, if it began this one."""
+    """What the first arrival of an append was answered.
+
+    fingerprint: 0 where nobody computed it. begun_from: epoch it was sent with, if it began this one.
+    """
 
     num_rows: int
     fingerprint: int
@@ -58,6 +67,7 @@ class Sequence:
     """One stream of entries in all layers: its place in the slab and its one counter of positions.
 
     floor: first position that this sequence was ever given, above 0 for one that was forked from a wrapped ring.
+    num_appended: rows of a layer that this table's process has appended. loan: while another process has it.
     """
 
     place: int
@@ -65,6 +75,18 @@ class Sequence:
     next_position: int = 0
     floor: int = 0
     writers: OrderedDict[str, Writer] = field(default_factory=OrderedDict)
+    num_appended: int = field(default=0, compare=False)
+    loan: Loan | None = field(default=None, compare=False)
+
+    def num_live(self, capacity: int) -> int:
+        """Positions that are live."""
+        return self.next_position - self.begin(capacity)
+
+    def refresh(self) -> None:
+        """Takes over what the process that it is lent to has published. Raises Corrupt."""
+        if self.loan is not None:
+            progress = self.loan.progress()
+            self.epoch, self.next_position, self.floor = progress.epoch, progress.next_position, progress.floor
 
     def begin(self, capacity: int) -> int:
         """The first live position."""
@@ -96,6 +118,9 @@ class SequenceTable:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._by_name.values())
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
     def __getitem__(self, name: str) -> Sequence:
         return self._by_name[name]
 
@@ -103,23 +128,37 @@ class SequenceTable:
         """Every sequence with its name."""
         return self._by_name.items()
 
+    def announce(self, names: SequenceOf[str]) -> None:
+        """Told when the counters of these have moved, before their rows are written; a private table needs it not."""
+
+    def publish(self, names: SequenceOf[str]) -> None:
+        """Told when these have changed, and the writing of their rows has begun on the device; the same."""
+
     @property
     def num_free(self) -> int:
         """Sequences that can still begin to exist."""
         return len(self._free_places)
 
-    @property
-    def free_places(self) -> Iterator[int]:
-        """The places of the next new sequences, in their order."""
-        return reversed(self._free_places)
+    def places_of_new(self, names: SequenceOf[str]) -> Iterator[int]:
+        """The places that sequences of these names will get if they are created in this order."""
+        return islice(reversed(self._free_places), len(names))
 
     def get(self, name: str) -> Sequence | None:
-        """The sequence of that name, if it exists."""
-        return self._by_name.get(name)
+        """The sequence of that name, if it exists, as it is now."""
+        sequence = self._by_name.get(name)
+        if sequence is not None and sequence.loan is not None:
+            sequence.refresh()
+            return sequence if sequence.epoch else None
+        return sequence
+
+    def loan(self, name: str) -> Loan | None:
+        """Who has the sequence of that name, if it is lent; it need not exist for that."""
+        sequence = self._by_name.get(name)
+        return None if sequence is None else sequence.loan
 
     def check_room(self, name: str) -> None:
         """Raises QuotaExceeded where no sequence of that name can begin to exist."""
-        if not self._free_places:
+        if not self.num_free:
             raise QuotaExceeded(f"sequences[{name!r}]: {len(self)} sequences exist, as many as the memory can hold")
 
     def create(self, name: str, epoch: int) -> Sequence:
@@ -221,7 +260,8 @@ def _find_replay(part: SequencePart, sequence: Sequence | None, writer: str | No
     reply = None if known is None else known.replies.get(part.seq)
     if sequence is None or known is None or reply is None:
         return None
-    is_same = (reply.num_rows, reply.fingerprint) == (part.num_rows, fingerprint)
+    is_known_to_differ = 0 not in (reply.fingerprint, fingerprint) and reply.fingerprint != fingerprint
+    is_same = reply.num_rows == part.num_rows and not is_known_to_differ
     if part.start_of_sequence:
         # It asks for a new epoch, so it is a resend only if it is what began the present one. Sent with epoch 0 that
         # cannot be told once more was appended; then it begins again, and so does all that is resent after it.

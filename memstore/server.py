@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import grpc
@@ -23,12 +23,15 @@ from memstore.auth import authenticator_of, check_bind
 from memstore.capacity import capacity_of
 from memstore.catalog import Catalog, FileCatalog, NoCatalog, RedisCatalog
 from memstore.config import Config, ConfigError
+from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
 from memstore.grpc_front import SERVICE, GrpcFront
 from memstore.health import Health
 from memstore.journal import INTERVAL_S, Syncer
-from memstore.logs import event
+from memstore.lending import Lending
+from memstore.logs import event, trouble
 from memstore.metrics import Metrics, MetricsServer
+from memstore.region import can_share
 from memstore.registry import Registry
 from memstore.seams import SystemClock, SystemDisk
 from memstore.service import VERSION, Service
@@ -36,7 +39,7 @@ from memstore.snapshotter import Snapshotter
 from memstore.store import FileStore, NoStore, Syncers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
     from memstore.seams import Disk
@@ -86,19 +89,20 @@ class Server:
 
     async def serve(self) -> int:
         """From binding to the last answer; the exit code."""
-        server, front, health, address = await self._listen()
-        stop = self._stop_signals()
-        self._end_when_sick(stop)
-        loading = self._registry.load()
-        try:
-            metrics_port = self._serve_metrics(lambda: health.is_serving)
-            if await _first(asyncio.wrap_future(loading), stop.wait()):
-                self._announce(address, metrics_port)
-            await stop.wait()
-            event(_log, logging.INFO, "draining", grace_s=self._config.grace)
-            await self._drain(server, front, stop)
-        finally:
-            await server.stop(0)
+        with self._lending() as lending:
+            server, front, health, address = await self._listen(lending)
+            stop = self._stop_signals()
+            self._end_when_sick(stop)
+            loading = self._registry.load()
+            try:
+                metrics_port = self._serve_metrics(lambda: health.is_serving)
+                if await _first(asyncio.wrap_future(loading), stop.wait()):
+                    self._announce(address, metrics_port)
+                await stop.wait()
+                event(_log, logging.INFO, "draining", grace_s=self._config.grace)
+                await self._drain(server, front, stop)
+            finally:
+                await server.stop(0)
         if self._registry.worker.is_sick:
             event(_log, logging.CRITICAL, "ended by a failure of the device")
             return SICK
@@ -121,6 +125,22 @@ class Server:
 
         self._registry.worker.on_sick = end
 
+    @contextmanager
+    def _lending(self) -> Iterator[Lending | None]:
+        """What lends memories to processes of this host; None where it shall not, or cannot."""
+        lending = None
+        loop = asyncio.get_running_loop()
+        try:
+            if self._lends:
+                lending = Lending(self._registry, Handover(loop), loop)
+        except OSError as error:
+            trouble(_log, "no memory is lent", error)
+        try:
+            yield lending
+        finally:
+            if lending is not None:
+                lending.close()
+
     def _make_registry(self) -> Registry:
         config = self._config
         device = device_of(config.device)
@@ -130,7 +150,8 @@ class Server:
         worker = DeviceWorker(device, Admission(limits), self._clock, self._metrics)
         catalog, store = self._open_catalog()
         budget = CapacityBudget(config.capacity or capacity_of(device))
-        registry = Registry(catalog, worker, budget, self._clock, config.max_memories, store)
+        self._lends = config.lend == "auto" and can_share(device)
+        registry = Registry(catalog, worker, budget, self._clock, config.max_memories, store, lends=self._lends)
         self._stack.callback(registry.close_files)
         self._stack.callback(worker.close)
         self._stack.callback(registry.close)
@@ -156,13 +177,18 @@ class Server:
             return catalog, store
         return FileCatalog(config.data, self._disk), store
 
-    async def _listen(self) -> tuple[grpc.aio.Server, GrpcFront, Health, str]:
+    async def _listen(self, lending: Lending | None) -> tuple[grpc.aio.Server, GrpcFront, Health, str]:
         """Bound before anything is loaded, so that health can say so."""
         config = self._config
         server = grpc.aio.server(options=listen.SERVER_OPTIONS)
         service = Service(self._registry, self._clock.wall())
         front = GrpcFront(
-            service, self._authenticator, self._metrics, self._clock, stream_in_flight=config.stream_in_flight
+            service,
+            self._authenticator,
+            self._metrics,
+            self._clock,
+            stream_in_flight=config.stream_in_flight,
+            lending=lending,
         )
         health = Health(self._registry)
         server.add_generic_rpc_handlers((front.handler(),))

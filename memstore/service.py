@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from memstore import wire
 from memstore.catalog import MemoryId
-from memstore.device import CallJob, StepJob, Ticket
+from memstore.device import CallJob, Engine, StepJob, Ticket
 from memstore.errors import InvalidRequest, MemstoreError, NotAllowed
 from memstore.plane import tensor_bytes
 from memstore.sequence import REPLAY_WINDOW
@@ -16,7 +16,7 @@ from memstore.types import MemorySpec
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from google.protobuf.message import Message
 
@@ -78,23 +78,11 @@ class Service:
 
     def _step(self, request: wire.StepLike, caller: Caller) -> Future[Message]:
         loaded = self.registry.find(caller.tenant, request.memory)
-        job: StepJob[Message] = StepJob(
-            _ticket(request, caller),
-            loaded.id.name,
-            loaded.engine,
-            lambda: wire.decode_batch(request, loaded.spec, caller.plane),
-            wire.Reply(request, caller.plane, loaded.spec.durability),
-        )
-        return self._worker.submit(job)
+        return self._worker.submit(step_job(request, caller, loaded.spec, loaded.engine))
 
     def _reset(self, request: pb.ResetRequest, caller: Caller) -> Future[Message]:
-        names = wire.sequence_names(request.sequences, "sequences")
         engine = self.registry.find(caller.tenant, request.memory).engine
-
-        def reset() -> Message:
-            return pb.ResetResponse(epochs=engine.reset(names, request.release))
-
-        return self._worker.submit(CallJob(_ticket(request, caller), reset, engine))
+        return self._worker.submit(reset_job(request, caller, engine))
 
     def _fork(self, request: pb.ForkRequest, caller: Caller) -> Future[Message]:
         source, target, as_of = wire.decode_fork(request)
@@ -153,10 +141,8 @@ class Service:
         )
 
     def _open_plane(self, request: pb.OpenPlaneRequest, caller: Caller) -> Future[Message]:
-        """A front that has shared memory to lend answers this call itself."""
-        if request.plane not in (pb.PLANE_SHM, pb.PLANE_CUDA):
-            raise InvalidRequest("plane", f"{request.plane} is neither PLANE_SHM nor PLANE_CUDA")
-        raise NotAllowed(f"plane: {pb.Plane.Name(request.plane)} is not lent to this caller")
+        """A front that has memory to lend answers this call itself."""
+        raise NotAllowed("plane: nothing is lent to this caller; it goes on inline")
 
     def _described(self, loaded: Loaded) -> Future[pb.MemoryDescription]:
         return self._worker.control(lambda: self._description(loaded))
@@ -167,6 +153,32 @@ class Service:
             return pb.MemoryDescription(spec=wire.encode_spec(memory))
         counts = memory.engine.counts()
         return wire.encode_description(memory.spec, counts, memory.created_at, str(self._worker.device))
+
+
+def step_job(request: wire.StepLike, caller: Caller, spec: MemorySpec, engine: Engine) -> StepJob[Message]:
+    """What the device thread has to do for a step of the memory `spec`."""
+    return StepJob(
+        _ticket(request, caller),
+        spec.name,
+        engine,
+        lambda: wire.decode_batch(request, spec, caller.plane),
+        wire.Reply(request, caller.plane, spec.durability),
+    )
+
+
+class Resettable(Engine, Protocol):
+    """What a reset needs of a memory."""
+
+    def reset(self, names: Sequence[str], release: bool) -> list[int]:
+        """See Memory.reset."""
+
+
+def reset_job(request: pb.ResetRequest, caller: Caller, engine: Resettable) -> CallJob[Message]:
+    """What it has to do for a reset."""
+    names = wire.sequence_names(request.sequences, "sequences")
+    return CallJob(
+        _ticket(request, caller), lambda: pb.ResetResponse(epochs=engine.reset(names, request.release)), engine
+    )
 
 
 def _ticket(request: Message, caller: Caller) -> Ticket:

@@ -4,25 +4,35 @@
     norms     (layers, places, capacity) float32   |row|^2 for l2, 1 / |row| for cosine (0 for a zero row), none for ip
     payloads  name -> (layers, places, capacity, *shape)
 
-A place holds one sequence. Everything here is addressed by place and slot; positions are the ring's.
+A place holds one sequence. Everything here is addressed by place and slot; positions are the ring's. The tensors are
+private, or lie one behind the other in a region that other processes may map.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from memstore.errors import DeviceMemoryFull
+from memstore.region import make_region, padded
+from memstore.region.base import array
 from memstore.types import KEY, MemorySpec, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from memstore.region.base import Region
+
+_ALIGNED = 4096
+"""The arrays of a region begin at multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +56,8 @@ class StagedRows:
         self.keys[:, places] = rows.keys
         if self.norms is not None and rows.norms is not None:
             self.norms[:, places] = rows.norms
-        for name, array in self.payloads.items():
-            array[:, places] = rows.payloads[name]
+        for name, payload in self.payloads.items():
+            payload[:, places] = rows.payloads[name]
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> StagedRows:
         payloads = {name: change(array) for name, array in self.payloads.items()}
@@ -57,21 +67,36 @@ class StagedRows:
 class Slab:
     """Owns the storage. Raises DeviceMemoryFull at creation, never later."""
 
-    def __init__(self, spec: MemorySpec, device: torch.device) -> None:
+    def __init__(
+        self, spec: MemorySpec, device: torch.device, *, is_shared: bool = False, region: Region | None = None
+    ) -> None:
+        """is_shared: in a new region. region: in this one, as it is, whose rows another process may own."""
         self.metric = spec.metric
         self.capacity = spec.capacity
         self.dim = spec.dim
         self.num_layers = spec.num_layers
         self.num_places = spec.max_sequences
         self.device = device
+        self.region = region
         _check_host_room(spec, device)
-        places = (spec.num_layers, spec.max_sequences, spec.capacity)
         try:
-            self.keys = _touched((*places, spec.dim), spec.dtype, device)
-            self.norms = None if spec.metric is Metric.INNER_PRODUCT else _touched(places, torch.float32, device)
-            self.payloads = {p.name: _touched((*places, *p.shape), p.dtype, device) for p in spec.payloads}
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if is_shared:
+                self.region = make_region(bytes_needed(spec, device, is_shared=True), device)
+            tensors = self._arrays(_formats(spec))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
             raise DeviceMemoryFull(f"no room for {bytes_needed(spec)} bytes on {device}") from error
+        self.keys = tensors.pop(0)
+        self.norms = None if spec.metric is Metric.INNER_PRODUCT else tensors.pop(0)
+        self.payloads = {payload.name: tensor for payload, tensor in zip(spec.payloads, tensors, strict=True)}
+
+    def _arrays(self, formats: Sequence[_Format]) -> list[torch.Tensor]:
+        region = self.region
+        if region is None:
+            return [_touched(each.shape, each.dtype, self.device) for each in formats]
+        return [
+            array(region, offset, each.shape, each.dtype)
+            for each, offset in zip(formats, _offsets(formats), strict=False)
+        ]
 
     def stage(self, keys: torch.Tensor, payloads: Mapping[str, torch.Tensor]) -> StagedRows:
         """Converts rows to what is stored. Raises torch.OutOfMemoryError, before anything is changed.
@@ -113,17 +138,32 @@ class Slab:
         cells: NDArray[np.int64] = layer_places * self.capacity
         return cells
 
-    def copy_place(self, source: int, target: int, slot: int, length: int) -> None:
-        """Copies slots [slot, slot + length) of one place to the same slots of another, in every layer."""
-        tensors = [self.keys, *self.payloads.values()]
-        tensors += [] if self.norms is None else [self.norms]
-        for tensor in tensors:
-            tensor[:, target, slot : slot + length].copy_(tensor[:, source, slot : slot + length])
+    def copy_place(self, source: int, target: int, slot: int, length: int, other: Slab | None = None) -> None:
+        """Copies slots [slot, slot + length) of one place to the same slots of another, in every layer.
+
+        other: the slab of the source, of an equal spec; this one if None.
+        """
+        for ours, theirs in zip(self._tensors(), (other or self)._tensors(), strict=True):
+            ours[:, target, slot : slot + length].copy_(theirs[:, source, slot : slot + length])
+
+    def populate(self, places: Sequence[int]) -> None:
+        """Prepares these places for this process: see Region.populate."""
+        if self.region is None:
+            return
+        base = self.region.content.data_ptr()
+        for tensor in self._tensors():
+            for ring in (tensor[layer, place] for layer in range(self.num_layers) for place in places):
+                self.region.populate(ring.data_ptr() - base, ring.numel() * ring.element_size())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [self.keys, *([] if self.norms is None else [self.norms]), *self.payloads.values()]
 
     def free(self) -> None:
         """Gives the storage back; the slab is of no use afterwards."""
         empty = torch.empty(0)
         self.keys, self.norms, self.payloads = empty, None, {}
+        if self.region is not None:
+            self.region.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -135,14 +175,38 @@ class Slab:
         return (first_cells + cells).flatten()
 
 
-def bytes_needed(spec: MemorySpec) -> int:
-    """Bytes that a slab of this spec reserves."""
-    entry = spec.dim * spec.dtype.itemsize
-    if spec.metric is not Metric.INNER_PRODUCT:
-        entry += torch.float32.itemsize
-    for payload in spec.payloads:
-        entry += torch.Size(payload.shape).numel() * payload.dtype.itemsize
-    return entry * spec.capacity * spec.max_sequences * spec.num_layers
+def bytes_needed(spec: MemorySpec, device: torch.device | None = None, *, is_shared: bool = False) -> int:
+    """Bytes that a slab of this spec reserves; in a region of the device where it is shared, in whole pages."""
+    formats = _formats(spec)
+    if is_shared and device is not None:
+        return padded(_offsets(formats)[-1], device)
+    return sum(each.size_bytes for each in formats)
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """One array of a slab."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _formats(spec: MemorySpec) -> list[_Format]:
+    """The arrays in their order: keys, norms where the metric has some, payloads."""
+    places = (spec.num_layers, spec.max_sequences, spec.capacity)
+    norms = [] if spec.metric is Metric.INNER_PRODUCT else [_Format(places, torch.float32)]
+    payloads = [_Format((*places, *payload.shape), payload.dtype) for payload in spec.payloads]
+    return [_Format((*places, spec.dim), spec.dtype), *norms, *payloads]
+
+
+def _offsets(formats: Sequence[_Format]) -> list[int]:
+    """The first byte of each array in a region, and the length of them all."""
+    lengths = [-(-each.size_bytes // _ALIGNED) * _ALIGNED for each in formats]
+    return list(accumulate(lengths, initial=0))
 
 
 def _check_host_room(spec: MemorySpec, device: torch.device) -> None:

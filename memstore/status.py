@@ -13,7 +13,6 @@ from memstore import errors
 from memstore.v1 import memstore_pb2 as pb
 
 DOMAIN = "memstore"
-NOT_READY_DELAY_S = 0.5
 MAX_MESSAGE_CHARS = 1000
 """It travels up to three times in trailing metadata, of which HTTP/2 peers take 8 KiB."""
 _CODES: dict[type[errors.MemstoreError], grpc.StatusCode] = {
@@ -58,13 +57,13 @@ def answer(error: BaseException, request_id: str) -> Answer:
     """The answer to an error. Anything that is not ours is Internal, and its text does not travel."""
     known = error if isinstance(error, errors.MemstoreError) else errors.Internal(request_id)
     kind = next(base for base in type(known).__mro__ if base in _CODES)
-    delay = known.retry_delay_s if isinstance(known, errors.Overloaded) else None
+    delay = known.retry_delay_s if isinstance(known, errors.Overloaded | errors.NotReady) else None
     return Answer(
         code=_CODES[kind],
         reason=_reason_of(kind),
         message=_clipped(known.message),
         metadata=known.metadata,
-        retry_delay_s=NOT_READY_DELAY_S if kind is errors.NotReady else delay,
+        retry_delay_s=delay,
     )
 
 
@@ -79,7 +78,7 @@ def error_of(reply: Answer) -> errors.MemstoreError | None:
         return None
     error = kind.__new__(kind)
     errors.MemstoreError.__init__(error, reply.message, **reply.metadata)
-    if isinstance(error, errors.Overloaded):
+    if isinstance(error, errors.Overloaded | errors.NotReady):
         error.retry_delay_s = reply.retry_delay_s or 0.0
     return error
 

@@ -13,7 +13,7 @@ from model_client.core import Core, M, Running, drive
 from model_client.seams import Clock
 from model_client.session import Session
 from model_client.stats import ClientStats
-from model_client.transport import TransportOptions, open_transport
+from model_client.transport import TransportOptions, mapped_transport, may_map, open_transport
 from model_client.wire import MemoryOptions, memory_spec
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from model_client.transport.base import Transport
+    from model_client.transport.mapped import MappedTransport
 
 
 class ClientOptions(TransportOptions, total=False):
@@ -52,15 +53,26 @@ class ClientBase:
         clock = options.get("clock") or Clock()
         breaker = Breaker(options.get("breaker_failures", 5), options.get("breaker_s", 5.0), clock)
         self._core = Core(self._transport, breaker, self.stats, clock)
-        # Threads must be gone before the interpreter is: one that wakes up in its ruins takes the process down. They
-        # also go when client and sessions are collected, on a thread of their own, since any thread may collect.
-        atexit.register(self._transport.close)
-        weakref.finalize(self._core, _close_aside, self._transport).atexit = False
+        self._plane = options.get("plane", "auto") if may_map(target, options) else "inline"
+        self._mapped: weakref.WeakSet[MappedTransport] = weakref.WeakSet()
+        _close_with(self._core, self._transport)
 
     @property
     def transport(self) -> str:
-        """How requests travel: "process", "grpc" or "grpc-stream"."""
-        return self._transport.name
+        """How requests travel: "process", "grpc" or "grpc-stream"; "shm" or "cuda" once steps stay in this process."""
+        planes = {mapped.plane.name for mapped in self._mapped} - {self._transport.plane.name}
+        return planes.pop() if planes else self._transport.name
+
+    def _core_of(self, memory: str, sequences: Sequence[str]) -> Core:
+        """What a session works with: a transport of its own where its sequences may come into this process."""
+        core = self._core
+        if self._plane == "inline":
+            return core
+        transport = mapped_transport(self._transport, memory, sequences, self._plane, self.stats)
+        self._mapped.add(transport)
+        own = Core(transport, core.breaker, self.stats, core.clock, owner=core)
+        _close_with(own, transport)
+        return own
 
     def _begin(self, method: str, request: Message, reply: type[M], is_repeatable: bool = True) -> Running[M]:
         return Running(self._core.call(method, request, reply, self._timeout_s, is_repeatable))
@@ -93,6 +105,9 @@ class ClientBase:
         return self._begin("ServerInfo", pb.ServerInfoRequest(), pb.ServerInfoResponse)
 
     def _close(self) -> None:
+        for mapped in tuple(self._mapped):
+            atexit.unregister(mapped.close)
+            mapped.close()
         atexit.unregister(self._transport.close)
         self._transport.close()
 
@@ -135,7 +150,7 @@ class MemoryClient(ClientBase):
 
     def session(self, memory: str, sequences: Sequence[str]) -> Session:
         """A new writer of these sequences of a memory. Nothing is sent."""
-        return Session(self._core, memory, sequences, self._timeout_s)
+        return Session(self._core_of(memory, sequences), memory, sequences, self._timeout_s)
 
     def close(self) -> None:
         """Ends every thread and connection; calls under way fail. May be called again."""
@@ -148,6 +163,16 @@ class MemoryClient(ClientBase):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close_with(core: Core, transport: Transport) -> None:
+    """Closes a transport at the end of the process, and when its core is collected.
+
+    Threads must be gone before the interpreter is: one that wakes up in its ruins takes the process down. Any thread
+    may collect, so it is closed on a thread of its own then.
+    """
+    atexit.register(transport.close)
+    weakref.finalize(core, _close_aside, transport).atexit = False
 
 
 def _close_aside(transport: Transport) -> None:

@@ -165,7 +165,11 @@ class OneCall:
 class Core:
     """What the calls of one client share: the transport, the breaker and the counters."""
 
-    def __init__(self, transport: Transport, breaker: Breaker, stats: ClientStats, clock: Clock) -> None:
+    def __init__(
+        self, transport: Transport, breaker: Breaker, stats: ClientStats, clock: Clock, owner: Core | None = None
+    ) -> None:
+        """owner: the core of the client, for that of a session of its own, which keeps it alive."""
+        self._owner = owner
         self.transport = transport
         self.breaker = breaker
         self.stats = stats

@@ -69,6 +69,11 @@ class SessionBase:
         return self._flows.memory
 
     @property
+    def plane(self) -> str:
+        """How tensors travel now: "inline" in messages, "process", or "shm" or "cuda" while a server lends them."""
+        return self._core.transport.plane.name
+
+    @property
     def sequences(self) -> tuple[str, ...]:
         """Names of the sequences, in the order of every batch."""
         return self._flows.sequences

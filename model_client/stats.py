@@ -15,7 +15,9 @@ class ClientStats:
     retries: attempts after the first of a call. resends: appends asked for again because their outcome was not known.
     lost_epochs: sequences found reset or lost, and begun again. dropped_rows: rows that were to be appended and were
     not, per layer. sent_bytes, received_bytes: tensor bytes inside messages; 0 in process.
-    waited_s: seconds callers spent waiting for answers.
+    waited_s: seconds callers spent waiting for answers. leases: times that sequences were lent to this process.
+    mapped_steps: calls answered in this process, on memory that a server has lent. orphaned_steps: the same after the
+    server had gone.
     """
 
     calls: int = 0
@@ -29,6 +31,9 @@ class ClientStats:
     sent_bytes: int = 0
     received_bytes: int = 0
     waited_s: float = 0.0
+    leases: int = 0
+    mapped_steps: int = 0
+    orphaned_steps: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, name: str, amount: float = 1) -> None:

@@ -134,6 +134,7 @@ class StepRows:
 class InlinePlane:
     """Tensors as bytes inside the message."""
 
+    name = "inline"
     is_single_use = False
 
     def write(self, tensor: torch.Tensor, into: pb.Tensor) -> None:

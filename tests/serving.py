@@ -17,9 +17,11 @@ from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.auth import Open
 from memstore.catalog import Catalog, NoCatalog
 from memstore.config import Config
-from memstore.device import DeviceWorker
+from memstore.descriptors import Handover
+from memstore.device import DeviceWorker, device_of
 from memstore.grpc_front import SERVICE, GrpcFront
 from memstore.health import Health
+from memstore.lending import Lending
 from memstore.listen import SERVER_OPTIONS, add_reflection
 from memstore.metrics import Metrics
 from memstore.registry import Registry
@@ -51,6 +53,8 @@ class Setting:
     max_memories: int = 100
     stream_in_flight: int = 4
     port: int = 0
+    lends: bool = False
+    device: str = "cpu"
 
 
 @dataclass(kw_only=True)
@@ -65,6 +69,7 @@ class Serving:
     health: Health
     metrics: Metrics
     loop: asyncio.AbstractEventLoop
+    lending: Lending | None
 
     def drain(self) -> None:
         """Begins draining, as a signal does."""
@@ -77,14 +82,17 @@ def serving(setting: Setting | None = None, *, loads: bool = True) -> Iterator[S
     """Serves for the length of the block. loads: waits until the catalogue's memories are there."""
     setting = setting or Setting()
     metrics = Metrics([method.name for method in SERVICE.methods], VERSION, 10)
-    worker = DeviceWorker(torch.device("cpu"), Admission(setting.limits), setting.clock, metrics)
+    worker = DeviceWorker(device_of(setting.device), Admission(setting.limits), setting.clock, metrics)
     budget = CapacityBudget(setting.capacity_bytes)
-    registry = Registry(setting.catalog, worker, budget, setting.clock, setting.max_memories, setting.store)
+    registry = Registry(
+        setting.catalog, worker, budget, setting.clock, setting.max_memories, setting.store, lends=setting.lends
+    )
     metrics.watch(registry)
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server, front, health, port = asyncio.run_coroutine_threadsafe(_start(setting, registry, metrics), loop).result()
+    starting = asyncio.run_coroutine_threadsafe(_start(setting, registry, metrics), loop)
+    server, front, health, port, lending = starting.result()
     try:
         if loads:
             registry.load().result()
@@ -100,8 +108,11 @@ def serving(setting: Setting | None = None, *, loads: bool = True) -> Iterator[S
                 health=health,
                 metrics=metrics,
                 loop=loop,
+                lending=lending,
             )
     finally:
+        if lending is not None:
+            asyncio.run_coroutine_threadsafe(_close(lending), loop).result()
         registry.close()
         asyncio.run_coroutine_threadsafe(server.stop(0), loop).result()
         worker.close()
@@ -128,14 +139,17 @@ def file_store(data: Path, disk: Disk, clock: Clock, quota_bytes: int = 0) -> Fi
 
 async def _start(
     setting: Setting, registry: Registry, metrics: Metrics
-) -> tuple[grpc.aio.Server, GrpcFront, Health, int]:
+) -> tuple[grpc.aio.Server, GrpcFront, Health, int, Lending | None]:
     server = grpc.aio.server(options=SERVER_OPTIONS)
+    loop = asyncio.get_running_loop()
+    lending = Lending(registry, Handover(loop), loop) if setting.lends else None
     front = GrpcFront(
         Service(registry, setting.clock.wall()),
         setting.authenticator,
         metrics,
         setting.clock,
         stream_in_flight=setting.stream_in_flight,
+        lending=lending,
     )
     health = Health(registry)
     server.add_generic_rpc_handlers((front.handler(),))
@@ -143,7 +157,11 @@ async def _start(
     add_reflection(server, Config(), (SERVICE.full_name,))
     port = server.add_insecure_port(f"127.0.0.1:{setting.port}")
     await server.start()
-    return server, front, health, port
+    return server, front, health, port, lending
+
+
+async def _close(lending: Lending) -> None:
+    lending.close()
 
 
 def spec(name: str = "notes", **changes: object) -> pb.MemorySpec:

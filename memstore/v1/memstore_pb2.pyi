@@ -1598,21 +1598,37 @@ Global___ServerInfoResponse: _TypeAlias = ServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class OpenPlaneRequest(_message.Message):
-    """Asks for a plane of shared memory."""
+    """Asks for the memory that sequences lie in, mapped into the caller's own process, and for the lease of them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PLANE_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
     plane: Global___Plane.ValueType
-    """PLANE_SHM or PLANE_CUDA; INVALID_ARGUMENT for others."""
+    """PLANE_SHM or PLANE_CUDA; absent for the one that the memory lies in. PERMISSION_DENIED where that is another one."""
+    memory: _builtins.str
+    """Name of the memory. Required; NOT_FOUND when there is none."""
+    writer: _builtins.str
+    """Who appends, as in StepRequest. Required."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The sequences that the caller will append to, 1 to 4,096, each once. They need not exist.
+        UNAVAILABLE (NotReady) where one is lent already.
+        """
+
     def __init__(
         self,
         *,
         plane: Global___Plane.ValueType = ...,
+        memory: _builtins.str = ...,
+        sequences: _abc.Iterable[_builtins.str] | None = ...,
+        writer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plane", b"plane"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "plane", b"plane", "sequences", b"sequences", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1624,7 +1640,12 @@ class OpenPlaneResponse(_message.Message):
 
     The socket is of type SOCK_SEQPACKET, and each packet on it is one message. Both ends close the connection where the
     other one runs as another user. The first packet is the client's ClaimRequest, the second the server's ClaimResponse
-    with the descriptors (SCM_RIGHTS). The plane lives as long as the connection: closing it, or dying, gives it back.
+    with the descriptors (SCM_RIGHTS). After that the server may send one LeaseRecall, and the client one LeaseReturn.
+
+    The lease lives as long as the connection. While it does, its holder alone appends to its sequences and resets them,
+    in the memory itself, and says in the control block how far they are written. Others go on to read what is published;
+    whoever wants to change one of them is answered UNAVAILABLE (NotReady), and the lease is recalled. Once the lease is
+    given back, or its holder is dead, the server closes the connection and owns the sequences again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1656,16 +1677,24 @@ class ClaimRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: _builtins.int
+    REMAINS_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """As OpenPlaneResponse gave it. The connection is closed where it is not known."""
+    @_builtins.property
+    def remains(self) -> Global___MappedMemory:
+        """What the caller still holds of a server that has gone. Its descriptors come with the packet: the slab, then the
+        control block, with the last state of every sequence in it.
+        """
+
     def __init__(
         self,
         *,
         token: _builtins.bytes = ...,
+        remains: Global___MappedMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["remains", b"remains"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["remains", b"remains", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1678,174 +1707,245 @@ class ClaimResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FAILURE_FIELD_NUMBER: _builtins.int
-    SHM_FIELD_NUMBER: _builtins.int
+    MAPPED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def failure(self) -> Global___Failure:
         """Why there is none. The connection is closed."""
 
     @_builtins.property
-    def shm(self) -> Global___ShmRegion:
-        """Host memory; one descriptor, of the region, comes with it."""
+    def mapped(self) -> Global___MappedMemory:
+        """A memory and the lease of some of its sequences. Two descriptors come with it: of the slab, whose size is fixed,
+        and of the control block, whose size is sealed.
+        """
 
     def __init__(
         self,
         *,
         failure: Global___Failure | None = ...,
-        shm: Global___ShmRegion | None = ...,
+        mapped: Global___MappedMemory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "shm", b"shm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "mapped", b"mapped", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "shm", b"shm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "mapped", b"mapped", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "shm"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "mapped"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___ClaimResponse: _TypeAlias = ClaimResponse  # noqa: Y015
 
 @_typing.final
-class ShmRegion(_message.Message):
-    """Host memory for the steps of one client: a descriptor that can be mapped, and whose size is sealed.
-
-    A step goes so: the client writes a StepRequest, its tensors inline, into a free slot and sends a ShmStepRequest. The
-    server writes a StepResponse into the slot, its tensors as RegionSlice of the slot, and sends a ShmStepResponse. The
-    slot is free again once the client has taken out what it wants.
+class MappedMemory(_message.Message):
+    """A memory that another process may map. How rows and counters lie in it is the business of one version of the server
+    and of the same version's engine in the client's process; `layout` tells them apart.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REGION_FIELD_NUMBER: _builtins.int
-    SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    SLOTS_FIELD_NUMBER: _builtins.int
-    region: _builtins.int
-    """The region's number, as in RegionSlice."""
-    size_bytes: _builtins.int
-    """Length in bytes."""
+    PLANE_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    SLAB_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    plane: Global___Plane.ValueType
+    """PLANE_SHM or PLANE_CUDA."""
+    layout: _builtins.int
+    """Version of the layout of slab and control block."""
+    lease: _builtins.int
+    """The lease, not 0."""
+    num_sequences: _builtins.int
+    """Sequences of the lease. The control block has the LentSequence of each, in the order of the request."""
+    slab_bytes: _builtins.int
+    """Length of the slab in bytes."""
+    block_bytes: _builtins.int
+    """Length of the control block in bytes."""
+    device: _builtins.str
+    """The device, as its vendor names it for all processes; empty for the host."""
     @_builtins.property
-    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShmSlot]:
-        """The slots, smallest first. One step at a time is in each."""
+    def spec(self) -> Global___MemorySpec:
+        """What the memory is."""
 
     def __init__(
         self,
         *,
-        region: _builtins.int = ...,
-        size_bytes: _builtins.int = ...,
-        slots: _abc.Iterable[Global___ShmSlot] | None = ...,
+        plane: Global___Plane.ValueType = ...,
+        layout: _builtins.int = ...,
+        spec: Global___MemorySpec | None = ...,
+        lease: _builtins.int = ...,
+        num_sequences: _builtins.int = ...,
+        slab_bytes: _builtins.int = ...,
+        block_bytes: _builtins.int = ...,
+        device: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "device", b"device", "layout", b"layout", "lease", b"lease", "num_sequences", b"num_sequences", "plane", b"plane", "slab_bytes", b"slab_bytes", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MappedMemory: _TypeAlias = MappedMemory  # noqa: Y015
+
+@_typing.final
+class LentSequence(_message.Message):
+    """The state of a sequence at the moment when it is lent, given back, or found again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NEXT_POSITION_FIELD_NUMBER: _builtins.int
+    FLOOR_FIELD_NUMBER: _builtins.int
+    WRITERS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.str
+    """Its name."""
+    place: _builtins.int
+    """Its place in the slab."""
+    epoch: _builtins.int
+    """Its epoch; 0 where it does not exist yet."""
+    next_position: _builtins.int
+    """Its next position."""
+    floor: _builtins.int
+    """The first position that it was ever given, or that may not have been overwritten."""
+    @_builtins.property
+    def writers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LentWriter]:
+        """What was answered to those who may send an append again."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.str = ...,
+        place: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        next_position: _builtins.int = ...,
+        floor: _builtins.int = ...,
+        writers: _abc.Iterable[Global___LentWriter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["region", b"region", "size_bytes", b"size_bytes", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "floor", b"floor", "next_position", b"next_position", "place", b"place", "sequence", b"sequence", "writers", b"writers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ShmRegion: _TypeAlias = ShmRegion  # noqa: Y015
+Global___LentSequence: _TypeAlias = LentSequence  # noqa: Y015
 
 @_typing.final
-class ShmSlot(_message.Message):
-    """A part of a region for one step at a time. Offsets are multiples of 4,096."""
+class LentWriter(_message.Message):
+    """The appends of one writer to one sequence and epoch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REQUEST_OFFSET_BYTES_FIELD_NUMBER: _builtins.int
-    REQUEST_SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    REPLY_OFFSET_BYTES_FIELD_NUMBER: _builtins.int
-    REPLY_SIZE_BYTES_FIELD_NUMBER: _builtins.int
-    request_offset_bytes: _builtins.int
-    """First byte of the request."""
-    request_size_bytes: _builtins.int
-    """Length of the longest request."""
-    reply_offset_bytes: _builtins.int
-    """First byte of the reply."""
-    reply_size_bytes: _builtins.int
-    """Length of the longest reply, tensors and message. A longer one is RESOURCE_EXHAUSTED (QuotaExceeded), and nothing is
-    changed; it can be asked for on a stream.
-    """
+    WRITER_FIELD_NUMBER: _builtins.int
+    NEXT_SEQ_FIELD_NUMBER: _builtins.int
+    REPLIES_FIELD_NUMBER: _builtins.int
+    writer: _builtins.str
+    """Its name."""
+    next_seq: _builtins.int
+    """Number of its next append."""
+    @_builtins.property
+    def replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___LentReply]:
+        """The answers to its last appends, which end right before next_seq."""
+
     def __init__(
         self,
         *,
-        request_offset_bytes: _builtins.int = ...,
-        request_size_bytes: _builtins.int = ...,
-        reply_offset_bytes: _builtins.int = ...,
-        reply_size_bytes: _builtins.int = ...,
+        writer: _builtins.str = ...,
+        next_seq: _builtins.int = ...,
+        replies: _abc.Iterable[Global___LentReply] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reply_offset_bytes", b"reply_offset_bytes", "reply_size_bytes", b"reply_size_bytes", "request_offset_bytes", b"request_offset_bytes", "request_size_bytes", b"request_size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_seq", b"next_seq", "replies", b"replies", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ShmSlot: _TypeAlias = ShmSlot  # noqa: Y015
+Global___LentWriter: _TypeAlias = LentWriter  # noqa: Y015
 
 @_typing.final
-class ShmStepRequest(_message.Message):
-    """A step whose request lies in a slot. The connection is closed where the message breaks its limits, the slot is not
-    free, or no StepRequest lies there.
+class LentReply(_message.Message):
+    """What the first arrival of an append was answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    BEGUN_FROM_FIELD_NUMBER: _builtins.int
+    num_rows: _builtins.int
+    """Rows of the append."""
+    fingerprint: _builtins.int
+    """What stands for their content; 0 where nobody computed it."""
+    as_of: _builtins.int
+    """What its retrieval saw ended here."""
+    first_position: _builtins.int
+    """Position of its first row."""
+    begun_from: _builtins.int
+    """The epoch it was sent with, where it began the present one."""
+    def __init__(
+        self,
+        *,
+        num_rows: _builtins.int = ...,
+        fingerprint: _builtins.int = ...,
+        as_of: _builtins.int = ...,
+        first_position: _builtins.int = ...,
+        begun_from: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_begun_from", b"_begun_from", "begun_from", b"begun_from"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_begun_from", b"_begun_from", "as_of", b"as_of", "begun_from", b"begun_from", "fingerprint", b"fingerprint", "first_position", b"first_position", "num_rows", b"num_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__begun_from: _TypeAlias = _typing.Literal["begun_from"]  # noqa: Y015
+    _WhichOneofArgType__begun_from: _TypeAlias = _typing.Literal["_begun_from", b"_begun_from"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__begun_from) -> _WhichOneofReturnType__begun_from | None: ...
+
+Global___LentReply: _TypeAlias = LentReply  # noqa: Y015
+
+@_typing.final
+class LeaseRecall(_message.Message):
+    """The server wants the sequences of a lease back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    lease: _builtins.int
+    """The lease."""
+    def __init__(
+        self,
+        *,
+        lease: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseRecall: _TypeAlias = LeaseRecall  # noqa: Y015
+
+@_typing.final
+class LeaseReturn(_message.Message):
+    """The holder of a lease has written the last state of every sequence into the control block and will touch the memory
+    no more.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CALL_ID_FIELD_NUMBER: _builtins.int
-    SLOT_FIELD_NUMBER: _builtins.int
-    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
-    TIMEOUT_FIELD_NUMBER: _builtins.int
-    call_id: _builtins.int
-    """The caller's number for this step, given back with its answer."""
-    slot: _builtins.int
-    """The slot's place in ShmRegion.slots, from 0."""
-    length_bytes: _builtins.int
-    """Length in bytes of the StepRequest, which begins at the slot's request_offset_bytes."""
-    @_builtins.property
-    def timeout(self) -> _duration_pb2.Duration:
-        """How long the caller waits; absent: for ever. A step that the device begins later is DEADLINE_EXCEEDED."""
-
+    LEASE_FIELD_NUMBER: _builtins.int
+    lease: _builtins.int
+    """The lease. The connection is closed where it is another one."""
     def __init__(
         self,
         *,
-        call_id: _builtins.int = ...,
-        slot: _builtins.int = ...,
-        length_bytes: _builtins.int = ...,
-        timeout: _duration_pb2.Duration | None = ...,
+        lease: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "length_bytes", b"length_bytes", "slot", b"slot", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ShmStepRequest: _TypeAlias = ShmStepRequest  # noqa: Y015
-
-@_typing.final
-class ShmStepResponse(_message.Message):
-    """The answer to one step."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CALL_ID_FIELD_NUMBER: _builtins.int
-    FAILURE_FIELD_NUMBER: _builtins.int
-    STEP_FIELD_NUMBER: _builtins.int
-    call_id: _builtins.int
-    """The number of the step that this answers."""
-    @_builtins.property
-    def failure(self) -> Global___Failure:
-        """Why the step was not done. The slot is free."""
-
-    @_builtins.property
-    def step(self) -> Global___RegionSlice:
-        """Where in the slot the StepResponse lies, behind its tensors. The generation of every slice is the call_id."""
-
-    def __init__(
-        self,
-        *,
-        call_id: _builtins.int = ...,
-        failure: Global___Failure | None = ...,
-        step: Global___RegionSlice | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "step", b"step"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failure", b"failure", "outcome", b"outcome", "step", b"step"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "step"]  # noqa: Y015
-    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
-
-Global___ShmStepResponse: _TypeAlias = ShmStepResponse  # noqa: Y015
+Global___LeaseReturn: _TypeAlias = LeaseReturn  # noqa: Y015

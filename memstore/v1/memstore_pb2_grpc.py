@@ -180,8 +180,8 @@ class MemoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OpenPlane(self, request, context):
-        """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
-        host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+        """Lends sequences of a memory, and the memory itself, to a caller on the server's host. PERMISSION_DENIED from another
+        host or where the memory is not lent, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,8 +65,8 @@ class MemoryServiceStub:
     ServerInfo: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.ServerInfoRequest, _memstore_pb2.ServerInfoResponse]
     """Says what this server is, what it can do and what its limits are."""
     OpenPlane: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.OpenPlaneRequest, _memstore_pb2.OpenPlaneResponse]
-    """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
-    host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+    """Lends sequences of a memory, and the memory itself, to a caller on the server's host. PERMISSION_DENIED from another
+    host or where the memory is not lent, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
     """
 
 @_typing.type_check_only
@@ -99,8 +99,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     ServerInfo: _aio.UnaryUnaryMultiCallable[_memstore_pb2.ServerInfoRequest, _memstore_pb2.ServerInfoResponse]  # type: ignore[assignment]
     """Says what this server is, what it can do and what its limits are."""
     OpenPlane: _aio.UnaryUnaryMultiCallable[_memstore_pb2.OpenPlaneRequest, _memstore_pb2.OpenPlaneResponse]  # type: ignore[assignment]
-    """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
-    host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+    """Lends sequences of a memory, and the memory itself, to a caller on the server's host. PERMISSION_DENIED from another
+    host or where the memory is not lent, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -202,8 +202,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memstore_pb2.OpenPlaneRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_memstore_pb2.OpenPlaneResponse, _abc.Awaitable[_memstore_pb2.OpenPlaneResponse]]:
-        """Offers a plane of memory shared with the server to a caller on the server's host. PERMISSION_DENIED from another
-        host or where the server has none of it, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
+        """Lends sequences of a memory, and the memory itself, to a caller on the server's host. PERMISSION_DENIED from another
+        host or where the memory is not lent, RESOURCE_EXHAUSTED (QuotaExceeded) when as much is lent as may be.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -3,6 +3,7 @@
 from memstore.wire.batch import StepLike, decode_batch
 from memstore.wire.control import decode_fork, encode_fork, sequence_names
 from memstore.wire.fields import memory_name
+from memstore.wire.lent import decode_mapped, found_states, leave_states, writer_name
 from memstore.wire.limits import MAX_MESSAGE_BYTES
 from memstore.wire.reply import Reply
 from memstore.wire.spec import decode_spec, encode_description, encode_spec, encode_time
@@ -13,11 +14,15 @@ __all__ = [
     "StepLike",
     "decode_batch",
     "decode_fork",
+    "decode_mapped",
     "decode_spec",
     "encode_description",
     "encode_fork",
     "encode_spec",
     "encode_time",
+    "found_states",
+    "leave_states",
     "memory_name",
     "sequence_names",
+    "writer_name",
 ]

@@ -17,6 +17,11 @@ class TensorPlane(Protocol):
     """Turns tensors into what stands for them in a message, and back."""
 
     @property
+    def name(self) -> str:
+        """ "inline", "process", "shm" or "cuda": how tensors travel now."""
+        ...
+
+    @property
     def is_single_use(self) -> bool:
         """True where a written tensor can be read once only, so that a request sent again must be written again."""
         ...

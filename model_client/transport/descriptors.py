@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 import struct
@@ -34,8 +35,18 @@ class Claim:
     descriptors: Sequence[int]
 
 
-def claim(offer: pb.OpenPlaneResponse, num_descriptors: int, timeout_s: float) -> Claim:
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What is left of a server that has gone: a memory, and the descriptors of its slab and control block."""
+
+    mapped: pb.MappedMemory
+    descriptors: Sequence[int]
+
+
+def claim(offer: pb.OpenPlaneResponse, num_descriptors: int, timeout_s: float, remains: Remains | None = None) -> Claim:
     """Presents the token of an offer, and takes `num_descriptors` descriptors. Blocks for `timeout_s` at most.
+
+    remains: handed over, as duplicates, to the server that takes them over.
 
     Raises what the server answers, Unavailable where nobody of this user listens or answers, Internal where other
     descriptors come than are expected.
@@ -47,7 +58,7 @@ def claim(offer: pb.OpenPlaneResponse, num_descriptors: int, timeout_s: float) -
         connection.connect(offer.socket_path)
         if _peer_user(connection) != os.geteuid():
             raise Unavailable(f"{offer.socket_path}: another user listens there")
-        connection.send(pb.ClaimRequest(token=offer.token).SerializeToString(), socket.MSG_NOSIGNAL)
+        _present(connection, offer.token, remains)
         packet, descriptors = _receive(connection, num_descriptors + 1)
         response = _response(packet)
         if len(descriptors) != num_descriptors:
@@ -60,6 +71,16 @@ def claim(offer: pb.OpenPlaneResponse, num_descriptors: int, timeout_s: float) -
         _close(connection, descriptors)
         raise
     return Claim(connection, response, tuple(descriptors))
+
+
+def _present(connection: socket.socket, token: bytes, remains: Remains | None) -> None:
+    request = pb.ClaimRequest(token=token, remains=None if remains is None else remains.mapped)
+    packet = request.SerializeToString()
+    if remains is None:
+        connection.send(packet, socket.MSG_NOSIGNAL)
+    else:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", remains.descriptors))
+        connection.sendmsg([packet], [rights], socket.MSG_NOSIGNAL)
 
 
 def _receive(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:

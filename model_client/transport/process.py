@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class HandedPlane:
     """Tensors themselves, by number. The engine reads them where they are."""
 
+    name = "process"
     is_single_use = True
 
     def __init__(self, plane: ProcessPlane) -> None:
@@ -58,7 +59,7 @@ class ProcessTransport:
         if self._is_closed or self._process_id != os.getpid():
             answer.set_exception(ClientClosed("the client is closed, or was made in the parent of this process"))
             return answer
-        self._embedded.call(method, request, timeout_s).add_done_callback(lambda done: _hand_on(done, answer))
+        self._embedded.call(method, request, timeout_s).add_done_callback(lambda done: hand_on(done, answer))
         return answer
 
     def close(self) -> None:
@@ -68,16 +69,19 @@ class ProcessTransport:
             self._embedded.close()
 
 
-def _hand_on(done: Future[Message], answer: Future[Message]) -> None:
+def hand_on(done: Future[Message], answer: Future[Message]) -> None:
+    """Gives an engine's outcome to the client's future."""
     error = done.exception()
     if error is None:
         answer.set_result(done.result())
     else:
-        answer.set_exception(_client_error(error))
+        answer.set_exception(client_error(error))
 
 
-def _client_error(error: BaseException) -> MemstoreClientError:
-    """The client's class of the same name; the server's own classes are not loaded for it."""
+def client_error(error: BaseException) -> MemstoreClientError:
+    """The client's class of the same name, or its own error; the server's classes are not loaded for it."""
+    if isinstance(error, MemstoreClientError):
+        return error
     return from_class_name(
         type(error).__name__,
         str(error),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import importlib.util
 import threading
@@ -13,14 +14,15 @@ import pytest
 import torch
 
 from model_client import AsyncMemoryClient, MemoryClient, Retrieval, errors
-from tests.serving import serving
+from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.serving import Serving
 
-KINDS = ["process", "grpc", "grpc-stream"]
+KINDS = ["process", "grpc", "grpc-stream", "shm", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLANES = {"shm": "shm", "cuda": "cuda"}
 MODES = ["sync", "asyncio"]
 HAS_FAISS = importlib.util.find_spec("faiss") is not None
 INDEXES = ["exact", pytest.param("faiss_flat", marks=pytest.mark.skipif(not HAS_FAISS, reason="no FAISS"))]
@@ -51,14 +53,22 @@ class Awaited:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Serving]:
-    with serving() as running:
-        yield running
+def servers() -> Iterator[Callable[[str], Serving]]:
+    """A server for each device, made when it is first asked for."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda device: stack.enter_context(serving(Setting(lends=True, device=device))))
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     return str(request.param)
+
+
+@pytest.fixture
+def server(servers: Callable[[str], Serving], kind: str) -> Serving:
+    return servers("cuda" if kind == "cuda" else "cpu")
 
 
 @pytest.fixture(params=MODES)
@@ -66,7 +76,12 @@ def client(request: pytest.FixtureRequest, server: Serving, kind: str) -> Iterat
     """A client, and nothing left of it afterwards but what there was."""
     threads = set(threading.enumerate())
     target = ":memory:" if kind == "process" else server.target
-    options: dict[str, Any] = {"timeout_s": 20.0, "use_stream": kind == "grpc-stream"}
+    plane = PLANES.get(kind, "inline")
+    options: dict[str, Any] = {
+        "timeout_s": 20.0,
+        "use_stream": kind != "grpc",
+        "plane": "inline" if plane == "process" else plane,
+    }
     if request.param == "sync":
         with MemoryClient(target, **options) as made:
             yield made
@@ -93,8 +108,12 @@ def create(client: Any, **options: Any) -> None:
 
 
 def test_it_says_how_it_travels(client: Any, kind: str) -> None:
+    create(client)
+    session = client.session("m", ["a"])
+    session.append(torch.ones(1, 4), [1])
     assert client.transport == kind
-    assert client.info().device == "cpu"
+    assert session.plane == {"process": "process", **PLANES}.get(kind, "inline")
+    assert client.info().device == ("cuda:0" if kind == "cuda" else "cpu")
 
 
 def test_the_life_of_a_memory(client: Any) -> None:
@@ -252,6 +271,9 @@ def test_counters(client: Any, kind: str) -> None:
     assert stats["failures"] == 0
     if kind == "process":
         assert stats["sent_bytes"] == stats["received_bytes"] == 0
+    elif kind in ("shm", "cuda"):
+        assert stats["sent_bytes"] < 1000, "rows do not travel"
+        assert stats["mapped_steps"] == 2
     else:
         assert stats["sent_bytes"] > 102 * 16
         assert stats["received_bytes"] > 3 * 16
@@ -260,7 +282,12 @@ def test_counters(client: Any, kind: str) -> None:
 @pytest.mark.parametrize("use_stream", [True, False])
 def test_a_client_that_is_let_go_of_leaves_no_threads(server: Serving, kind: str, use_stream: bool) -> None:
     threads = set(threading.enumerate())
-    client = MemoryClient(":memory:" if kind == "process" else server.target, use_stream=use_stream)
+    plane = PLANES.get(kind, "inline")
+    client = MemoryClient(
+        ":memory:" if kind == "process" else server.target,
+        use_stream=use_stream,
+        plane="inline" if plane == "process" else plane,
+    )
     create(client)
     session = client.session("m", ["a"])
     session.start_step(torch.ones(1, 4), [1], retrieve=Retrieval(1), append=True)

@@ -35,9 +35,10 @@ from memstore.types import (
     StepResult,
 )
 from model_client import MemoryClient, Retrieval, errors, wire
+from model_client.transport import mapped
 from tests.comparing import assert_same
 from tests.reference import ReferenceMemory, ReferenceResult
-from tests.serving import serving
+from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,9 +78,12 @@ AS_OF = st.sampled_from([None, None, 0.5, 1.0, 1.5])
 SEEDS = st.integers(0, 2**31)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Serving]:
-    with serving() as running:
+@pytest.fixture(scope="module", params=[False, True], ids=["inline", "lent"])
+def server(request: pytest.FixtureRequest) -> Iterator[Serving]:
+    """One that lends the sequences of the sessions now and then, or one that never does."""
+    with pytest.MonkeyPatch.context() as patch, serving(Setting(lends=request.param)) as running:
+        patch.setattr(mapped, "FIRST_RETRY_S", 0.1)
+        patch.setattr(mapped, "LAST_RETRY_S", 0.1)
         yield running
 
 
@@ -87,11 +91,14 @@ class Store(RuleBasedStateMachine):
     """Two clients with a session each, a third writer that numbers its appends by hand, and the oracle."""
 
     server: Serving
+    num_mapped_steps = 0
 
     @initialize(spec=SPECS, seed=SEEDS)
     def begin(self, spec: MemorySpec, seed: int) -> None:
         """A new memory, and nobody has written."""
         self.random = torch.Generator().manual_seed(seed)
+        if self.server.lending is not None:
+            spec = dataclasses.replace(spec, max_sequences=len(NAMES))
         self.spec = spec
         self.clients = [MemoryClient(self.server.target, use_stream=is_stream) for is_stream in (True, False)]
         self.client = self.clients[0]
@@ -117,6 +124,7 @@ class Store(RuleBasedStateMachine):
             self.client.drop_memory("m")
             for client in self.clients:
                 client.close()
+                type(self).num_mapped_steps += client.stats.mapped_steps
 
     @invariant()
     def counters_agree(self) -> None:
@@ -276,9 +284,13 @@ class Store(RuleBasedStateMachine):
         return request
 
     def call(self, request: pb.StepRequest, which: int = 0) -> wire.StepResult:
-        """Sends a request as it is."""
-        answer: Any = self.clients[which]._transport.call("Step", request, 30.0).result(timeout=30)
-        return wire.step_result(wire.InlinePlane(), answer, CPU)
+        """Sends a request as it is, until no session has the lease of its sequences."""
+        while True:
+            try:
+                answer: Any = self.clients[which]._transport.call("Step", request, 30.0).result(timeout=30)
+                return wire.step_result(wire.InlinePlane(), answer, CPU)
+            except errors.NotReady:
+                continue
 
     def compare(self, batch: StepBatch, act: Callable[[], wire.StepResult]) -> None:
         """The server does what the oracle does: the same refusal, or the same answer."""
@@ -364,3 +376,4 @@ def test_the_store_does_what_the_oracle_does(server: Serving) -> None:
             max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
+    assert (machine.num_mapped_steps > 0) == (server.lending is not None)

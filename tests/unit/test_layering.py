@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = """
     v1 types errors config seams logs
     descriptors
-    ring window slab index sequence retrieval appending row_bytes changes log journal ledger still memory
+    ring window region slab control lease index sequence lent lender
+    retrieval appending row_bytes changes log journal ledger still memory
     folder snapshot recovery archive
     admission capacity catalog store device plane
     wire status auth registry snapshotter metrics service
-    embedded listen grpc_front health
+    embedded mapped lending listen grpc_front health
     server console __main__
 """.split()
 PACKAGES = ("memstore", "model_client", "integration")
@@ -25,6 +26,8 @@ PACKAGES = ("memstore", "model_client", "integration")
 IN_PROCESS = {
     ("model_client/transport/process.py", "memstore.embedded"),
     ("model_client/transport/process.py", "memstore.plane"),
+    ("model_client/transport/mapped.py", "memstore.mapped"),
+    ("model_client/transport/mapped.py", "memstore.plane"),
 }
 FOREIGN = {
     "grpc": {

@@ -40,6 +40,7 @@ def test_every_setting_can_be_given_both_ways() -> None:
         "catalog": "none",
         "device": "cuda:1",
         "reflection": "on",
+        "lend": "off",
         "log_format": "json",
         "log_level": "error",
         "tls_cert": "c",

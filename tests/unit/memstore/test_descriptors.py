@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MISSING = pb.ClaimResponse(failure=pb.Failure(code=5, reason="NOT_FOUND", message="nothing there"))
-REGION = pb.ClaimResponse(shm=pb.ShmRegion(region=7))
+REGION = pb.ClaimResponse(mapped=pb.MappedMemory(lease=7))
 
 
 class Host:
@@ -49,7 +49,7 @@ class Host:
     def offer(self, response: pb.ClaimResponse = REGION, handed: tuple[int, ...] = ()) -> pb.OpenPlaneResponse:
         """An offer that is answered so."""
 
-        def claimed(link: Link) -> None:
+        def claimed(link: Link, request: pb.ClaimRequest) -> None:
             self.links.append(link)
             link.on_packet = self.packets.append
             link.on_close = lambda: self.gone.set_result(None)

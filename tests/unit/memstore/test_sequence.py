@@ -37,7 +37,7 @@ def test_the_places_of_the_next_new_sequences_are_known_before() -> None:
         table.create(name, 1)
     for name in "bdac":
         table.remove(name)
-    assert list(table.free_places) == [0, 1, 2, 3]
+    assert list(table.places_of_new(["w", "x", "y", "z"])) == [0, 1, 2, 3]
     assert [table.create(name, 1).place for name in "wxyz"] == [0, 1, 2, 3]
 
 

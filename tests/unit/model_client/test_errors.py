@@ -15,7 +15,7 @@ SERVER_ERRORS = server_errors.MemstoreError.__subclasses__()
 def instance(kind: type[server_errors.MemstoreError]) -> server_errors.MemstoreError:
     error = kind.__new__(kind)
     server_errors.MemstoreError.__init__(error, "the message", sequence="a", expected_seq=3, epoch=9)
-    if isinstance(error, server_errors.Overloaded):
+    if isinstance(error, server_errors.Overloaded | server_errors.NotReady):
         error.retry_delay_s = 0.25
     return error
 

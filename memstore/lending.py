@@ -1,0 +1,217 @@
+"""Lending: hands memories to processes of this host and user, and learns when they are done with them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+
+from memstore import status, wire
+from memstore.control import LAYOUT, ControlBlock
+from memstore.errors import Corrupt, InvalidRequest, MemstoreError, NotAllowed, QuotaExceeded
+from memstore.logs import event, trouble
+from memstore.mapped import device_name, mapped_slab
+from memstore.v1 import memstore_pb2 as pb
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from memstore.descriptors import Handover, Link
+    from memstore.lease import Lease
+    from memstore.registry import Loaded, Registry
+
+MAX_LEASES = 256
+"""Leases that one server has given out at once; each takes two descriptors and a control block."""
+SETTLE_S = 1.0
+"""How long a GPU may still be writing for a process whose connection has ended."""
+_log = logging.getLogger(__name__)
+
+
+class Lending:
+    """The leases of all memories of a registry. Lives on the event loop of its handover."""
+
+    def __init__(self, registry: Registry, handover: Handover, loop: asyncio.AbstractEventLoop) -> None:
+        self.holders: set[Holder] = set()
+        self.loop = loop
+        self.registry = registry
+        self._handover = handover
+
+    def offer(self, request: pb.OpenPlaneRequest, tenant: str) -> pb.OpenPlaneResponse:
+        """A token for the lease that is asked for. Raises what is wrong with the request, QuotaExceeded, NotAllowed."""
+        loaded = self.registry.find(tenant, request.memory)
+        wire.sequence_names(request.sequences, "sequences")
+        wire.writer_name(request.writer, "writer")
+        if loaded.engine.region is None:
+            raise NotAllowed(f"memory: {request.memory!r} is not lent")
+        plane = plane_of(loaded)
+        if request.plane not in (pb.PLANE_UNSPECIFIED, plane):
+            raise NotAllowed(f"plane: the memory lies in {pb.Plane.Name(plane)}")
+        if len(self.holders) >= MAX_LEASES:
+            raise QuotaExceeded(f"{MAX_LEASES} leases are given out, as many as may be")
+        holder = Holder(self, loaded, request)
+        token = self._handover.offer(holder.claimed)
+        return pb.OpenPlaneResponse(socket_path=self._handover.path, token=token)
+
+    def close(self) -> None:
+        """Ends lending, in the loop. Leases are not ended: their holders may go on, and find a successor."""
+        self._handover.close()
+        for holder in tuple(self.holders):
+            holder.let_go()
+
+
+class Holder:
+    """A process that asks for a lease, has it, and gives it back or dies. On the loop, where nothing else is said."""
+
+    def __init__(self, lending: Lending, loaded: Loaded, request: pb.OpenPlaneRequest) -> None:
+        self._lending = lending
+        self._loaded = loaded
+        self._request = request
+        self._link: Link | None = None
+        self._lease: Lease | None = None
+
+    def claimed(self, link: Link, claim: pb.ClaimRequest) -> None:
+        """The token was presented."""
+        self._link = link
+        self._lending.holders.add(self)
+        link.on_packet, link.on_close = self._heard, self._gone
+        remains = claim.remains if claim.HasField("remains") else None
+        descriptors = link.take_descriptors()
+        self._in_device_thread(lambda: self._grant(link, remains, descriptors))
+
+    def let_go(self) -> None:
+        """Forgets the process, which keeps its lease."""
+        self._lending.holders.discard(self)
+        if self._link is not None:
+            self._link.on_packet, self._link.on_close = _nobody, _nothing
+            self._link.close()
+
+    def _grant(self, link: Link, remains: pb.MappedMemory | None, descriptors: list[int]) -> None:
+        """Makes the lease and hands it over. Runs in the device thread."""
+        lender = self._loaded.engine.lender
+        try:
+            if remains is not None:
+                num_found = self._restore(remains, descriptors)
+                event(_log, logging.INFO, "sequences found again", memory=self._loaded.id.name, num_sequences=num_found)
+            names = list(self._request.sequences)
+            lease = lender.lend(names, self._request.writer, self._recall, self._ended)
+        except MemstoreError as error:
+            failure = status.to_failure(status.answer(error, "lease"))
+            link.send(pb.ClaimResponse(failure=failure).SerializeToString())
+            self._lending.loop.call_soon_threadsafe(link.close)
+            return
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._lease = lease
+        wire.leave_states(lease.block, lender.states(lease))
+        response = pb.ClaimResponse(mapped=describe(self._loaded, lease))
+        region = self._loaded.engine.region
+        if region is not None:
+            link.send(response.SerializeToString(), (region.descriptor, lease.block.region.descriptor))
+        event(_log, logging.INFO, "lent", memory=self._loaded.id.name, num_sequences=len(names))
+
+    def _restore(self, remains: pb.MappedMemory, descriptors: list[int]) -> int:
+        """Copies what the holder has of a server that has gone; its descriptors are closed afterwards."""
+        if len(descriptors) != 2 or wire.decode_mapped(remains) != self._loaded.spec:
+            raise InvalidRequest("remains", "not of a memory of this spec")
+        engine = self._loaded.engine
+        try:
+            block = ControlBlock.map(descriptors[1], remains.num_sequences)
+            try:
+                states = wire.found_states(block)
+            finally:
+                block.close()
+            if any(state.place >= engine.spec.max_sequences for state in states):
+                raise Corrupt("a place beyond the slab")
+            slab = mapped_slab(remains, engine.spec, descriptors[0], engine.device)
+        except OSError as error:
+            raise InvalidRequest("remains", f"cannot be mapped: {error.strerror}") from error
+        try:
+            return engine.lender.restore(slab, states)
+        finally:
+            slab.free()
+
+    def _heard(self, packet: bytes) -> None:
+        """The lease is given back. Raises where anything else is said."""
+        try:
+            number = pb.LeaseReturn.FromString(packet).lease
+        except DecodeError as error:
+            raise InvalidRequest("packet", "not a LeaseReturn") from error
+        if self._lease is None or number != self._lease.number:
+            raise InvalidRequest("lease", "not the one of this connection")
+        self._in_device_thread(self._take_back_whole)
+
+    def _gone(self) -> None:
+        """The connection has ended: the process has died, or everything is settled."""
+        self._lending.holders.discard(self)
+        delay_s = SETTLE_S if plane_of(self._loaded) == pb.PLANE_CUDA else 0.0
+        self._lending.loop.call_later(delay_s, self._in_device_thread, self._take_back)
+
+    def _take_back_whole(self) -> None:
+        """Runs in the device thread, as what follows."""
+        lender, lease = self._loaded.engine.lender, self._lease
+        if lease is None or lease not in lender:
+            return
+        try:
+            lender.take_back(lease, wire.found_states(lease.block))
+        except Corrupt as error:
+            trouble(_log, "lease given back in disorder", error, memory=self._loaded.id.name)
+            lender.take_back(lease)
+
+    def _take_back(self) -> None:
+        lender, lease = self._loaded.engine.lender, self._lease
+        if lease is not None and lease in lender:
+            event(_log, logging.WARNING, "holder of a lease has gone", memory=self._loaded.id.name)
+            lender.take_back(lease)
+
+    def _recall(self, lease: int) -> None:
+        if self._link is not None:
+            self._link.send(pb.LeaseRecall(lease=lease).SerializeToString())
+
+    def _ended(self) -> None:
+        if self._link is not None:
+            self._lending.loop.call_soon_threadsafe(self._link.close)
+
+    def _in_device_thread(self, run: Callable[[], None]) -> None:
+        try:
+            self._lending.registry.worker.control(run).add_done_callback(self._done)
+        except MemstoreError as error:  # it stops, and the memory with it
+            trouble(_log, "lease not settled", error)
+
+    def _done(self, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            trouble(_log, "lease failed", error, memory=self._loaded.id.name)
+            self._ended()
+
+
+def plane_of(loaded: Loaded) -> pb.Plane.ValueType:
+    """The plane on which a memory can be lent."""
+    return pb.PLANE_CUDA if loaded.engine.device.type == "cuda" else pb.PLANE_SHM
+
+
+def describe(loaded: Loaded, lease: Lease) -> pb.MappedMemory:
+    """A lease as its holder needs to know it."""
+    engine = loaded.engine
+    return pb.MappedMemory(
+        plane=plane_of(loaded),
+        layout=LAYOUT,
+        spec=wire.encode_spec(engine.spec),
+        lease=lease.number,
+        num_sequences=len(lease.names),
+        slab_bytes=0 if engine.region is None else engine.region.content.numel(),
+        block_bytes=lease.block.size_bytes,
+        device=device_name(engine.device),
+    )
+
+
+def _nobody(_: bytes) -> None:
+    """A packet that nobody waits for."""
+
+
+def _nothing() -> None:
+    """Nobody needs to know."""

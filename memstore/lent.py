@@ -1,0 +1,84 @@
+"""LentTable: the sequences of a lease in the process that holds it; tells the server how far they are written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memstore.sequence import Sequence, SequenceTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Sequence as SequenceOf
+
+    from memstore.control import ControlBlock
+
+
+class LentTable(SequenceTable):
+    """See SequenceTable. Only the sequences of the lease can begin to exist here, each in its place; none ends."""
+
+    def __init__(
+        self, sequences: Mapping[str, Sequence], capacity: int, block: ControlBlock, on_written: Callable[[], None]
+    ) -> None:
+        """sequences: in the order of the block, those of epoch 0 do not exist. on_written: has `settle` called once
+        the device has written.
+        """
+        super().__init__(0)
+        self._lent = dict(sequences)
+        self._by_name.update((name, sequence) for name, sequence in sequences.items() if sequence.epoch)
+        self._index = {name: index for index, name in enumerate(sequences)}
+        self._capacity = capacity
+        self._block = block
+        self._on_written = on_written
+        self._published = block.table()
+        self._written = self._published.copy()
+
+    def lent(self) -> Iterable[tuple[str, Sequence]]:
+        """All sequences of the lease with their names, in the order of the block."""
+        return self._lent.items()
+
+    @property
+    def num_free(self) -> int:
+        """Sequences of the lease that do not exist."""
+        return len(self._lent) - len(self)
+
+    def places_of_new(self, names: SequenceOf[str]) -> Iterator[int]:
+        """Those that the lease has for them."""
+        return iter([self._lent[name].place for name in names])
+
+    def create(self, name: str, epoch: int) -> Sequence:
+        """A sequence of the lease, in its place."""
+        sequence = self._by_name[name] = self._lent[name]
+        sequence.restart(epoch)
+        return sequence
+
+    def announce(self, names: SequenceOf[str]) -> None:
+        """Takes out of what is published the rows that are about to be overwritten."""
+        is_changed = False
+        for index, sequence in self._lent_of(names):
+            epoch, end, floor, _ = self._published[index].tolist()
+            begin = sequence.begin(self._capacity)
+            if epoch != sequence.epoch:
+                self._published[index, :3] = sequence.epoch, 0, begin
+                is_changed = True
+            elif begin > max(floor, end - self._capacity):
+                self._published[index, 2] = begin
+                is_changed = True
+        if is_changed:
+            self._block.publish(self._published)
+
+    def publish(self, names: SequenceOf[str]) -> None:
+        """Takes note of what is published as soon as the device has written it."""
+        for index, sequence in self._lent_of(names):
+            self._written[index] = sequence.epoch, sequence.next_position, sequence.floor, sequence.num_appended
+        if names:
+            self._on_written()
+
+    def settle(self) -> None:
+        """Publishes all that was written, now that the device has done it."""
+        np.copyto(self._published, self._written)
+        self._block.publish(self._published)
+
+    def _lent_of(self, names: SequenceOf[str]) -> list[tuple[int, Sequence]]:
+        return [(self._index[name], self._lent[name]) for name in names]

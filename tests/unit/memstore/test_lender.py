@@ -1,0 +1,307 @@
+"""Lending at the level of the engine: two memories over one slab, one of which holds a lease."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from memstore.control import ControlBlock
+from memstore.errors import AlreadyExists, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.lender import LentState, state_of
+from memstore.lent import LentTable
+from memstore.memory import Memory
+from memstore.region import map_region
+from memstore.sequence import Sequence
+from memstore.slab import Slab
+from memstore.types import KEY, MemorySpec, PayloadSpec, RetrieveOptions, SequencePart, StepBatch, StepResult
+from memstore.wire import found_states, leave_states
+
+if TYPE_CHECKING:
+    from memstore.lease import Lease
+
+CPU = torch.device("cpu")
+CAPACITY = 8
+SPEC = MemorySpec(
+    name="m",
+    dim=2,
+    capacity=CAPACITY,
+    max_sequences=3,
+    num_layers=2,
+    dtype=torch.float32,
+    payloads=(PayloadSpec(name="twice", dtype=torch.int64, shape=(1,)),),
+)
+EVERYTHING = RetrieveOptions(top_k=CAPACITY, arrays=(KEY, "twice"))
+
+
+class Lent:
+    """A server's memory, and the one of a process that it lends sequences to."""
+
+    def __init__(self, spec: MemorySpec = SPEC) -> None:
+        epochs = itertools.count(1).__next__
+        self.server = Memory(spec, CPU, new_epoch=epochs, is_shared=True)
+        self.recalled: list[int] = []
+        self.num_ended = 0
+        self._epochs = epochs
+
+    def lend(self, *names: str, writer: str = "w") -> Lease:
+        """A lease, whose holder has mapped everything."""
+        lease = self.server.lender.lend(names, writer, self.recalled.append, self._ended)
+        leave_states(lease.block, self.server.lender.states(lease))
+        assert self.server.region is not None
+        size = self.server.reserved_bytes
+        slab = Slab(SPEC, CPU, region=map_region(self.server.region.descriptor, size, CPU))
+        self.block = ControlBlock.map(lease.block.region.descriptor, len(names))
+        sequences = {
+            state.name: Sequence(state.place, state.epoch, state.next_position, state.floor, state.writers)
+            for state in found_states(self.block)
+        }
+        self.table = LentTable(sequences, CAPACITY, self.block, lambda: self.table.settle())
+        self.holder = Memory(SPEC, CPU, new_epoch=self._epochs, mapped=(slab, self.table))
+        return lease
+
+    def give_back(self, lease: Lease) -> None:
+        """As the holder and the server do it."""
+        leave_states(self.block, [state_of(name, each, each.writers) for name, each in self.table.lent()])
+        self.server.lender.take_back(lease, found_states(lease.block))
+
+    def _ended(self) -> None:
+        self.num_ended += 1
+
+
+@pytest.fixture
+def lent() -> Lent:
+    return Lent()
+
+
+def batch(name: str, numbers: list[int], *, seq: int = 0, writer: str = "w", start: bool = False) -> StepBatch:
+    keys = torch.tensor(numbers, dtype=torch.float32).reshape(1, -1, 1).expand(2, -1, 2).contiguous()
+    return StepBatch(
+        parts=(SequencePart(sequence=name, num_rows=len(numbers), seq=seq, start_of_sequence=start),),
+        layers=(0, 1),
+        keys=keys,
+        payloads={"twice": (keys[..., :1] * 2).long()},
+        append=True,
+        writer=writer,
+        fingerprints=(sum(numbers) + 1,),
+    )
+
+
+def append(memory: Memory, name: str, numbers: list[int], **options: object) -> StepResult:
+    (result,) = memory.step([batch(name, numbers, **options)])  # type: ignore[arg-type]
+    if isinstance(result, MemstoreError):
+        raise result
+    return result
+
+
+def content(memory: Memory, name: str) -> dict[int, int]:
+    """Position -> number, which every layer and the payload agree about."""
+    look = StepBatch(
+        parts=(SequencePart(sequence=name, num_rows=1),), layers=(0, 1), keys=torch.zeros(2, 1, 2), retrieve=EVERYTHING
+    )
+    (result,) = memory.step([look])
+    if isinstance(result, MemstoreError):
+        raise result
+    hits = result.hits
+    assert hits is not None
+    positions = hits.positions.reshape(2, -1)
+    numbers = hits.arrays[KEY].reshape(2, -1, 2)
+    assert torch.equal(positions[0], positions[1])
+    assert torch.equal(numbers[0], numbers[1])
+    assert torch.equal(hits.arrays["twice"].reshape(2, -1), (numbers[..., 0] * 2).long())
+    return dict(zip(positions[0].tolist(), numbers[0, :, 0].int().tolist(), strict=True))
+
+
+def counts(memory: Memory) -> tuple[int, int, int, int]:
+    found = memory.counts()
+    return found.num_sequences, found.num_rows, found.appended_rows, found.evicted_rows
+
+
+def test_what_the_holder_appends_the_server_reads_and_counts(lent: Lent) -> None:
+    append(lent.server, "a", [1, 2])
+    lent.lend("a", "b")
+    assert counts(lent.server) == (1, 4, 4, 0), "a place that is only kept is no sequence"
+    append(lent.holder, "a", [3], seq=1)
+    append(lent.holder, "b", list(range(10)))
+    assert content(lent.server, "a") == {0: 1, 1: 2, 2: 3}
+    assert content(lent.server, "b") == {position: position for position in range(2, 10)}
+    assert counts(lent.server) == (2, 22, 26, 4)
+    append(lent.holder, "b", [7], start=True)
+    assert content(lent.server, "b") == {0: 7}
+    assert counts(lent.server) == (2, 8, 28, 20)
+
+
+def test_what_was_given_back_is_the_servers_again(lent: Lent) -> None:
+    lease = lent.lend("a", "b")
+    append(lent.holder, "a", [1, 2])
+    before = counts(lent.server)
+    lent.give_back(lease)
+    assert counts(lent.server) == before == (1, 4, 4, 0)
+    assert lent.num_ended == 1
+    assert not lent.block.is_held
+    assert append(lent.server, "a", [3], seq=1).sequences[0].first_position == 2
+    append(lent.server, "b", [1])
+    append(lent.server, "c", [1], writer="")
+    assert content(lent.server, "a") == {0: 1, 1: 2, 2: 3}
+
+
+def test_answers_go_with_the_lease_both_ways(lent: Lent) -> None:
+    append(lent.server, "a", [1, 2])
+    lease = lent.lend("a")
+    again = append(lent.holder, "a", [1, 2]).sequences[0]
+    assert (again.is_replay, again.first_position) == (True, 0)
+    with pytest.raises(AlreadyExists):
+        append(lent.holder, "a", [5, 6])
+    append(lent.holder, "a", [3], seq=1)
+    lent.give_back(lease)
+    again = append(lent.server, "a", [3], seq=1).sequences[0]
+    assert (again.is_replay, again.first_position) == (True, 2)
+    assert content(lent.server, "a") == {0: 1, 1: 2, 2: 3}
+
+
+def test_others_cannot_change_what_is_lent_and_the_lease_is_recalled_once(lent: Lent) -> None:
+    lease = lent.lend("a", "b")
+    append(lent.holder, "a", [1])
+    with pytest.raises(NotReady):
+        append(lent.server, "a", [9], seq=1)
+    assert lent.recalled == [], "its own writer comes too late, or has lost its way"
+    for act in (
+        lambda: append(lent.server, "b", [9], writer="x"),
+        lambda: append(lent.server, "a", [], writer="x", start=True),
+        lambda: lent.server.reset(["c", "a"], False),
+        lambda: lent.server.reset(["b"], True),
+        lambda: lent.server.fork("a", "c", None, 0),
+        lambda: lent.server.fork("c", "b", None, 0),
+    ):
+        with pytest.raises(NotReady):
+            act()
+    assert lent.recalled == [lease.number]
+    with pytest.raises(NotReady):
+        lent.server.lender.lend(["c", "b"], "x", lent.recalled.append, lambda: None)
+    assert content(lent.holder, "a") == {0: 1}
+    append(lent.server, "c", [4])
+
+
+def test_places_that_are_kept_are_recalled_when_they_are_needed(lent: Lent) -> None:
+    lease = lent.lend("a", "b", "c")
+    with pytest.raises(QuotaExceeded):
+        lent.server.lender.lend(["d"], "x", lent.recalled.append, lambda: None)
+    with pytest.raises(NotReady):
+        append(lent.server, "d", [1])
+    assert lent.recalled == [lease.number]
+    for name in "abc":
+        append(lent.holder, name, [1])
+    with pytest.raises(QuotaExceeded):
+        append(lent.server, "d", [1])
+
+
+@pytest.mark.parametrize("numbers", [[8, 9], list(range(8, 14)), list(range(8, 19)), list(range(8, 40))])
+@pytest.mark.parametrize("is_start", [False, True])
+def test_a_holder_that_dies_while_it_writes_leaves_what_was_published(
+    lent: Lent, monkeypatch: pytest.MonkeyPatch, numbers: list[int], is_start: bool
+) -> None:
+    """It dies with some of its rows written over old ones, and none of them counted."""
+
+    class Death(Exception):
+        pass
+
+    def write(slab: Slab, rows: object, cells: torch.Tensor) -> None:
+        for tensor in (slab.keys, slab.payloads["twice"]):
+            tensor.flatten(0, 2)[cells] = -1
+        raise Death
+
+    lease = lent.lend("a", "b")
+    append(lent.holder, "a", list(range(8)))
+    append(lent.holder, "b", [5])
+    monkeypatch.setattr(Slab, "write", write)
+    with pytest.raises(Death):
+        append(lent.holder, "a", numbers, seq=0 if is_start else 1, start=is_start)
+    monkeypatch.undo()
+    while_it_dies = content(lent.server, "a")
+    lent.server.lender.take_back(lease)
+    kept = content(lent.server, "a")
+    expected = {} if is_start else {position: position for position in range(len(numbers), 8)}
+    assert kept == while_it_dies == expected
+    assert content(lent.server, "b") == {0: 5}
+    assert counts(lent.server)[1] == 2 * (len(kept) + 1)
+    result = append(lent.server, "a", [70], writer="x").sequences[0]
+    first = result.first_position
+    assert first == (0 if is_start and numbers else 8)
+    expected = {position: number for position, number in kept.items() if position > first - 8}
+    assert content(lent.server, "a") == {**expected, first: 70}
+
+
+def test_a_reader_that_was_overtaken_by_the_holder_reads_again(lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
+    lent.lend("a")
+    append(lent.holder, "a", list(range(8)))
+    retrieve = type(lent.server._index).retrieve
+
+    def overtaken(*arguments: object) -> object:
+        monkeypatch.undo()
+        append(lent.holder, "a", [8], seq=1)
+        return retrieve(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(lent.server._index), "retrieve", overtaken)
+    with pytest.raises(NotReady):
+        content(lent.server, "a")
+    assert content(lent.server, "a") == {position: position for position in range(1, 9)}
+
+
+def test_a_holder_that_writes_nonsense_loses_the_sequence(lent: Lent) -> None:
+    append(lent.server, "a", [1, 2])
+    lease = lent.lend("a", "b")
+    append(lent.holder, "b", [3])
+    table = lent.block.table()
+    table[0, 1] = -5
+    lent.block.publish(table)
+    with pytest.raises(MemstoreError):
+        content(lent.server, "a")
+    lent.server.lender.take_back(lease)
+    assert content(lent.server, "a") == {}
+    assert content(lent.server, "b") == {0: 3}
+    assert counts(lent.server)[:2] == (2, 2)
+
+
+def test_a_dropped_memory_ends_its_leases(lent: Lent) -> None:
+    lease = lent.lend("a")
+    lent.server.free()
+    assert not lent.block.is_held
+    assert lent.num_ended == 1
+    assert lease not in lent.server.lender
+    with pytest.raises(NotFound):
+        lent.server.lender.lend(["a"], "w", lent.recalled.append, lambda: None)
+
+
+def test_sequences_of_a_dead_server_are_found_again(lent: Lent) -> None:
+    lease = lent.lend("a", "b", "c")
+    append(lent.holder, "a", list(range(11)))
+    append(lent.holder, "b", [5])
+    leave_states(lent.block, [state_of(name, each, each.writers) for name, each in lent.table.lent()])
+    states = found_states(lent.block)
+    successor = Lent()
+    append(successor.server, "b", [1, 2, 3])
+    assert successor.server.region is not None
+    assert lent.server.region is not None
+    old = Slab(SPEC, CPU, region=map_region(lent.server.region.descriptor, lent.server.reserved_bytes, CPU))
+    assert successor.server.lender.restore(old, states) == 1
+    assert content(successor.server, "a") == {position: position for position in range(3, 11)}
+    assert content(successor.server, "b") == {0: 1, 1: 2, 2: 3}, "it has begun anew, and stays so"
+    again = append(successor.server, "a", list(range(11)), seq=0).sequences[0]
+    assert (again.is_replay, again.epoch) == (True, states[0].epoch)
+    assert counts(successor.server)[:2] == (2, 22)
+    assert lease.number != 0
+
+
+def test_no_more_is_found_again_than_there_is_room_for(lent: Lent) -> None:
+    lent.lend("a", "b")
+    append(lent.holder, "a", [1])
+    append(lent.holder, "b", [2])
+    successor = Lent()
+    for name in "xy":
+        append(successor.server, name, [1])
+    states = [state_of(name, each, ()) for name, each in lent.table.lent()]
+    assert all(isinstance(state, LentState) for state in states)
+    assert successor.server.lender.restore(lent.holder._slab, states) == 1
+    assert content(successor.server, "a") == {0: 1}

@@ -1,0 +1,317 @@
+"""Sequences in the client's own process: how a session gets them, what others see, and how it loses them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from memstore import lending
+from memstore.auth import parse_tokens
+from memstore.catalog import FileCatalog
+from memstore.grpc_front import is_local
+from memstore.seams import SystemDisk
+from memstore.v1 import memstore_pb2 as pb
+from model_client import MemoryClient, Retrieval, errors
+from model_client.transport import mapped
+from tests.calling import hashed
+from tests.serving import Setting, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from model_client import Session
+    from tests.serving import Serving
+
+CAPACITY = 16
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease is asked for again at once."""
+    monkeypatch.setattr(mapped, "FIRST_RETRY_S", 0.0)
+
+
+@pytest.fixture
+def server() -> Iterator[Serving]:
+    with serving(Setting(lends=True)) as running:
+        yield running
+
+
+@contextmanager
+def client_of(server: Serving, plane: str = "shm", **options: Any) -> Iterator[MemoryClient]:
+    with MemoryClient(server.target, plane=plane, timeout_s=20.0, **options) as client:
+        yield client
+
+
+def create(client: MemoryClient) -> None:
+    client.create_memory("m", dim=2, capacity=CAPACITY, max_sequences=4, dtype=torch.float32, exist_ok=True)
+
+
+def rows(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1).expand(-1, 2).contiguous()
+
+
+def content(session: Session, index: int = 0) -> list[int]:
+    """The numbers of one sequence of a session, by position."""
+    hits = session.retrieve(rows(0), [1], Retrieval(CAPACITY), parts=[index]).hits
+    assert hits is not None
+    assert hits.positions.tolist() == list(range(len(hits.positions)))
+    return [int(number) for number in hits.rows["key"][:, 0].tolist()]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Returns once it holds; the test's own time limit ends it otherwise."""
+    while not condition():
+        time.sleep(0.005)
+
+
+def test_what_is_appended_here_others_read_at_once(server: Serving) -> None:
+    with client_of(server) as client, client_of(server, "inline") as other:
+        create(client)
+        session = client.session("m", ["a", "b"])
+        session.append(rows(1, 2, 3), [2, 1])
+        assert (session.plane, client.transport) == ("shm", "shm")
+        assert content(other.session("m", ["a", "b"])) == [1, 2]
+        assert other.describe_memory("m").status.num_rows == 3
+        assert (client.stats.leases, client.stats.mapped_steps) == (1, 1)
+        assert client.stats.sent_bytes < 500
+        assert session.plane == "shm", "reading takes no lease away"
+
+
+def test_who_wants_the_same_sequence_goes_inline_and_both_go_on(server: Serving) -> None:
+    with client_of(server) as client, client_of(server, "auto") as other:
+        create(client)
+        mine, theirs = client.session("m", ["a"]), other.session("m", ["a"])
+        mine.append(rows(1), [1])
+        assert theirs.append(rows(2), [1]).sequences[0].first_position == 1
+        assert mine.append(rows(3), [1]).sequences[0].first_position == 2
+        assert content(mine) == content(theirs) == [1, 2, 3]
+        assert client.stats.failures == other.stats.failures == 0
+        assert client.stats.lost_epochs == other.stats.lost_epochs == 0
+
+
+def test_a_lease_is_taken_again_after_it_was_given_back(server: Serving) -> None:
+    with client_of(server) as client, client_of(server, "inline") as other:
+        create(client)
+        session = client.session("m", ["a"])
+        for number in range(4):
+            session.append(rows(2 * number), [1])
+            until(lambda: bool(session.append(rows(), [0])) and session.plane == "shm")
+            other.session("m", ["a"]).append(rows(2 * number + 1), [1])
+            until(lambda: session.plane == "inline")
+        assert content(session) == list(range(8))
+        assert client.stats.leases == 4
+
+
+def request(session: Session, numbers: list[int], seq: int) -> pb.StepRequest:
+    """A numbered append, as the session's transport has it."""
+    made = pb.StepRequest(memory="m", append=True, writer="w")
+    made.sequences.add(sequence="a", num_rows=len(numbers), seq=seq)
+    session._core.transport.plane.write(rows(*numbers).unsqueeze(0), made.keys)
+    return made
+
+
+def send(session: Session, numbers: list[int], seq: int) -> pb.SequenceResult:
+    answer = session._core.transport.call("Step", request(session, numbers, seq), 20.0).result(20)
+    assert isinstance(answer, pb.StepResponse)
+    return answer.sequences[0]
+
+
+def test_an_append_that_is_sent_again_after_a_switch_is_applied_once(server: Serving) -> None:
+    with client_of(server, "auto") as client, client_of(server, "inline") as other:
+        create(client)
+        session = client.session("m", ["a"])
+        transport = session._core.transport
+        assert isinstance(transport, mapped.MappedTransport)
+        first = send(session, [1, 2], 0)
+        until(lambda: session.plane == "shm")
+        again = send(session, [1, 2], 0)
+        assert (again.is_replay, again.first_position, again.epoch) == (True, 0, first.epoch)
+        second = send(session, [3], 1)
+        waiting = request(session, [4], 2)  # written for the engine in this process
+        assert client.stats.mapped_steps == 2
+        transport._retry_s = 100.0
+        other.session("m", ["a"]).append(rows(9), [1])
+        until(lambda: session.plane == "inline")
+        again = send(session, [3], 1)
+        assert (again.is_replay, again.first_position) == (True, second.first_position)
+        answer = transport.call("Step", waiting, 20.0).result(20)
+        assert isinstance(answer, pb.StepResponse)
+        assert answer.sequences[0].first_position == 4
+        assert client.stats.mapped_steps == 2
+        assert content(session) == [1, 2, 3, 9, 4]
+
+
+def test_a_dropped_memory_is_gone_for_its_holder_too(server: Serving) -> None:
+    with client_of(server) as client, client_of(server, "inline") as other:
+        create(client)
+        session = client.session("m", ["a"])
+        session.append(rows(1), [1])
+        other.drop_memory("m")
+        with pytest.raises(errors.NotFound):
+            session.append(rows(2), [1])
+        create(other)
+        assert session.append(rows(3), [1]).sequences[0].first_position == 0
+        assert content(session) == [3]
+
+
+def test_a_client_that_is_closed_gives_everything_back(server: Serving) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with client_of(server) as client:
+        create(client)
+        client.session("m", ["a"]).append(rows(1), [1])
+        client.session("m", ["b"]).append(rows(2), [1])
+        (loaded,) = server.registry.all()
+        assert len(loaded.engine.lender) > 0
+    with client_of(server, "inline") as other:
+        assert other.session("m", ["a"]).append(rows(3), [1]).sequences[0].first_position == 1
+        until(lambda: len(loaded.engine.lender) == 0)
+        other.drop_memory("m")
+    until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_a_tenant_cannot_have_the_memory_of_another() -> None:
+    tokens = parse_tokens("\n".join([hashed("one", "first"), hashed("two", "second")]))
+    wanted = pb.OpenPlaneRequest(memory="m", sequences=["b"], writer="w")
+    with serving(Setting(lends=True, authenticator=tokens)) as server:
+        with client_of(server, token="one") as client, client_of(server, token="two") as other:  # noqa: S106
+            create(client)
+            assert isinstance(other._transport.call("OpenPlane", wanted, 10.0).exception(10), errors.NotFound)
+            assert client._transport.call("OpenPlane", wanted, 10.0).exception(10) is None
+        with client_of(server, token="none") as stranger:  # noqa: S106
+            assert isinstance(
+                stranger._transport.call("OpenPlane", wanted, 10.0).exception(10), errors.NotAuthenticated
+            )
+
+
+@pytest.mark.parametrize("peer", ["ipv4:10.0.0.1:5", "ipv6:[2001:db8::1]:5", "ipv4:128.0.0.1:9", "vsock:1:2", ""])
+def test_nothing_is_lent_to_another_host(peer: str) -> None:
+    assert not is_local(peer)
+
+
+@pytest.mark.parametrize("peer", ["ipv4:127.0.0.1:5", "ipv6:[::1]:5", "ipv6:%5B::1%5D:5", "unix:", "unix:/tmp/s"])
+def test_this_host_is_known(peer: str) -> None:
+    assert is_local(peer)
+
+
+def test_a_plane_that_the_server_does_not_lend_is_an_error_where_it_is_demanded() -> None:
+    with serving() as server, client_of(server) as client:
+        create(client)
+        session = client.session("m", ["a"])
+        for _ in range(2):
+            with pytest.raises(errors.NotAllowed):
+                session.append(rows(1), [1])
+
+
+def test_where_nothing_is_lent_all_goes_inline() -> None:
+    with serving() as server, client_of(server, "auto") as client:
+        create(client)
+        session = client.session("m", ["a"])
+        for number in range(5):
+            session.append(rows(number), [1])
+        assert content(session) == list(range(5))
+        assert (session.plane, client.stats.leases, client.stats.failures) == ("inline", 0, 0)
+
+
+def test_the_wrong_plane_is_refused(server: Serving) -> None:
+    with client_of(server, "cuda") as client:
+        create(client)
+        with pytest.raises(errors.NotAllowed):
+            client.session("m", ["a"]).append(rows(1), [1])
+
+
+@pytest.mark.parametrize(("target", "plane"), [("10.0.0.1:7077", "shm"), ("localhost:1", "other")])
+def test_a_plane_that_cannot_be_is_named_at_once(target: str, plane: str) -> None:
+    with pytest.raises(ValueError, match="plane"):
+        MemoryClient(target, plane=plane)  # type: ignore[arg-type]
+
+
+def test_leases_are_bounded(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending, "MAX_LEASES", 1)
+    with client_of(server, "auto") as client:
+        create(client)
+        first, second = client.session("m", ["a"]), client.session("m", ["b"])
+        until(lambda: bool(first.append(rows(1), [1])) and first.plane == "shm")
+        for _ in range(5):
+            second.append(rows(1), [1])
+        assert second.plane == "inline"
+
+
+def test_a_claim_that_is_not_for_this_host_comes_to_nothing(server: Serving) -> None:
+    """A server behind a proxy: its socket is not here."""
+    with client_of(server, "auto") as client:
+        create(client)
+        assert server.lending is not None
+        handover = server.lending._handover
+        real, handover.path = handover.path, "/nowhere/socket"
+        session = client.session("m", ["a"])
+        for number in range(3):
+            session.append(rows(number), [1])
+        assert content(session) == [0, 1, 2]
+        assert session.plane == "inline"
+        handover.path = real
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_successor_is_given_what_a_server_held(tmp_path: Path) -> None:
+    setting = Setting(lends=True, port=free_port(), catalog=FileCatalog(tmp_path, SystemDisk()))
+    with serving(setting) as server:
+        client = MemoryClient(server.target, plane="shm", timeout_s=20.0)
+        create(client)
+        session = client.session("m", ["a", "b"])
+        epoch = session.append(rows(1, 2, 3), [2, 1]).sequences[0].epoch
+    with client:
+        until(lambda: client.stats.orphaned_steps > 0 or not session.append(rows(4), [1], parts=[0]))
+        numbers = content(session)
+        assert numbers[:3] == [1, 2, 4]
+        with serving(setting) as successor:
+            until(lambda: client.stats.leases == 2)
+            result = session.append(rows(5, 6), [1, 1]).sequences
+            assert [each.first_position for each in result] == [len(numbers), 1]
+            assert result[0].epoch == epoch
+            with client_of(successor, "inline") as other:
+                assert content(other.session("m", ["a"])) == [*numbers, 5]
+                assert content(other.session("m", ["b"])) == [3, 6]
+            assert client.stats.lost_epochs == 0
+            assert session.plane == "shm"
+
+
+def test_remains_of_another_spec_are_refused() -> None:
+    setting = Setting(lends=True, port=free_port())
+    with serving(setting) as server:
+        client = MemoryClient(server.target, plane="shm", timeout_s=20.0)
+        create(client)
+        session = client.session("m", ["a"])
+        session.append(rows(1), [1])
+    with client, serving(setting):
+        client.create_memory("m", dim=2, capacity=CAPACITY + 1, dtype=torch.float32, exist_ok=True)
+        until(lambda: session.plane == "inline")
+        assert session.append(rows(2), [1]).sequences[0].first_position == 0
+        assert client.stats.lost_epochs == 1
+
+
+def test_the_child_of_a_fork_leaves_the_lease_alone(server: Serving) -> None:
+    with client_of(server) as client:
+        create(client)
+        session = client.session("m", ["a"])
+        session.append(rows(1), [1])
+        transport = session._core.transport
+        assert isinstance(transport, mapped.MappedTransport)
+        transport._process_id += 1  # as the child sees it
+        before = client.stats.mapped_steps
+        answer = transport.call("Step", request(session, [2], 0), 1.0)
+        assert isinstance(answer.exception(20), errors.NotReady), "its parent has the sequence"
+        assert client.stats.mapped_steps == before
+        transport._process_id -= 1
