@@ -115,10 +115,13 @@ class GrpcFront:
         request_id = _request_id(metadata)
         try:
             caller = self._caller(metadata, request_id, _deadline(began, context.time_remaining()))
-            if isinstance(request, pb.OpenPlaneRequest) and self._lending is not None and is_local(context.peer()):
-                reply: Message = self._lending.offer(request, caller.tenant)
+            lending = self._lending if is_local(context.peer()) else None
+            if lending is not None and isinstance(request, pb.OpenPlaneRequest):
+                reply: Message = lending.offer(request, caller.tenant)
             else:
                 reply = await asyncio.wrap_future(self._service.call(method, _whole(request), caller))
+            if lending is not None and isinstance(reply, pb.ServerInfoResponse):
+                reply.planes.append(lending.plane)
         except asyncio.CancelledError:
             self._count(method, grpc.StatusCode.CANCELLED, began)
             raise

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    import torch
+
     from memstore.descriptors import Handover, Link
     from memstore.lease import Lease
     from memstore.registry import Loaded, Registry
@@ -40,6 +42,11 @@ class Lending:
         self.registry = registry
         self._handover = handover
 
+    @property
+    def plane(self) -> pb.Plane.ValueType:
+        """The plane on which memories are lent."""
+        return plane_of(self.registry.worker.device)
+
     def offer(self, request: pb.OpenPlaneRequest, tenant: str) -> pb.OpenPlaneResponse:
         """A token for the lease that is asked for. Raises what is wrong with the request, QuotaExceeded, NotAllowed."""
         loaded = self.registry.find(tenant, request.memory)
@@ -47,9 +54,8 @@ class Lending:
         wire.writer_name(request.writer, "writer")
         if loaded.engine.region is None:
             raise NotAllowed(f"memory: {request.memory!r} is not lent")
-        plane = plane_of(loaded)
-        if request.plane not in (pb.PLANE_UNSPECIFIED, plane):
-            raise NotAllowed(f"plane: the memory lies in {pb.Plane.Name(plane)}")
+        if request.plane not in (pb.PLANE_UNSPECIFIED, self.plane):
+            raise NotAllowed(f"plane: the memory lies in {pb.Plane.Name(self.plane)}")
         if len(self.holders) >= MAX_LEASES:
             raise QuotaExceeded(f"{MAX_LEASES} leases are given out, as many as may be")
         holder = Holder(self, loaded, request)
@@ -148,7 +154,7 @@ class Holder:
     def _gone(self) -> None:
         """The connection has ended: the process has died, or everything is settled."""
         self._lending.holders.discard(self)
-        delay_s = SETTLE_S if plane_of(self._loaded) == pb.PLANE_CUDA else 0.0
+        delay_s = SETTLE_S if self._lending.plane == pb.PLANE_CUDA else 0.0
         self._lending.loop.call_later(delay_s, self._in_device_thread, self._take_back)
 
     def _take_back_whole(self) -> None:
@@ -189,16 +195,16 @@ class Holder:
             self._ended()
 
 
-def plane_of(loaded: Loaded) -> pb.Plane.ValueType:
-    """The plane on which a memory can be lent."""
-    return pb.PLANE_CUDA if loaded.engine.device.type == "cuda" else pb.PLANE_SHM
+def plane_of(device: torch.device) -> pb.Plane.ValueType:
+    """The plane on which memories of a device can be lent."""
+    return pb.PLANE_CUDA if device.type == "cuda" else pb.PLANE_SHM
 
 
 def describe(loaded: Loaded, lease: Lease) -> pb.MappedMemory:
     """A lease as its holder needs to know it."""
     engine = loaded.engine
     return pb.MappedMemory(
-        plane=plane_of(loaded),
+        plane=plane_of(engine.device),
         layout=LAYOUT,
         spec=wire.encode_spec(engine.spec),
         lease=lease.number,

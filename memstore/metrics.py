@@ -153,6 +153,8 @@ class _State:
             "memstore_damaged_memories", "Memories that could not be loaded", self._registry.num_damaged
         )
         yield from self._of_files()
+        leases = sum(len(loaded.engine.lender) for loaded in self._registry.all())
+        yield GaugeMetricFamily("memstore_leases", "Sessions that sequences are lent to", leases)
         counted = self._counts()
         yield from self._of_memories(counted)
         yield from self._of_indexes(counted)

@@ -83,6 +83,8 @@ def test_what_is_appended_here_others_read_at_once(server: Serving) -> None:
         assert (client.stats.leases, client.stats.mapped_steps) == (1, 1)
         assert client.stats.sent_bytes < 500
         assert session.plane == "shm", "reading takes no lease away"
+        assert server.metrics.registry.get_sample_value("memstore_leases") == 1
+        assert list(other.info().planes) == [pb.PLANE_INLINE, pb.PLANE_SHM]
 
 
 def test_who_wants_the_same_sequence_goes_inline_and_both_go_on(server: Serving) -> None:
