@@ -124,7 +124,7 @@ class Lender:
 
     def check_writable(self, name: str, writer: str) -> None:
         """NotReady for a sequence that is lent; it is recalled unless its own holder asks, who knows better."""
-        loan = self._table.loan(name)
+        loan = self._table.loan(name) if self._leases else None
         if loan is not None:
             if writer != loan.lease.writer:
                 loan.lease.ask_back()
@@ -140,9 +140,11 @@ class Lender:
 
     def check_intact(self, plans: Iterable[BatchPlan]) -> None:
         """NotReady where the holder of a lease has written over rows while they were read for these plans."""
+        if not self._leases:
+            return
         for part in (part for plan in plans for part in plan.parts):
             sequence = part.sequence
-            if sequence is None or sequence.loan is None:
+            if sequence is None or sequence.loan is None or part.begin == part.as_of:
                 continue
             if self._slab.device.type == "cuda":
                 torch.cuda.synchronize(self._slab.device)

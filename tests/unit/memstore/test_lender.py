@@ -96,11 +96,10 @@ def append(memory: Memory, name: str, numbers: list[int], **options: object) -> 
     return result
 
 
-def content(memory: Memory, name: str) -> dict[int, int]:
+def content(memory: Memory, name: str, as_of: int | None = None) -> dict[int, int]:
     """Position -> number, which every layer and the payload agree about."""
-    look = StepBatch(
-        parts=(SequencePart(sequence=name, num_rows=1),), layers=(0, 1), keys=torch.zeros(2, 1, 2), retrieve=EVERYTHING
-    )
+    part = SequencePart(sequence=name, num_rows=1, as_of=as_of)
+    look = StepBatch(parts=(part,), layers=(0, 1), keys=torch.zeros(2, 1, 2), retrieve=EVERYTHING)
     (result,) = memory.step([look])
     if isinstance(result, MemstoreError):
         raise result
@@ -247,6 +246,13 @@ def test_a_reader_that_was_overtaken_by_the_holder_reads_again(lent: Lent, monke
     with pytest.raises(NotReady):
         content(lent.server, "a")
     assert content(lent.server, "a") == {position: position for position in range(1, 9)}
+
+
+def test_a_prefix_that_has_left_a_lent_sequence_is_empty(lent: Lent) -> None:
+    lent.lend("a")
+    append(lent.holder, "a", list(range(20)))
+    assert content(lent.server, "a", as_of=14) == {12: 12, 13: 13}
+    assert content(lent.server, "a", as_of=5) == content(lent.server, "a", as_of=12) == {}
 
 
 def test_a_holder_that_writes_nonsense_loses_the_sequence(lent: Lent) -> None:
