@@ -184,8 +184,8 @@ def main() -> None:
     with (
         server() as target,
         MemoryClient(timeout_s=60.0, device="cpu") as local,
-        MemoryClient(target, timeout_s=60.0, use_stream=False) as unary,
-        MemoryClient(target, timeout_s=60.0) as stream,
+        MemoryClient(target, timeout_s=60.0, use_stream=False, plane="inline") as unary,
+        MemoryClient(target, timeout_s=60.0, plane="inline") as stream,
     ):
         for case in CASES:
             clients = {IN_PROCESS: local, UNARY: unary, STREAM: stream}

@@ -87,7 +87,7 @@ def test_a_killed_client_leaves_what_it_published(servers: Servers, device: torc
                 num_steps = 10 + 7 * kill
                 for _ in range(num_steps):
                     done = int(holder.stdout.readline())
-                time.sleep(0.001 * kill)
+                time.sleep(0.007 * kill)
                 holder.send_signal(signal.SIGKILL)
                 said = holder.stdout.read().split()
                 done = max([done, *(int(word) for word in said)])
