@@ -31,17 +31,16 @@ from model_client.errors import (
 )
 from model_client.transport import descriptors
 from model_client.transport.process import client_error, hand_on
+from model_client.transport.switching import SwitchingPlane
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from google.protobuf.message import Message
 
     from memstore.mapped import Mapped
-    from memstore.plane import MixedPlane
     from model_client.stats import ClientStats
-    from model_client.transport.base import TensorPlane, Transport
+    from model_client.transport.base import Transport
 
 OPEN_S = 5.0
 """How long one attempt to get a lease may take."""
@@ -63,52 +62,6 @@ class Wish:
     memory: str
     sequences: Sequence[str]
     plane: str
-
-
-class SwitchingPlane:
-    """Tensors as they are while the engine is in this process, bytes otherwise."""
-
-    is_single_use = True
-
-    def __init__(self, inline: TensorPlane) -> None:
-        self.name = inline.name
-        self._inline = inline
-        self._handed: MixedPlane | None = None
-
-    def switch(self, name: str, handed: MixedPlane) -> None:
-        """From now on tensors travel so; those that were written before can still be read."""
-        self.name, self._handed = name, handed
-
-    def write(self, tensor: torch.Tensor, into: pb.Tensor) -> None:
-        """Shares the tensor, or copies it."""
-        if self._handed is None or self.name == self._inline.name:
-            self._inline.write(tensor, into)
-        else:
-            into.Clear()
-            self._handed.fill([into], [tensor])
-
-    def read(self, message: pb.Tensor, device: torch.device) -> torch.Tensor:
-        """However it travelled."""
-        if self._handed is None or not message.HasField("region"):
-            return self._inline.read(message, device)
-        return self._handed.read(message, "reply").to(device)
-
-    def discard(self, message: Message) -> None:
-        """Lets go of what was handed over and not read."""
-        if self._handed is not None:
-            self._handed.discard(message)
-
-    def make_inline(self, request: Message) -> None:
-        """Has a request that was written before the lease ended carry its tensors itself."""
-        if self._handed is None:
-            return
-        from memstore.plane import tensors_of
-
-        for tensor in tensors_of(request):
-            if tensor.HasField("region"):
-                handed = self._handed.read(tensor, "request")
-                tensor.Clear()
-                self._inline.write(handed, tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +147,7 @@ class MappedTransport:
         if self._refusal is not None and self._wish.plane != "auto" and isinstance(request, pb.StepRequest):
             return _failed(self._refusal)
         self._num_under_way += 1
-        if engine is not None and self._is_ours(request):
+        if engine is not None and _is_holders(request):
             self._stats.add("orphaned_steps" if self._is_orphaned else "mapped_steps")
             answer: Future[Message] = Future()
             engine.call(method, request, timeout_s).add_done_callback(partial(_answer, answer))
@@ -203,14 +156,6 @@ class MappedTransport:
             answer = self._inner.call(method, request, timeout_s)
         answer.add_done_callback(self._ended)
         return answer
-
-    def _is_ours(self, request: Message) -> bool:
-        """True for what the holder of the lease does itself; its sequences are all that a session ever names."""
-        if isinstance(request, pb.ResetRequest):
-            is_known = not request.release
-        else:
-            is_known = isinstance(request, pb.StepRequest | pb.RetrieveRequest | pb.AppendRequest)
-        return is_known
 
     def _ended(self, _: Future[Message]) -> None:
         with self._changed:
@@ -260,9 +205,7 @@ class MappedTransport:
     def _open(self, old: Mapped | None) -> Mapped:
         """Takes the lease, and gives its server what is in the memory of an old one. Raises MemstoreClientError."""
         from memstore.mapped import Mapped  # the server's half; a client that is lent nothing does not load it
-        from memstore.plane import MixedPlane
 
-        handed = MixedPlane()
         request = pb.OpenPlaneRequest(
             plane=_PLANES[self._wish.plane],
             memory=self._wish.memory,
@@ -282,23 +225,23 @@ class MappedTransport:
             remains = descriptors.Remains(old.mapped, old.descriptors)
         claim = descriptors.claim(offer, 2, OPEN_S, remains)
         try:
-            engine = Mapped(claim.response.mapped, claim.descriptors, handed)
+            engine = Mapped(claim.response.mapped, claim.descriptors, self.plane.engine_plane())
         except Exception as error:
             claim.connection.close()
             raise client_error(error) from error
         finally:
             for descriptor in claim.descriptors:
                 os.close(descriptor)
-        self._take(engine, claim.connection, handed)
+        self._take(engine, claim.connection)
         return engine
 
-    def _take(self, engine: Mapped, connection: socket.socket, handed: MixedPlane) -> None:
+    def _take(self, engine: Mapped, connection: socket.socket) -> None:
         """The session goes on with this engine."""
         name = _NAMES[engine.mapped.plane]
         with self._changed:
             self._engine, self._connection, self._is_orphaned = engine, connection, False
             self._taken_at = time.monotonic()
-            self.plane.switch(name, handed)
+            self.plane.switch(name)
             if self._is_closed:
                 connection.shutdown(socket.SHUT_RD)
         self._stats.add("leases")
@@ -323,17 +266,23 @@ class MappedTransport:
             engine = successor
 
     def _give_back(self, engine: Mapped, connection: socket.socket) -> bool:
-        """Gives the lease back and goes on below; False where the server died over that."""
+        """Gives the lease back and goes on below; False where the server died over that.
+
+        A server that merely takes its time has the lease back all the same: its memory is not touched any more.
+        """
         self._pause()
         engine.leave().result()
+        is_late = False
         try:
             connection.send(pb.LeaseReturn(lease=engine.mapped.lease).SerializeToString(), socket.MSG_NOSIGNAL)
             connection.settimeout(OPEN_S)
             while not self._is_closed and connection.recv(descriptors.MAX_PACKET_BYTES):
                 pass
+        except TimeoutError:
+            is_late = True
         except OSError:
-            _log.warning("the server does not answer to a lease that is given back")
-        if engine.is_held and not self._is_closed:
+            pass  # the connection is gone, and the control block says why
+        if engine.is_held and not is_late and not self._is_closed:
             self._resume()
             return False
         self._drop(engine, connection)
@@ -361,7 +310,7 @@ class MappedTransport:
         with self._changed:
             self._engine, self._connection, self._is_orphaned = None, None, False
             self._is_wanted = False  # until the next append
-            self.plane.name = self._inner.plane.name
+            self.plane.switch(None)
         connection.close()
         engine.close()
         self._put_off(time.monotonic() - self._taken_at)
@@ -386,6 +335,13 @@ class MappedTransport:
             for call in waiting:
                 begun = self._begin(call.method, call.request, max(0.0, call.until - time.monotonic()))
                 begun.add_done_callback(partial(_answer, call.answer))
+
+
+def _is_holders(request: Message) -> bool:
+    """True for what the holder of a lease does itself; its sequences are all that a session ever names."""
+    if isinstance(request, pb.ResetRequest):
+        return not request.release
+    return isinstance(request, pb.StepRequest | pb.RetrieveRequest | pb.AppendRequest)
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -27,7 +27,7 @@ IN_PROCESS = {
     ("model_client/transport/process.py", "memstore.embedded"),
     ("model_client/transport/process.py", "memstore.plane"),
     ("model_client/transport/mapped.py", "memstore.mapped"),
-    ("model_client/transport/mapped.py", "memstore.plane"),
+    ("model_client/transport/switching.py", "memstore.plane"),
 }
 FOREIGN = {
     "grpc": {

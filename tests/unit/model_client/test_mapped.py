@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,40 @@ def test_an_append_that_is_sent_again_after_a_switch_is_applied_once(server: Ser
         assert answer.sequences[0].first_position == 4
         assert client.stats.mapped_steps == 2
         assert content(session) == [1, 2, 3, 9, 4]
+
+
+def test_an_answer_is_read_after_the_engine_that_gave_it_has_gone(server: Serving) -> None:
+    with client_of(server) as client, client_of(server, "inline") as other:
+        create(client)
+        session = client.session("m", ["a"])
+        session.append(rows(1, 2), [2])
+        pending = session.start_step(rows(2), [1], retrieve=Retrieval(1), append=False)
+        other.session("m", ["a"]).append(rows(3), [1])
+        until(lambda: session.plane == "inline")
+        until(lambda: bool(session.append(rows(), [0])) and session.plane == "shm")
+        hits = pending.result().hits
+        assert hits is not None
+        assert hits.rows["key"].tolist() == [[2, 2]]
+
+
+def test_a_server_that_takes_its_time_has_the_lease_back(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "OPEN_S", 0.2)
+    monkeypatch.setattr(mapped, "FIRST_RETRY_S", 100.0)
+    with client_of(server) as client:
+        create(client)
+        session = client.session("m", ["a"])
+        session.append(rows(1), [1])
+        (loaded,) = server.registry.all()
+        (lease,) = loaded.engine.lender._leases
+        is_free = threading.Event()
+        server.registry.worker.control(is_free.wait)
+        lease.ask_back()
+        until(lambda: session.plane == "inline")
+        pending = session.start_step(rows(2), [1], retrieve=None, append=True)
+        is_free.set()
+        assert pending.result().sequences[0].first_position == 1
+        assert content(session) == [1, 2]
+        assert (client.stats.leases, client.stats.orphaned_steps, client.stats.lost_epochs) == (1, 0, 0)
 
 
 def test_a_dropped_memory_is_gone_for_its_holder_too(server: Serving) -> None:
