@@ -34,6 +34,10 @@ MAX_STRANGERS = 64
 MAX_PACKET_BYTES = 64 << 10
 TOKEN_BYTES = 32
 
+STALE_S = 60.0
+"""Age of a socket that nobody listens on after which it is one of a killed process, and not of one that begins."""
+
+_PREFIX = "memstore-"
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _PEER = struct.Struct("3i")
 """struct ucred: process, user, group."""
@@ -140,7 +144,8 @@ class Handover:
         self._loop = loop
         self._offers: dict[bytes, Callable[[Link, pb.ClaimRequest], None]] = {}
         self._strangers: set[Link] = set()
-        self._folder = Path(tempfile.mkdtemp(prefix="memstore-", dir=folder))  # mode 0700
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))  # mode 0700
+        _sweep(self._folder)
         self.path = str((self._folder / "socket").absolute())
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -219,6 +224,23 @@ class Handover:
             link.close()
         else:
             claim(link, request)
+
+
+def _sweep(mine: Path) -> None:
+    """Takes away what killed processes of this user have left of their sockets beside this new folder."""
+    now = mine.stat().st_mtime
+    for path in mine.parent.glob(f"{_PREFIX}*/socket"):
+        try:
+            about = path.parent.stat()
+            if about.st_uid != os.geteuid() or now - about.st_mtime < STALE_S:
+                continue
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                probe.setblocking(False)
+                probe.connect(str(path))
+        except ConnectionRefusedError:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        except OSError:  # it is gone, or somebody is there and busy
+            continue
 
 
 def _nobody(_: bytes) -> None:

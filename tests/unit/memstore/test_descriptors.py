@@ -207,6 +207,24 @@ def test_only_its_owner_can_open_the_socket_and_nothing_is_left_of_it(host: Host
         client.claim(pb.OpenPlaneResponse(socket_path=str(path), token=bytes(32)), 0, 10)
 
 
+def test_what_a_killed_process_left_of_its_socket_is_taken_away(host: Host, tmp_path: Path) -> None:
+    def left(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+            dead.bind(str(folder / "socket"))
+        return folder
+
+    old, new, other = left("memstore-old"), left("memstore-new"), left("something")
+    alive = Path(host.handover.path).parent
+    for folder in (old, other, alive):
+        os.utime(folder, (0, 0))
+    second = host.run(lambda: Handover(host.loop, tmp_path))
+    assert isinstance(second, Handover)
+    host.run(second.close)
+    assert [folder.exists() for folder in (old, new, other, alive)] == [False, True, True, True]
+
+
 def test_a_refusal_arrives_as_it_is(host: Host) -> None:
     with pytest.raises(errors.NotFound, match="nothing there"):
         client.claim(host.offer(MISSING), 0, 10)
