@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from memstore.sequence import Sequence, SequenceTable
 
 if TYPE_CHECKING:
@@ -13,6 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from memstore.control import ControlBlock
+
+Row = tuple[int, int, int, int]
+"""Epoch, next position, floor, rows appended: of one sequence, as the control block has it."""
 
 
 class LentTable(SequenceTable):
@@ -31,8 +32,9 @@ class LentTable(SequenceTable):
         self._capacity = capacity
         self._block = block
         self._on_written = on_written
-        self._published = block.table()
-        self._written = self._published.copy()
+        self._table = block.table()
+        self._published: list[Row] = [tuple(row) for row in self._table.tolist()]
+        self._written: dict[int, Row] = {}
 
     def lent(self) -> Iterable[tuple[str, Sequence]]:
         """All sequences of the lease with their names, in the order of the block."""
@@ -55,18 +57,15 @@ class LentTable(SequenceTable):
 
     def announce(self, names: SequenceOf[str]) -> None:
         """Takes out of what is published the rows that are about to be overwritten."""
-        is_changed = False
+        shrunk: dict[int, Row] = {}
         for index, sequence in self._lent_of(names):
-            epoch, end, floor, _ = self._published[index].tolist()
+            epoch, end, floor, num_appended = self._published[index]
             begin = sequence.begin(self._capacity)
             if epoch != sequence.epoch:
-                self._published[index, :3] = sequence.epoch, 0, begin
-                is_changed = True
-            elif begin > max(floor, end - self._capacity):
-                self._published[index, 2] = begin
-                is_changed = True
-        if is_changed:
-            self._block.publish(self._published)
+                shrunk[index] = sequence.epoch, 0, begin, num_appended
+            elif begin > floor and begin > end - self._capacity:
+                shrunk[index] = epoch, end, begin, num_appended
+        self._put(shrunk)
 
     def publish(self, names: SequenceOf[str]) -> None:
         """Takes note of what is published as soon as the device has written it."""
@@ -77,8 +76,16 @@ class LentTable(SequenceTable):
 
     def settle(self) -> None:
         """Publishes all that was written, now that the device has done it."""
-        np.copyto(self._published, self._written)
-        self._block.publish(self._published)
+        written, self._written = self._written, {}
+        self._put(written)
+
+    def _put(self, rows: Mapping[int, Row]) -> None:
+        """Publishes these rows of the table, beside the others."""
+        if rows:
+            for index, row in rows.items():
+                self._published[index] = row
+            self._table[list(rows)] = list(rows.values())
+            self._block.publish(self._table)
 
     def _lent_of(self, names: SequenceOf[str]) -> list[tuple[int, Sequence]]:
         return [(self._index[name], self._lent[name]) for name in names]
