@@ -17,7 +17,7 @@ from google.protobuf import json_format
 from memstore import wire
 from memstore.catalog import MemoryId
 from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, MemstoreError, NotFound, NotReady, QuotaExceeded
-from memstore.index import build_thread
+from memstore.index import build_thread, prepare
 from memstore.logs import event, trouble
 from memstore.memory import Memory
 from memstore.seams import new_epoch
@@ -269,6 +269,7 @@ class Registry:
         self.budget.release(loaded.engine.reserved_bytes)
 
     def _load(self) -> None:
+        prepare(self.worker.device)
         while not self._stopping.is_set():
             try:
                 texts = self._catalog.load()

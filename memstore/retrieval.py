@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from memstore.index.base import SearchBatch
+from memstore.search import SearchBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

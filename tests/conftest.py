@@ -5,6 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from memstore.index import prepare
+
+
+def pytest_sessionstart() -> None:
+    """Search is compiled once, before the workers of pytest-xdist begin, and in no test's time."""
+    prepare(torch.device("cpu"))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:

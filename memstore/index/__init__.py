@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from memstore.errors import InvalidRequest
 from memstore.index.building import build_thread
-from memstore.index.exact import ExactIndex
+from memstore.index.exact import ExactIndex, prepare
 from memstore.index.faiss_flat import FaissFlatIndex
 from memstore.index.generations import GenerationIndex
 from memstore.index.host_parts import HostBuilder
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from memstore.index.generation import PartBuilder
     from memstore.types import MemorySpec
 
-__all__ = ["INDEXES", "build_thread", "index_bytes", "make_index"]
+__all__ = ["INDEXES", "build_thread", "index_bytes", "make_index", "prepare"]
 
 INDEXES: dict[IndexKind, Callable[[], VectorIndex]] = {
     IndexKind.EXACT: ExactIndex,

@@ -1,18 +1,16 @@
-"""The contract of an index, and what all of them share: the shape of a search and the final ranking of candidates."""
+"""The contract of an index, and what bounds all of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    import numpy as np
     from numpy.typing import NDArray
 
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, IndexCounts, RetrieveOptions
 
@@ -21,37 +19,6 @@ SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 ONE_THREAD = 32_768
 """Elements up to which torch works in the thread that asks, on the host: threads that are busy elsewhere are dear."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchBatch:
-    """One search of a ragged batch: S sequences, their queries one behind the other, in each of L layers.
-
-    queries: (L, N, dim) floating, on the slab's device, finite. layers: (L,) layers of the slab. The rest is (S,):
-    place in the slab, number of queries, and the positions [begin, end) that they see.
-    """
-
-    queries: torch.Tensor
-    layers: tuple[int, ...]
-    places: tuple[int, ...]
-    counts: tuple[int, ...]
-    begins: tuple[int, ...]
-    ends: tuple[int, ...]
-    top_k: int
-
-    def sequences(self) -> Iterator[tuple[int, int, int]]:
-        """(sequence, first query, end of its queries) of each sequence that has queries and sees something."""
-        first = 0
-        for sequence, count in enumerate(self.counts):
-            if count and self.begins[sequence] < self.ends[sequence]:
-                yield sequence, first, first + count
-            first += count
-
-    def per_query(self, *values: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
-        """Tables of one column a sequence, (rows, S) -> (rows, N) int64 on the device, one a query; they cross once."""
-        table = np.repeat(np.concatenate(values), self.counts, axis=1)
-        on_device = torch.from_numpy(table).to(self.queries.device)
-        return torch.split_with_sizes(on_device, [len(rows) for rows in values])  # quicker than torch.split
 
 
 class VectorIndex(Protocol):

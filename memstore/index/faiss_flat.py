@@ -8,7 +8,7 @@ import torch
 
 from memstore import ring
 from memstore.errors import InvalidRequest
-from memstore.index.base import SearchBatch, Stateless, no_candidates
+from memstore.index.base import Stateless, no_candidates
 from memstore.index.ranking import rank
 from memstore.index.staged import staged_retrieve
 from memstore.slab import inverse_norms
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, RetrieveOptions
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from memstore.index.base import SearchBatch
     from memstore.index.generation import Generation, Part, PartBuilder, View
     from memstore.seams import Clock
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, MemorySpec, RetrieveOptions
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from memstore.index.base import SearchBatch
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
 
 

@@ -1,7 +1,11 @@
-"""The final ranking of candidates, the same after every way of searching: the one place where a score is made."""
+"""The final ranking of candidates, the same after every way of searching: the one place where a score is made.
+
+On the host that is compiled, and a part of compiled search: see host/merge.py.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +16,9 @@ from memstore.slab import inverse_norms
 from memstore.types import Metric
 
 if TYPE_CHECKING:
-    from memstore.index.base import SearchBatch
+    from collections.abc import Callable
+
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
 
 ELEMENTS = {"cpu": 2 << 20, "cuda": 64 << 20}
@@ -24,6 +30,9 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torc
 
     candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query.
     """
+    compiled = _compiled() if slab.device.type == "cpu" else None
+    if compiled is not None:
+        return compiled(slab, batch, candidates)
     positions = candidates.sort(-1).values  # so that the stable sort below puts lower positions first
     (first_cells,) = batch.per_query(slab.first_cells(batch.layers, batch.places))
     # a position of -1 stands for the last slot, which is read in vain
@@ -37,6 +46,16 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torc
     scores = scores.view(positions.shape).masked_fill_(positions < 0, -torch.inf)
     scores, order = scores.sort(stable=True, dim=-1, descending=True)
     return positions.gather(-1, order), scores
+
+
+@cache
+def _compiled() -> Callable[[Slab, SearchBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+    """None where numba cannot be used."""
+    try:
+        from memstore.host.retriever import rank
+    except ImportError:
+        return None
+    return rank
 
 
 def _block(slab: Slab, cells: torch.Tensor) -> int:

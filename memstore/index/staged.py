@@ -14,7 +14,8 @@ from memstore.window import distinct_rows, window_offsets
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memstore.index.base import SearchBatch, VectorIndex
+    from memstore.index.base import VectorIndex
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import RetrieveOptions
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from memstore import ring
-from memstore.index import INDEXES, grid, host_scan, product_scan, tiles
-from memstore.index.base import SearchBatch, VectorIndex
+from memstore.index import INDEXES, exact, grid, product_scan, ranking, tiles
 from memstore.index.crew import Crew
+from memstore.search import SearchBatch
 from memstore.slab import Slab
 from memstore.types import IndexKind, MemorySpec, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from memstore.index.base import VectorIndex
 
 UNIT = 2.0**-23
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -120,10 +122,10 @@ def check_sequence(
 
 
 def score_rounding(metric: Metric, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(n, m): how far a float32 score may be from the true one: `dim` roundings of the sum of the terms' sizes."""
+    """(n, m): how far a float32 score may be from the true one: a rounding of each term and each sum of them."""
     queries, rows = queries.double(), rows.double()
     if metric is Metric.L2:
-        return (queries[:, None] - rows).square().sum(-1) * queries.shape[1] * UNIT + 1e-37
+        return (queries[:, None] - rows).square().sum(-1) * (queries.shape[1] + 1) * UNIT + 1e-37
     sizes = queries.abs() @ rows.abs().T
     if metric is Metric.COSINE:
         lengths = queries.norm(dim=-1)[:, None] * rows.norm(dim=-1)
@@ -211,26 +213,23 @@ def test_scratch_is_bounded_by_working_in_blocks(device: torch.device, monkeypat
     check(slab, asked(slab, (30, 30, 30), (FULL, WRAPPED, (5, 90))), INDEXES[IndexKind.EXACT]())
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_host_scan_in_pieces(monkeypatch: pytest.MonkeyPatch, num_threads: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("faiss")
-    monkeypatch.setattr(host_scan, "SMALLEST_PIECE", 50)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    slab = filled(torch.device("cpu"), dtype=dtype)
-    index = INDEXES[IndexKind.EXACT]()
-    check(slab, asked(slab, (1, 3, 4), (WRAPPED, FULL, (2, 80))), index)
-    check(slab, asked(slab, (1,), ((1000, 1010),)), index)
-
-
-def test_without_faiss_the_results_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    slab = filled(torch.device("cpu"))
-    batch = asked(slab, (1, 2, 5), (WRAPPED, FULL, (2, 80)))
-    scanned = INDEXES[IndexKind.EXACT]().search(slab, batch)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    multiplied = INDEXES[IndexKind.EXACT]().search(slab, batch)
-    assert torch.equal(scanned[0], multiplied[0])
-    assert torch.equal(scanned[1], multiplied[1])
+def test_without_numba_the_results_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for metric in Metric:
+        slab = filled(torch.device("cpu"), metric=metric)
+        batch = asked(slab, (1, 2, 12), (WRAPPED, FULL, (2, 80)))
+        compiled = INDEXES[IndexKind.EXACT]().search(slab, batch)
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "numba", None)
+            for name in [name for name in sys.modules if name.startswith("memstore.host")]:
+                without.delitem(sys.modules, name)
+            ranking._compiled.cache_clear()
+            exact.prepare(slab.device)
+            index = INDEXES[IndexKind.EXACT]()
+            check(slab, batch, index)
+            found = index.search(slab, batch)
+            ranking._compiled.cache_clear()
+        assert torch.equal(compiled[0], found[0])
+        torch.testing.assert_close(compiled[1], found[1], rtol=24 * UNIT, atol=24 * UNIT)
 
 
 def test_both_indexes_give_the_same(device: torch.device) -> None:
@@ -238,9 +237,9 @@ def test_both_indexes_give_the_same(device: torch.device) -> None:
     for metric in Metric:
         slab = filled(device, metric=metric)
         batch = asked(slab, (1, 40, 3), (WRAPPED, FULL, (2, 80)))
-        exact, flat = (INDEXES[kind]().search(slab, batch) for kind in INDEXES)
-        assert torch.equal(exact[0], flat[0])
-        assert torch.equal(exact[1], flat[1])
+        scanned, flat = (INDEXES[kind]().search(slab, batch) for kind in INDEXES)
+        assert torch.equal(scanned[0], flat[0])
+        assert torch.equal(scanned[1], flat[1])
 
 
 @pytest.mark.parametrize("num_slots", [1, 31, 32, 129, 1000, 4096])

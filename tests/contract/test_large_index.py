@@ -18,7 +18,7 @@ from tests.contract.test_index import asked, check
 from tests.fakes import HeldBuilds
 
 if TYPE_CHECKING:
-    from memstore.index.base import SearchBatch
+    from memstore.search import SearchBatch
 
 pytest.importorskip("faiss")
 DIM, ROWS, CAPACITY = 32, 2048, 8192

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = """
     v1 types errors config seams logs
     descriptors
-    ring window region slab control lease index sequence lent lender
+    ring window region slab control lease search host index sequence lent lender
     retrieval appending row_bytes changes log journal ledger still memory
     folder snapshot recovery archive
     admission capacity catalog store device plane
@@ -39,7 +39,8 @@ FOREIGN = {
         "memstore/console.py",
     },
     "redis": {"memstore/catalog.py"},
-    "faiss": {"memstore/index/faiss_flat.py", "memstore/index/host_parts.py", "memstore/index/host_scan.py"},
+    "faiss": {"memstore/index/faiss_flat.py", "memstore/index/host_parts.py"},
+    "numba": {"memstore/host/compiling.py", "memstore/host/lowering.py", "memstore/host/tiles.py"},
     "prometheus_client": {"memstore/metrics.py"},
 }
 GRPC_OF_CLIENT = "model_client/transport/"

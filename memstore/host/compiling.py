@@ -1,0 +1,112 @@
+"""Compiling: what makes machine code of a function, at its first call, and keeps it on disk for the next process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from numba import njit
+from numba.core.caching import Cache, CompileResultCacheImpl, _CacheLocator
+
+from memstore.logs import event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(__name__)
+
+FAST_MATH = {"reassoc", "contract", "nsz"}
+"""Sums may be taken in another order, as their vector form needs; infinities and NaN mean what they always do."""
+
+SOURCES = Path(__file__).parent
+UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, ValueError, TypeError, KeyError)
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a function at its first call of each type; frees the interpreter lock; kept on disk where one can."""
+    compiled = njit(nogil=True, fastmath=FAST_MATH)(function)
+    if folder() is not None:
+        compiled._cache = _KernelCache(function)
+    return compiled
+
+
+@cache
+def folder() -> Path | None:
+    """Where machine code is kept: beside the sources, or in the user's folder for such things, or nowhere.
+
+    Its name stands for all sources here, as one kernel is compiled into another. What is in it is loaded as code, so it
+    must be ours.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.glob("*.py")):
+        digest.update(source.read_bytes())
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    return next((path / name for path in _parents() if _is_ours(path / name)), None)
+
+
+def _parents() -> Iterator[Path]:
+    yield SOURCES / "__pycache__"
+    try:
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memstore"
+    except RuntimeError:  # nobody knows whose home that is
+        return
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether we can write to a folder that others cannot; it is made where it is not there."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        return os.name == "nt" or path.stat().st_mode & 0o022 == 0
+    except OSError:
+        return False
+
+
+class _Locator(_CacheLocator):
+    """Tells numba where."""
+
+    def __init__(self, function: Callable[..., Any], file: str) -> None:
+        self._line = function.__code__.co_firstlineno
+        self._py_file = file
+
+    def get_cache_path(self) -> str:
+        return str(folder())
+
+    def get_source_stamp(self) -> str:
+        return ""  # the folder's name is one
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+    @classmethod
+    def from_function(cls, function: Callable[..., Any], file: str) -> _Locator:
+        return cls(function, file)
+
+
+class _KernelCacheImpl(CompileResultCacheImpl):
+    _locator_classes: ClassVar = [_Locator]
+
+
+class _KernelCache(Cache):
+    """What cannot be read or written is compiled, again next time, and no reason to fail."""
+
+    _impl_class = _KernelCacheImpl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except UNREADABLE as error:
+            event(logger, logging.WARNING, "compiled code cannot be read", reason=error)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except UNREADABLE as error:
+            event(logger, logging.WARNING, "compiled code cannot be kept", reason=error)

@@ -1,0 +1,91 @@
+"""Job: a search that threads share out piece by piece, as the few plain arguments that it takes to call compiled code.
+
+Between two steps of a model the processor has forgotten this program. Then each thing that is done in Python takes tens
+of microseconds, in which a thread reads a thousand rows; so does unpacking a named tuple at the door of compiled code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from memstore.host.compiling import kernel
+from memstore.host.scoring import Rows
+from memstore.host.tiles import PANEL
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+HEADER = 14
+(
+    NEXT,  # the next piece to be done
+    NUM_CUT,  # pieces that there are
+    MOST_PIECES,  # pieces, lists and panels that there is room for
+    MOST_LISTS,
+    MOST_PANELS,
+    TOP_K,
+    KIND,  # of KINDS
+    METRIC,  # of METRICS
+    FEW_QUERIES,  # up to so many queries a ring, its rows are read for them; for more they are multiplied
+    LONGEST_READ,  # rows of a piece that is read
+    LONGEST_MULTIPLIED,  # rows of one that is multiplied
+    FIRST_RING,  # rings [first, end) that are searched
+    END_RING,
+    PATIENCE,  # how often to look at what others have not done
+) = range(HEADER)
+
+PIECE_COLUMNS = 8
+PIECE_CELL, NUM_ROWS, POSITION, PIECE_QUERY, PIECE_QUERIES, PIECE_LIST, PIECE_PANEL, IS_DONE = range(PIECE_COLUMNS)
+
+
+class Lists(NamedTuple):
+    """The best of each piece for each of its queries: (T, k), (T, k) and how many of them are in use, (T,)."""
+
+    scores: NDArray[np.float32]
+    positions: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+class Job(NamedTuple):
+    """What threads share. header: int64; pieces: (P, PIECE_COLUMNS) int64; queries: (Q, dim) float32.
+
+    bars: (Q,) float32, a score that k rows of each query are known to reach. panels: see tiles.py, of the queries of
+    rings that have many.
+    """
+
+    header: NDArray[np.int64]
+    pieces: NDArray[np.int64]
+    rows: Rows
+    queries: NDArray[np.float32]
+    bars: NDArray[np.float32]
+    lists: Lists
+    panels: NDArray[np.float32]
+
+
+def empty_job(header: tuple[int, ...], num_queries: int, dim: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The two arrays of a job that compiled code fills in, header and all, and unpacks again."""
+    most_pieces, most_lists, top_k = header[MOST_PIECES], header[MOST_LISTS], header[TOP_K]
+    integers = np.empty(HEADER + most_pieces * PIECE_COLUMNS + most_lists * (1 + top_k), np.int64)
+    return integers, np.empty(num_queries + most_lists * top_k + header[MOST_PANELS] * dim * PANEL, np.float32)
+
+
+@kernel
+def unpacked(
+    integers: NDArray[Any], floats: NDArray[Any], keys: NDArray[Any], norms: NDArray[Any], queries: NDArray[Any]
+) -> Job:
+    """A job out of its arguments: the arrays of `empty_job`, keys and norms as Rows has them, queries (L, N, dim)."""
+    most_pieces, most_lists, top_k = integers[MOST_PIECES], integers[MOST_LISTS], integers[TOP_K]
+    asked = queries.reshape(-1, queries.shape[2])
+    first_count = HEADER + most_pieces * PIECE_COLUMNS
+    first_position, first_score = first_count + most_lists, len(asked)
+    first_panel = first_score + most_lists * top_k
+    lists = Lists(
+        floats[first_score:first_panel].reshape(most_lists, top_k),
+        integers[first_position:].reshape(most_lists, top_k),
+        integers[first_count:first_position],
+    )
+    pieces = integers[HEADER:first_count].reshape(most_pieces, PIECE_COLUMNS)
+    rows = Rows(keys, norms, integers[KIND], integers[METRIC])
+    panels = floats[first_panel:].reshape(integers[MOST_PANELS], asked.shape[1], PANEL)
+    return Job(integers[:HEADER], pieces, rows, asked, floats[:first_score], lists, panels)

@@ -1,0 +1,91 @@
+"""What numba has no words for: 16-bit floats, prefetching, and numbers that threads draw from one counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from memstore.host.compiling import kernel
+
+_ORDERING = "seq_cst"
+_write = types.ExternalFunction("write", types.intp(types.intc, types.CPointer(types.int64), types.uintp))
+
+
+@intrinsic
+def widened(_: Any, element: Any) -> Any:
+    """An element as float32: the bits of a float16 (uint16) or of a bfloat16 (int16), or a float32."""
+
+    def float16(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    def bfloat16(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        wide = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    def float32(__: Any, ___: Any, ____: Any, arguments: Any) -> Any:
+        return arguments[0]
+
+    lower = {types.uint16: float16, types.int16: bfloat16, types.float32: float32}[element]
+    return types.float32(element), lower
+
+
+@intrinsic
+def prefetch(_: Any, array: Any, element: Any) -> Any:
+    """Asks for the cache line of `array.flat[element]`, wherever that lies: what is not mapped is not fetched."""
+
+    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        line = builder.bitcast(builder.gep(view.data, [arguments[1]]), ir.IntType(8).as_pointer())
+        flags = [ir.Constant(ir.IntType(32), flag) for flag in (0, 2, 1)]  # to read, past the first cache, data
+        kind = ir.FunctionType(ir.VoidType(), [line.type, *(flag.type for flag in flags)])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [line, *flags])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), lower
+
+
+@intrinsic
+def draw(_: Any, numbers: Any, place: Any) -> Any:
+    """Adds one to an int64 of an array, and gives what it was: no two threads get the same."""
+
+    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw(
+            "add", builder.gep(view.data, [arguments[1]]), ir.Constant(ir.IntType(64), 1), _ORDERING
+        )
+
+    return types.int64(numbers, types.intp), lower
+
+
+@intrinsic
+def raised(_: Any, numbers: Any, place: Any) -> Any:
+    """Whether an int64 of an array was drawn from; what its drawer wrote before is then seen."""
+
+    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        number = builder.load_atomic(builder.gep(view.data, [arguments[1]]), _ORDERING, 8)
+        return builder.icmp_signed("!=", number, ir.Constant(ir.IntType(64), 0))
+
+    return types.boolean(numbers, types.intp), lower
+
+
+@intrinsic
+def _address(_: Any, array: Any) -> Any:
+    """Where an int64 array lies."""
+
+    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+
+    return types.CPointer(types.int64)(array), lower
+
+
+@kernel
+def ring_bell(bell: int) -> None:
+    """Wakes who waits for a descriptor, an eventfd or a pipe, without the interpreter lock that they will need."""
+    one = np.ones(1, np.int64)
+    _write(types.intc(bell), _address(one), types.uintp(8))

@@ -1,0 +1,123 @@
+"""The hits of each query out of the lists of its pieces, scored from their rows: the one place that makes a score."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memstore.host.best import offer, put_in_order
+from memstore.host.compiling import kernel
+from memstore.host.job import END_RING, FIRST_RING, HEADER, Job, unpacked
+from memstore.host.rings import FIRST_CELL, FIRST_LIST, FIRST_QUERY, NUM_PIECES, NUM_QUERIES, fill, slot_of
+from memstore.host.scan import scan, scan_again
+from memstore.host.scoring import COSINE, Rows, inverse_length, score
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@kernel
+def find(
+    numbers: NDArray[Any],
+    bells: NDArray[Any],
+    rings: NDArray[Any],
+    integers: NDArray[Any],
+    floats: NDArray[Any],
+    keys: NDArray[Any],
+    norms: NDArray[Any],
+    queries: NDArray[Any],
+    scores: NDArray[Any],
+    positions: NDArray[Any],
+) -> bool:
+    """A whole search in one call: fills rings and the hits, (L, N, k), of those rings that the job is for.
+
+    numbers: see `numbers_of`; bells: of those who help; the rest: see `unpacked`. False if help comes too late.
+    """
+    integers[:HEADER] = numbers[:HEADER]
+    capacity = fill(rings, numbers[HEADER:])
+    job = unpacked(integers, floats, keys, norms, queries)
+    is_done = scan(job, rings, capacity, bells)
+    if is_done:
+        _merge(job, rings, capacity, scores, positions)
+    return is_done
+
+
+@kernel
+def find_again(
+    rings: NDArray[Any],
+    capacity: int,
+    integers: NDArray[Any],
+    floats: NDArray[Any],
+    keys: NDArray[Any],
+    norms: NDArray[Any],
+    queries: NDArray[Any],
+    scores: NDArray[Any],
+    positions: NDArray[Any],
+) -> None:
+    """What `find` has not done. integers, floats: copies, to which nobody writes any more."""
+    job = unpacked(integers, floats, keys, norms, queries)
+    scan_again(job)
+    _merge(job, rings, capacity, scores, positions)
+
+
+@kernel
+def rank_all(
+    numbers: NDArray[Any],
+    rings: NDArray[Any],
+    keys: NDArray[Any],
+    norms: NDArray[Any],
+    kind: int,
+    metric: int,
+    queries: NDArray[Any],
+    candidates: NDArray[Any],
+    scores: NDArray[Any],
+    positions: NDArray[Any],
+) -> None:
+    """Fills in the hits, (L, N, k), out of candidates, (L, N, c) positions, -1 for none.
+
+    numbers: see `numbers_of`, without a header; keys, norms, kind and metric: see Rows; queries: (L, N, dim).
+    """
+    capacity, rows = fill(rings, numbers), Rows(keys, norms, kind, metric)
+    asked = queries.reshape(-1, queries.shape[2])
+    all_candidates = candidates.reshape(len(asked), candidates.shape[2])
+    all_scores = scores.reshape(len(asked), scores.shape[2])
+    all_positions = positions.reshape(len(asked), scores.shape[2])
+    for ring in rings:
+        for query in range(ring[FIRST_QUERY], ring[FIRST_QUERY] + ring[NUM_QUERIES]):
+            hits = all_scores[query], all_positions[query]
+            _rank(ring, capacity, rows, asked[query], all_candidates[query], hits)
+
+
+@kernel
+def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], positions: NDArray[Any]) -> None:
+    """Fills in the hits of the rings that were searched."""
+    lists, top_k, most = job.lists, scores.shape[2], job.lists.scores.shape[1]
+    all_scores, all_positions = scores.reshape(-1, top_k), positions.reshape(-1, top_k)
+    best, places = np.empty(most, np.float32), np.empty(most, np.int64)
+    for number in range(job.header[FIRST_RING], job.header[END_RING]):
+        ring = rings[number]
+        for at in range(ring[NUM_QUERIES]):
+            query, count = ring[FIRST_QUERY] + at, 0
+            for piece in range(ring[NUM_PIECES]):
+                place = ring[FIRST_LIST] + piece * ring[NUM_QUERIES] + at
+                for hit in range(lists.counts[place]):
+                    count = offer(best, places, count, lists.scores[place, hit], lists.positions[place, hit])
+            hits = all_scores[query], all_positions[query]
+            _rank(ring, capacity, job.rows, job.queries[query], places[:count], hits)
+
+
+@kernel
+def _rank(
+    ring: NDArray[Any], capacity: int, rows: Rows, query: NDArray[Any], candidates: NDArray[Any], hits: Any
+) -> None:
+    """Fills in hits, (k,) scores and positions, out of positions of a ring: best first, -inf and -1 after the last."""
+    scores, positions = hits
+    factor = inverse_length(query) if rows.metric == COSINE else np.float32(1)
+    count, found = 0, np.empty(1, np.float32)
+    for position in candidates:
+        if position >= 0:
+            score(rows, ring[FIRST_CELL] + slot_of(position, capacity), query, found)
+            count = offer(scores, positions, count, found[0] * factor, position)
+    put_in_order(scores, positions, count)
+    scores[count:], positions[count:] = -np.inf, -1

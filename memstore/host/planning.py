@@ -1,0 +1,95 @@
+"""Planning: into which pieces the rings of a search are cut, and who helps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from memstore.host.tiles import PANEL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from memstore.host.scoring import Rows
+    from memstore.search import SearchBatch
+
+FEW_QUERIES = 8
+"""Up to so many queries a ring, reading its rows once for all of them is quicker than a matrix product."""
+
+SMALLEST_READ, LARGEST_READ = 128 << 10, 1 << 20
+"""Bytes of rows of a piece that is read: less is not worth drawing, after more the threads end too far apart."""
+
+FEWEST_MULTIPLIED = 256
+"""Rows of a piece that is multiplied."""
+
+PIECES_A_THREAD = 8
+WORTH_A_HELPER = 12 << 20
+"""Bytes to be read, or sixteenths of products to be made, from which waking a thread takes less than it saves."""
+
+LIST_ITEM = 12
+LIST_BYTES = 32 << 20
+"""Bytes of a candidate, and of all of them; more only where those of one ring need it."""
+
+PATIENCE = 200_000
+"""Looks at what others have not done, about twice as long as a piece takes, before it is done again."""
+
+
+class Plan(NamedTuple):
+    """headers: of the jobs, see job.py, that are done one after the other."""
+
+    headers: Sequence[tuple[int, ...]]
+    num_helpers: int
+
+
+class _Room(NamedTuple):
+    """What a ring needs."""
+
+    pieces: int
+    lists: int
+    panels: int
+
+
+def plan(batch: SearchBatch, rows: Rows, num_threads: int) -> Plan:
+    """One job, or several where the candidates of all rings would take too much."""
+    row_bytes, num_layers = rows.keys.shape[1], len(batch.layers)
+    work, num_multiplied, least = 0, 0, 0
+    for begin, end, count in zip(batch.begins, batch.ends, batch.counts, strict=True):
+        if count > FEW_QUERIES:
+            num_multiplied += max(end - begin, 0)
+            work += max(end - begin, 0) * count * batch.queries.shape[2] // 16
+            least = max(least, (end - begin) * count * LIST_ITEM * batch.top_k // LIST_BYTES)
+        elif count:
+            work += max(end - begin, 0) * row_bytes
+    num_helpers = num_threads - 1 if num_layers * work >= WORTH_A_HELPER else 0
+    thread_pieces = PIECES_A_THREAD * (num_helpers + 1)
+    read_bytes = min(max(num_layers * work // thread_pieces, SMALLEST_READ), LARGEST_READ)
+    # the more queries there are, the fewer pieces have room for their lists
+    longest = (
+        max(read_bytes // row_bytes, 1),
+        max(num_layers * num_multiplied // thread_pieces, least, FEWEST_MULTIPLIED),
+    )
+    rooms = [
+        _room(end - begin, count, longest)
+        for begin, end, count in zip(batch.begins, batch.ends, batch.counts, strict=True)
+    ]
+    fixed = batch.top_k, rows.kind, rows.metric, FEW_QUERIES, *longest
+    spans = _spans(rooms * num_layers, LIST_BYTES // (LIST_ITEM * batch.top_k))
+    return Plan([(0, 0, *room, *fixed, *span, PATIENCE) for room, span in spans], num_helpers)
+
+
+def _room(num_seen: int, num_queries: int, longest: tuple[int, int]) -> _Room:
+    if not num_queries:
+        return _Room(0, 0, 0)
+    is_multiplied = num_queries > FEW_QUERIES
+    pieces = max(num_seen, 0) // longest[is_multiplied] + 2  # the seam may cut one more
+    return _Room(pieces, pieces * num_queries, -(-num_queries // PANEL) if is_multiplied else 0)
+
+
+def _spans(rooms: list[_Room], most_lists: int) -> Iterator[tuple[_Room, tuple[int, int]]]:
+    """Rings [first, end) whose lists have room together, and what they need."""
+    first, pieces, lists, panels = 0, 0, 0, 0
+    for ring, room in enumerate(rooms):
+        if lists and lists + room.lists > most_lists:
+            yield _Room(pieces, lists, panels), (first, ring)
+            first, pieces, lists, panels = ring, 0, 0, 0
+        pieces, lists, panels = pieces + room.pieces, lists + room.lists, panels + room.panels
+    yield _Room(pieces, lists, panels), (first, len(rooms))

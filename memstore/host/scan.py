@@ -1,0 +1,155 @@
+"""Scan: rows are read once, as they are stored; for few queries a ring at the bandwidth of memory.
+
+The rings are cut into pieces, which threads draw from one counter. A piece has a list for the best of each of its
+queries. A thread that has lost its core holds nobody up: whoever waits does the piece again, into a list of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memstore.host.best import offer
+from memstore.host.compiling import kernel
+from memstore.host.job import (
+    END_RING,
+    FEW_QUERIES,
+    FIRST_RING,
+    IS_DONE,
+    LONGEST_MULTIPLIED,
+    LONGEST_READ,
+    NEXT,
+    NUM_CUT,
+    NUM_ROWS,
+    PATIENCE,
+    PIECE_CELL,
+    PIECE_LIST,
+    PIECE_PANEL,
+    PIECE_QUERIES,
+    PIECE_QUERY,
+    POSITION,
+    Job,
+    unpacked,
+)
+from memstore.host.lowering import draw, raised, ring_bell
+from memstore.host.products import BLOCK, multiply_piece, num_panels_of, pack
+from memstore.host.rings import BEGIN, END, FIRST_CELL, FIRST_LIST, FIRST_QUERY, NUM_PIECES, NUM_QUERIES, slot_of
+from memstore.host.scoring import score, score_wide, widen
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@kernel
+def scan(job: Job, rings: NDArray[Any], capacity: int, bells: NDArray[Any]) -> bool:
+    """Does a job, with the help of those whose bells are rung; False where they have not done their part in time."""
+    job.bars[:] = -np.inf
+    cut(job, rings, capacity)
+    pack(job, rings)
+    for bell in bells:
+        ring_bell(bell)
+    _draw_pieces(job)
+    patience = job.header[PATIENCE]
+    for number in range(job.header[NUM_CUT]):
+        while not raised(job.pieces[number], IS_DONE):
+            patience -= 1
+            if patience < 0:
+                return False
+    return True
+
+
+@kernel
+def help_scan(
+    integers: NDArray[Any], floats: NDArray[Any], keys: NDArray[Any], norms: NDArray[Any], queries: NDArray[Any]
+) -> None:
+    """Does pieces of a job until none is left to begin."""
+    _draw_pieces(unpacked(integers, floats, keys, norms, queries))
+
+
+@kernel
+def scan_again(job: Job) -> None:
+    """Does all pieces that are not done."""
+    block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
+    for number in range(job.header[NUM_CUT]):
+        if not raised(job.pieces[number], IS_DONE):
+            _do(job, job.pieces[number], block)
+
+
+@kernel
+def _draw_pieces(job: Job) -> None:
+    block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
+    while True:
+        number = draw(job.header, NEXT)
+        if number >= job.header[NUM_CUT]:
+            return
+        _do(job, job.pieces[number], block)
+        draw(job.pieces[number], IS_DONE)
+
+
+@kernel
+def _do(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
+    """Fills the lists of one piece. block: (BLOCK, dim) float32 to work in."""
+    if piece[PIECE_QUERIES] > job.header[FEW_QUERIES]:
+        multiply_piece(job, piece, block)
+    else:
+        _scan_piece(job, piece, block)
+
+
+@kernel
+def cut(job: Job, rings: NDArray[Any], capacity: int) -> None:
+    """Cuts rings into pieces, oldest rows first. Fills in FIRST_LIST and NUM_PIECES of the rings."""
+    num_pieces, num_lists, num_panels = 0, 0, 0
+    for number in range(job.header[FIRST_RING], job.header[END_RING]):
+        ring = rings[number]
+        ring[FIRST_LIST], ring[NUM_PIECES] = num_lists, 0
+        is_multiplied = ring[NUM_QUERIES] > job.header[FEW_QUERIES]
+        longest = job.header[LONGEST_MULTIPLIED if is_multiplied else LONGEST_READ]
+        position = ring[BEGIN]
+        while position < ring[END] and ring[NUM_QUERIES] > 0:
+            slot = slot_of(position, capacity)
+            num_rows = min(longest, ring[END] - position, capacity - slot)
+            piece = job.pieces[num_pieces]
+            piece[PIECE_CELL], piece[NUM_ROWS], piece[POSITION] = ring[FIRST_CELL] + slot, num_rows, position
+            piece[PIECE_QUERY], piece[PIECE_QUERIES] = ring[FIRST_QUERY], ring[NUM_QUERIES]
+            piece[PIECE_LIST], piece[PIECE_PANEL], piece[IS_DONE] = num_lists, num_panels, 0
+            num_pieces += 1
+            num_lists += ring[NUM_QUERIES]
+            ring[NUM_PIECES] += 1
+            position += num_rows
+        if is_multiplied:
+            num_panels += num_panels_of(ring[NUM_QUERIES])
+    job.header[NEXT], job.header[NUM_CUT] = 0, num_pieces
+
+
+@kernel
+def _scan_piece(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
+    """By reading its rows, once for all queries."""
+    rows, lists, num_queries = job.rows, job.lists, piece[PIECE_QUERIES]
+    scores = np.empty(BLOCK, np.float32)
+    lists.counts[piece[PIECE_LIST] : piece[PIECE_LIST] + num_queries] = 0
+    for first in range(0, piece[NUM_ROWS], BLOCK):
+        cell, length = piece[PIECE_CELL] + first, min(BLOCK, piece[NUM_ROWS] - first)
+        if num_queries > 1:
+            widen(rows, cell, block[:length])
+        for at in range(num_queries):
+            query, place = piece[PIECE_QUERY] + at, piece[PIECE_LIST] + at
+            if num_queries > 1:
+                score_wide(block[:length], rows, cell, job.queries[query], scores[:length])
+            else:
+                score(rows, cell, job.queries[query], scores[:length])
+            _offer_all(job, query, place, piece[POSITION] + first, scores[:length])
+    for at in range(num_queries):
+        query, place = piece[PIECE_QUERY] + at, piece[PIECE_LIST] + at
+        if lists.counts[place] == lists.scores.shape[1]:
+            job.bars[query] = max(job.bars[query], lists.scores[place, 0])
+
+
+@kernel
+def _offer_all(job: Job, query: int, place: int, position: int, scores: NDArray[Any]) -> None:
+    """Offers rows, the first of which is that of `position`, to a list, unless there are known to be k better ones."""
+    lists, bar, count = job.lists, job.bars[query], job.lists.counts[place]
+    for row in range(len(scores)):
+        if scores[row] >= bar:
+            count = offer(lists.scores[place], lists.positions[place], count, scores[row], position + row)
+    lists.counts[place] = count

@@ -1,0 +1,67 @@
+"""Warming: all kernels compiled, or read from disk, before anybody waits for one."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+
+from memstore.host.compiling import folder
+from memstore.host.job import HEADER, empty_job
+from memstore.host.merge import find_again
+from memstore.host.planning import FEW_QUERIES
+from memstore.host.retriever import HostRetriever, rank
+from memstore.host.rings import NUM_COLUMNS
+from memstore.host.scan import help_scan
+from memstore.logs import event
+from memstore.search import SearchBatch
+from memstore.slab import Slab
+from memstore.types import MemorySpec, RetrieveOptions
+
+_log = logging.getLogger(__name__)
+
+WORTH_A_LINE_S = 2.0
+"""What takes longer was compiled and not read."""
+
+
+def warm() -> None:
+    """Retrieves in a small slab for few and for many queries; does nothing, and takes none, of what helpers do.
+
+    Takes a fraction of a second where a process before this one has left compiled code, else ten seconds of a core.
+    """
+    kept = folder()
+    if kept is None or not any(kept.iterdir()):
+        event(_log, logging.INFO, "compiling search for this processor", kept=kept or "nowhere")
+    begun = time.monotonic()
+    _retrieve()
+    _help()
+    seconds = time.monotonic() - begun
+    if seconds > WORTH_A_LINE_S:
+        event(_log, logging.INFO, "search compiled", seconds=round(seconds, 1))
+
+
+def _retrieve() -> None:
+    slab = Slab(MemorySpec(name="warm", dim=16, capacity=4, max_sequences=2), torch.device("cpu"))
+    counts = (1, FEW_QUERIES + 1)
+    batch = SearchBatch(
+        queries=torch.ones(1, sum(counts), slab.dim),
+        layers=(0,),
+        places=(0, 1),
+        counts=counts,
+        begins=(0, 0),
+        ends=(4, 4),
+        top_k=2,
+    )
+    HostRetriever().retrieve(slab, batch, RetrieveOptions(top_k=2), np.arange(2).reshape(1, 2))
+    rank(slab, batch, torch.zeros(1, sum(counts), 2, dtype=torch.int64))
+
+
+def _help() -> None:
+    rows = np.empty((0, 4), np.uint8), np.empty(0, np.float32), np.empty((1, 0, 1), np.float32)
+    job = (*empty_job((0,) * HEADER, 0, 1), *rows)
+    job[0][:] = 0
+    help_scan(*job)
+    nothing = np.empty((1, 0, 0), np.float32), np.empty((1, 0, 0), np.int64)
+    find_again(np.empty((0, NUM_COLUMNS), np.int64), 1, *job, *nothing)
