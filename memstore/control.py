@@ -21,6 +21,8 @@ from memstore.errors import Corrupt
 from memstore.region import make_region, map_region
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -36,6 +38,7 @@ _HEADER_BYTES = 512
 _WORD_BYTES = 8
 _FIELDS = 4
 _LEASE, _TURN = 2, 4
+_TRIES = 1000
 _HOST = torch.device("cpu")
 _fence = threading.Lock()
 """Taken and given between two stores that others must see in their order; x86 keeps that by itself."""
@@ -108,24 +111,33 @@ class ControlBlock:
 
     def table(self) -> NDArray[np.int64]:
         """A copy of what is published, (sequences, 4)."""
-        while True:
-            turn = int(self._header[_TURN])
+        for turn in self._turns():
             table: NDArray[np.int64] = self._copies[turn & 1].copy()
-            with _fence:
-                if int(self._header[_TURN]) == turn:
-                    return table
+            if self._is_still(turn):
+                return table
+        raise Corrupt("the holder of a lease never stops writing")
 
     def progress(self, index: int) -> Progress:
         """What is published of one sequence. Corrupt where that cannot be."""
-        while True:
-            turn = int(self._header[_TURN])
+        for turn in self._turns():
             epoch, end, floor, appended = self._copies[turn & 1, index].tolist()
-            with _fence:
-                if int(self._header[_TURN]) == turn:
-                    break
+            if self._is_still(turn):
+                break
+        else:
+            raise Corrupt("the holder of a lease never stops writing")
         if epoch < 0 or not 0 <= end < MAX_POSITION or not 0 <= floor < MAX_POSITION or not 0 <= appended:
             raise Corrupt("the holder of a lease has written counters that cannot be")
         return Progress(epoch, end, min(floor, end), appended)
+
+    def _turns(self) -> Iterator[int]:
+        """The turn, again and again, for as often as an honest holder can overtake a reader."""
+        for _ in range(_TRIES):
+            yield int(self._header[_TURN])
+
+    def _is_still(self, turn: int) -> bool:
+        """True where the copy that was just read is still not being written to."""
+        with _fence:
+            return int(self._header[_TURN]) == turn
 
     def put_state(self, index: int, content: bytes) -> bool:
         """Leaves the whole state of a sequence; False where it is too long."""

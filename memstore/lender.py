@@ -103,11 +103,11 @@ class Lender:
         """
         self._leases.remove(lease)
         lease.block.end()
-        left = {state.name: state.writers for state in states}
+        left = {state.name: state for state in states}
         for name in lease.names:
             sequence = self._table[name]
             if sequence.loan is not None:
-                self._settle(name, sequence, sequence.loan, left.get(name, OrderedDict()))
+                self._settle(name, sequence, sequence.loan, left.get(name))
         lease.block.close()
         lease.on_end()
 
@@ -183,24 +183,25 @@ class Lender:
             num_found += 1
         return num_found
 
-    def _settle(self, name: str, sequence: Stream, loan: Loan, writers: OrderedDict[str, Writer]) -> None:
+    def _settle(self, name: str, sequence: Stream, loan: Loan, left: LentState | None) -> None:
         try:
             sequence.refresh()
-            added, left = self._moved(sequence, loan)
+            added, gone = self._moved(sequence, loan)
         except Corrupt:
             self.evicted_rows += loan.num_live * self._slab.num_layers
             sequence.loan = None
             sequence.restart(self._new_epoch())
             return
         self.appended_rows += added
-        self.evicted_rows += left
+        self.evicted_rows += gone
         sequence.loan = None
         if not sequence.epoch:
             self._table.remove(name)
             return
         if sequence.epoch != loan.epoch:
             sequence.writers.clear()
-        for writer, appends in writers.items():
+        is_last = left is not None and (left.epoch, left.next_position) == (sequence.epoch, sequence.next_position)
+        for writer, appends in left.writers.items() if left is not None and is_last else ():
             sequence.writers[writer] = appends
             sequence.writers.move_to_end(writer)
         while len(sequence.writers) > MAX_WRITERS:

@@ -87,25 +87,27 @@ def _decode(content: bytes) -> LentState:
             epoch=fields.whole(message.epoch, "epoch", 0, _MAX_WORD),
             next_position=next_position,
             floor=fields.whole(message.floor, "floor", 0, next_position),
-            writers=OrderedDict((each.writer, _writer(each)) for each in message.writers),
+            writers=OrderedDict((each.writer, _writer(each, next_position)) for each in message.writers),
         )
     except (DecodeError, InvalidRequest) as error:
         raise Corrupt(f"a state in a control block cannot be: {error}") from error
 
 
-def _writer(message: pb.LentWriter) -> Writer:
+def _writer(message: pb.LentWriter, published: int) -> Writer:
     writer_name(message.writer, "writer")
     count = fields.whole(len(message.replies), "replies", 0, REPLAY_WINDOW)
     next_seq = fields.whole(message.next_seq, "next_seq", count, _MAX_WORD)
-    replies = ((next_seq - count + offset, _reply(each)) for offset, each in enumerate(message.replies))
+    replies = ((next_seq - count + offset, _reply(each, published)) for offset, each in enumerate(message.replies))
     return Writer(next_seq, OrderedDict(replies))
 
 
-def _reply(message: pb.LentReply) -> Reply:
+def _reply(message: pb.LentReply, published: int) -> Reply:
+    """published: the next position. An answer says nothing beyond it, or a resend would be shown what is not there."""
+    first_position = fields.whole(message.first_position, "first_position", 0, published)
     return Reply(
-        num_rows=fields.whole(message.num_rows, "num_rows", 0, (1 << 31) - 1),
+        num_rows=fields.whole(message.num_rows, "num_rows", 0, published - first_position),
         fingerprint=message.fingerprint,
-        as_of=fields.whole(message.as_of, "as_of", 0, MAX_POSITION),
-        first_position=fields.whole(message.first_position, "first_position", 0, MAX_POSITION),
+        as_of=fields.whole(message.as_of, "as_of", 0, published),
+        first_position=first_position,
         begun_from=message.begun_from if message.HasField("begun_from") else None,
     )

@@ -61,6 +61,15 @@ def test_a_reader_that_was_overtaken_reads_again(block: ControlBlock, monkeypatc
     assert block.progress(0).epoch == 6
 
 
+def test_a_holder_that_never_stops_does_not_hold_up_a_reader(
+    block: ControlBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "_is_still", lambda turn: False)
+    for read in (block.table, lambda: block.progress(0)):
+        with pytest.raises(Corrupt):
+            read()
+
+
 @pytest.mark.parametrize("row", [(-1, 0, 0, 0), (1, -1, 0, 0), (1, 1 << 60, 0, 0), (1, 0, -1, 0), (1, 0, 0, -1)])
 def test_counters_that_cannot_be_are_noticed(block: ControlBlock, row: tuple[int, ...]) -> None:
     block.publish(np.array([row] * 3))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from memstore.control import ControlBlock
-from memstore.errors import AlreadyExists, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.errors import AlreadyExists, Corrupt, MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.lender import LentState, state_of
 from memstore.lent import LentTable
 from memstore.memory import Memory
@@ -268,6 +269,28 @@ def test_a_holder_that_writes_nonsense_loses_the_sequence(lent: Lent) -> None:
     assert content(lent.server, "a") == {}
     assert content(lent.server, "b") == {0: 3}
     assert counts(lent.server)[:2] == (2, 2)
+
+
+@pytest.mark.parametrize("changes", [{"as_of": 4}, {"first_position": 3}, {"num_rows": 4}, {"as_of": 1 << 50}])
+def test_an_answer_about_what_was_never_published_is_refused(lent: Lent, changes: dict[str, int]) -> None:
+    lent.lend("a")
+    append(lent.holder, "a", [1, 2, 3])
+    ((name, sequence),) = lent.table.lent()
+    writer = sequence.writers["w"]
+    writer.replies[0] = replace(writer.replies[0], **changes)
+    leave_states(lent.block, [state_of(name, sequence, ["w"])])
+    with pytest.raises(Corrupt):
+        found_states(lent.block)
+
+
+def test_answers_that_do_not_fit_what_was_published_are_left(lent: Lent) -> None:
+    lease = lent.lend("a")
+    append(lent.holder, "a", [1, 2, 3])
+    ((name, sequence),) = lent.table.lent()
+    leave_states(lent.block, [replace(state_of(name, sequence, ["w"]), next_position=9)])
+    lent.server.lender.take_back(lease, found_states(lease.block))
+    assert content(lent.server, "a") == {0: 1, 1: 2, 2: 3}
+    assert not append(lent.server, "a", [4]).sequences[0].is_replay
 
 
 def test_a_dropped_memory_ends_its_leases(lent: Lent) -> None:
