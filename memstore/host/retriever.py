@@ -81,6 +81,10 @@ class HostRetriever:
             arrays={name: view.gathered(name, cells[:num_rows]) for name in options.arrays},
         )
 
+    def close(self) -> None:
+        """Lets go of the slab that was searched last, and of the helpers."""
+        self._last_view, self._helpers = None, Helpers()
+
     def _view(self, slab: Slab) -> _View:
         """The view of a slab, kept until another is asked for."""
         if self._last_view is None or self._last_view.keys is not slab.keys:

@@ -61,6 +61,11 @@ class ExactIndex(Stateless):
             return self._host.retrieve(slab, batch, options, groups)
         return staged_retrieve(self, slab, batch, options, groups)
 
+    def close(self) -> None:
+        """Lets go of the slab and of the threads that helped with it."""
+        if self._host is not None:
+            self._host.close()
+
 
 def _host_retriever() -> HostRetriever | None:
     """None where numba cannot be used."""

@@ -204,7 +204,7 @@ def test_a_client_that_is_closed_gives_everything_back(server: Serving) -> None:
     with client_of(server) as client:
         create(client)
         client.session("m", ["a"]).append(rows(1), [1])
-        client.session("m", ["b"]).append(rows(2), [1])
+        client.session("m", ["b"]).step(rows(2), [1], retrieve=Retrieval(1), append=True)
         (loaded,) = server.registry.all()
         assert len(loaded.engine.lender) > 0
     with client_of(server, "inline") as other:
