@@ -226,6 +226,8 @@ class DeviceWorker:
     def _run(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            # before what is built in the background
+            torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))  # type: ignore[no-untyped-call]
         with torch.no_grad():  # not inference_mode: rows handed over in process may enter the reader's autograd
             while jobs := self._take():
                 self._serve(jobs)

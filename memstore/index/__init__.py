@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memstore.errors import InvalidRequest
 from memstore.index.building import build_thread
+from memstore.index.device_parts import DeviceBuilder
 from memstore.index.exact import ExactIndex, prepare
 from memstore.index.faiss_flat import FaissFlatIndex
 from memstore.index.generations import GenerationIndex
@@ -31,7 +31,7 @@ INDEXES: dict[IndexKind, Callable[[], VectorIndex]] = {
 }
 """Those that keep nothing between calls."""
 
-BUILDERS: dict[str, Callable[[MemorySpec], PartBuilder]] = {"cpu": HostBuilder}
+BUILDERS: dict[str, Callable[[MemorySpec, torch.device], PartBuilder]] = {"cpu": HostBuilder, "cuda": DeviceBuilder}
 """What builds the generations of the others, by type of device."""
 
 
@@ -39,6 +39,7 @@ def make_index(spec: MemorySpec, device: torch.device, executor: Executor) -> Ve
     """The index of a memory. executor: where it builds. Raises InvalidRequest where it cannot be had here."""
     if spec.index in INDEXES:
         return INDEXES[spec.index]()
-    if device.type not in BUILDERS:
-        raise InvalidRequest("spec.index", f"{spec.index.value} cannot be had on {device.type}")
-    return GenerationIndex(spec, BUILDERS[device.type](spec), executor)
+    builder = BUILDERS[device.type](spec, device)
+    if isinstance(builder, DeviceBuilder) and index_bytes(spec, device):
+        executor.submit(builder.prepare)  # what is slow at first is done before anybody waits for it
+    return GenerationIndex(spec, builder, executor)

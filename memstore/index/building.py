@@ -1,6 +1,6 @@
 """Building: one generation after the other, in one thread beside the device's, which reads rows and hands over parts.
 
-The thread takes what the others leave: it has the lowest priority, and FAISS one core in eight.
+The thread takes what others leave: it has a low priority, and FAISS one core in eight.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from memstore.index.generation import Part, PartBuilder
     from memstore.slab import Slab
 
-LOWEST_PRIORITY = 19
-"""The nice value of the build thread."""
+NICENESS = 10
+"""Of the build thread: beside busy threads it gets a tenth of a core, so that it comes to an end."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ def build_thread() -> Executor:
 
 
 def _give_way() -> None:
-    """This thread, and those that it begins, run when nobody else wants the core. (Linux: a priority a thread.)"""
+    """This thread, and those that it begins, leave the cores to others. (Linux has a priority a thread.)"""
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class BuildStopped(Exception):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 CLUSTERING_ROUNDS = 8
 """After so many rounds of k-means the lists hardly change."""
 
-CODED_ROWS = 16_384
-"""Rows that product codes are trained with: 64 for each of the 256 values of a code."""
+CODED_ROWS = 8_192
+"""Rows that product codes are trained with: 32 for each of the 256 values of a code."""
 
 GRAPH_ROWS = 1024
 """Rows that a graph takes in between two looks at whether it is still wanted."""
@@ -59,7 +59,8 @@ class HostBuilder:
 
     can_mask = True
 
-    def __init__(self, spec: MemorySpec) -> None:
+    def __init__(self, spec: MemorySpec, device: torch.device) -> None:
+        del device
         try:
             import faiss
         except ImportError as error:
@@ -152,7 +153,7 @@ class HostBuilder:
         if self._spec.index is IndexKind.FAISS_IVF_PQ:
             index = faiss.IndexIVFPQ(*shape, settings.pq_m, settings.pq_bits, self._metric)
             index.by_residual = False  # so that one table of distances serves all lists
-            index.pq.cp.min_points_per_centroid = 1
+            index.pq.cp.min_points_per_centroid, index.pq.cp.niter = 1, CLUSTERING_ROUNDS
         elif self._stored is None:
             index = faiss.IndexIVFFlat(*shape, self._metric)
         else:

@@ -6,11 +6,11 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from memstore.types import IndexKind, IndexSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from memstore.types import MemorySpec
 
 SETTINGS: dict[IndexKind, tuple[str, ...]] = {
@@ -25,6 +25,15 @@ SAMPLES_A_LIST = 64
 
 CHUNK_ROWS = 16_384
 """Rows that a build takes in at a time."""
+
+CODED_ROWS = 65_536
+"""Rows that product codes are trained with on a GPU: 256 for each value of a code. On the host it is an eighth."""
+
+SCORE_BYTES = 256 << 20
+"""What torch takes on a GPU to compare rows with centres."""
+
+DEVICE_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+"""The numbers of codes a row that FAISS has kernels for; on the host any will do."""
 
 ENGINE_BYTES = 192 << 20
 """What FAISS takes for each generation on a GPU beside its rows: cuBLAS, streams and working memory."""
@@ -63,22 +72,24 @@ def index_bytes(spec: MemorySpec, device: torch.device) -> int:
     if settings.generation_rows > spec.capacity:
         return 0
     num_generations = -(-spec.capacity // settings.generation_rows) * spec.max_sequences
-    engine = ENGINE_BYTES if device.type == "cuda" else 0
-    each = (_part_bytes(spec, settings) + engine) * spec.num_layers
+    each = _part_bytes(spec, settings, device.type == "cuda") * spec.num_layers
     return num_generations * each + _build_bytes(spec, settings, device)
 
 
-def _part_bytes(spec: MemorySpec, settings: IndexSettings) -> int:
-    """Bytes of the index of one generation in one layer."""
+def _part_bytes(spec: MemorySpec, settings: IndexSettings, is_on_gpu: bool) -> int:
+    """Bytes of the index of one generation in one layer. What grows while it is built may take twice its size."""
     rows, row_bytes = settings.generation_rows, spec.dim * spec.dtype.itemsize
+    engine = 0
+    if is_on_gpu:
+        row_bytes = spec.dim * (2 if spec.dtype == torch.float16 else 4)
+        engine = ENGINE_BYTES
     if spec.index is IndexKind.FAISS_CAGRA:
-        # links of all levels and of the lowest twice over, as FAISS lets its vectors grow by doubling
-        return 2 * rows * (row_bytes + 6 * settings.graph_degree + 32)
-    lists = settings.nlist * (4 * spec.dim + _LIST_BYTES)
-    if spec.index is IndexKind.FAISS_IVF_FLAT:
-        return lists + rows * (row_bytes + 8)
-    code_bytes = -(-settings.pq_m * settings.pq_bits // 8)
-    return lists + rows * (code_bytes + 8) + (4 * spec.dim << settings.pq_bits)
+        return engine + 2 * rows * (row_bytes + 6 * settings.graph_degree + 32)
+    fixed = engine + settings.nlist * (4 * spec.dim + _LIST_BYTES)
+    if spec.index is IndexKind.FAISS_IVF_PQ:
+        row_bytes = -(-settings.pq_m * settings.pq_bits // 8)
+        fixed += 4 * spec.dim << settings.pq_bits
+    return fixed + rows * (row_bytes + 8) * (2 if is_on_gpu else 1)
 
 
 def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device) -> int:
@@ -87,8 +98,8 @@ def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device
     chunk = 4 * min(CHUNK_ROWS, rows) * (2 * spec.dim + max(settings.nlist, 1))
     if spec.index is IndexKind.FAISS_CAGRA:
         return chunk + (rows * 32 * settings.graph_degree if device.type == "cuda" else 0)
-    sample = min(rows, settings.nlist * SAMPLES_A_LIST)
-    return chunk + 16 * rows + 8 * sample * spec.dim
+    sample = min(rows, max(settings.nlist * SAMPLES_A_LIST, CODED_ROWS))
+    return chunk + 16 * rows + 12 * sample * spec.dim + (SCORE_BYTES if device.type == "cuda" else 0)
 
 
 def _power_of_two(number: int) -> int:
@@ -96,5 +107,5 @@ def _power_of_two(number: int) -> int:
 
 
 def _codes(dim: int) -> int:
-    """The largest number of codes that divides a row evenly, at most one for four elements."""
-    return next(codes for codes in range(max(dim // 4, 1), 0, -1) if dim % codes == 0)
+    """The largest number of codes that divides a row evenly, at most one for eight elements, that a GPU can have."""
+    return max(codes for codes in DEVICE_CODES if codes <= max(dim // 8, 1) and dim % codes == 0)

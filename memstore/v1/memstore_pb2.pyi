@@ -246,7 +246,9 @@ class IndexSettings(_message.Message):
     nprobe: _builtins.int
     """FAISS_IVF_FLAT, FAISS_IVF_PQ: lists searched for a query, 1 to 2,048 and at most nlist. Default nlist / 16."""
     pq_m: _builtins.int
-    """FAISS_IVF_PQ: codes of a row, 1 to 256, a divisor of dim. Default one for four elements."""
+    """FAISS_IVF_PQ: codes of a row, 1 to 256, a divisor of dim; on a GPU one of 1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40,
+    48, 56, 64 and 96. Default about one for eight elements.
+    """
     pq_bits: _builtins.int
     """FAISS_IVF_PQ: bits of a code, 4 to 8; 2^pq_bits is at most half of generation_rows. On a GPU only 8. Default 8."""
     graph_degree: _builtins.int

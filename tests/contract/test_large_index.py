@@ -59,7 +59,7 @@ class Filled:
             pytest.skip(f"no builder for {device}")
         self.slab = Slab(spec, device)
         builds = HeldBuilds()
-        self.index = GenerationIndex(spec, BUILDERS[device.type](spec), builds)
+        self.index = GenerationIndex(spec, BUILDERS[device.type](spec, device), builds)
         rows = kin(2 * CAPACITY).view(2, CAPACITY, DIM).to(device)
         self.slab.write(self.slab.stage(rows, {}), self.slab.in_all_layers(torch.arange(CAPACITY, device=device)))
         self.index.appended(self.slab, 0, 0, CAPACITY)

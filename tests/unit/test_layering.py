@@ -39,7 +39,7 @@ FOREIGN = {
         "memstore/console.py",
     },
     "redis": {"memstore/catalog.py"},
-    "faiss": {"memstore/index/faiss_flat.py", "memstore/index/host_parts.py"},
+    "faiss": {f"memstore/index/{name}.py" for name in ("device_parts", "faiss_flat", "host_parts")},
     "numba": {"memstore/host/compiling.py", "memstore/host/lowering.py", "memstore/host/tiles.py"},
     "prometheus_client": {"memstore/metrics.py"},
 }

@@ -162,7 +162,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     """What the next builds raise."""
     expected: list[Exception] = []
     real = BUILDERS["cpu"]
-    monkeypatch.setitem(index_module.BUILDERS, "cpu", lambda spec: Failing(real(spec), expected))
+    monkeypatch.setitem(index_module.BUILDERS, "cpu", lambda spec, device: Failing(real(spec, device), expected))
     return expected
 
 
@@ -298,7 +298,7 @@ def test_the_build_thread_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building.os, "setpriority", lambda *arguments: asked.append(arguments))
     with build_thread() as builds:
         thread = builds.submit(threading.get_native_id).result()
-    assert asked == [(building.os.PRIO_PROCESS, thread, 19)]
+    assert asked == [(building.os.PRIO_PROCESS, thread, building.NICENESS)]
 
 
 @pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)

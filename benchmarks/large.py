@@ -1,0 +1,222 @@
+"""Large memories: what do generations behind an exact tail find, how fast, and do their builds hold up retrieval?
+
+The rows are real hidden states (benchmarks/states.py); the queries are states further on in the text. Each kind of
+index is filled by appends of 16,384 rows while one query after the other is retrieved beside them, until the last build
+has ended. A pause is how much longer a retrieval takes than the median of those around it (what is not built yet is
+scanned, which is no pause); the longest without a build is measured in the same way afterwards. Then the full memory is
+measured beside plain FAISS: one index of the same type over all rows, built with all cores, with as many lists and
+probes for its size as ours have for theirs, in turn with ours. All of a retrieval is in ours: scores made afresh from
+the stored rows, and their gather.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.plain_faiss import plain_index
+from benchmarks.report import Report, interleaved
+from benchmarks.states import DIM, hidden_states
+from memstore.errors import MemstoreError
+from memstore.index.settings import filled_in
+from memstore.memory import Memory
+from memstore.types import IndexKind, IndexSettings, MemorySpec, RetrieveOptions, SequencePart, StepBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memstore.types import IndexCounts
+
+TOP_K = 16
+APPENDED_ROWS = 16_384
+NUM_QUERIES = 1024
+BATCH = 64
+ROUNDS = 21
+USUAL_S = 2.0
+AROUND = 25
+RETRIEVALS_AN_APPEND = 8
+KINDS = (IndexKind.FAISS_IVF_FLAT, IndexKind.FAISS_IVF_PQ, IndexKind.FAISS_CAGRA)
+LARGEST_PAUSE_MS = 5.0
+LEAST_RECALL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """rows: (N, 256) float16, in the order of appending. queries: (1024, 256) float16. best: (1024, 16) positions."""
+
+    rows: torch.Tensor
+    queries: torch.Tensor
+    best: torch.Tensor
+
+
+class Filled:
+    """A memory, and the times of the retrievals that were made in it."""
+
+    def __init__(self, spec: MemorySpec, data: Data) -> None:
+        self.memory = Memory(spec, data.rows.device, new_epoch=itertools.count(1).__next__)
+        self._data = data
+        self._asked = 0
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Appends some rows."""
+        part = SequencePart(sequence="text", num_rows=len(rows))
+        (result,) = self.memory.step([StepBatch(parts=(part,), layers=(0,), keys=rows[None], append=True)])
+        assert not isinstance(result, MemstoreError)
+
+    def found(self, queries: torch.Tensor) -> torch.Tensor:
+        """(n, 16) positions on the host, as a client gets them: every row is gathered, and the device has done."""
+        part = SequencePart(sequence="text", num_rows=len(queries))
+        step = StepBatch(parts=(part,), layers=(0,), keys=queries[None], retrieve=RetrieveOptions(top_k=TOP_K))
+        (result,) = self.memory.step([step])
+        assert not isinstance(result, MemstoreError)
+        assert result.hits is not None
+        index = result.hits.index[0, :, :, 0].long()
+        return torch.where(index < 0, -1, result.hits.positions[index]).cpu()
+
+    def timed(self) -> float:
+        """Seconds of a retrieval for the next query."""
+        number = self._asked % NUM_QUERIES
+        self._asked += 1
+        begun = time.perf_counter()
+        self.found(self._data.queries[number : number + 1])
+        return time.perf_counter() - begun
+
+    def usual(self) -> list[float]:
+        """Seconds of each retrieval in two seconds without a build."""
+        end = time.perf_counter() + USUAL_S
+        times = []
+        while time.perf_counter() < end:
+            times.append(self.timed())
+        return times
+
+    def fill(self) -> tuple[list[float], float]:
+        """Appends all rows; the seconds of each retrieval while a build was under way, and those of all builds."""
+        times: list[float] = []
+        for rows in torch.split(self._data.rows, APPENDED_ROWS):
+            self.append(rows)
+            times += itertools.islice(self._while_building(), RETRIEVALS_AN_APPEND)
+        times += self._while_building()
+        return times, self.counts().build_seconds
+
+    def _while_building(self) -> Iterator[float]:
+        """Retrieves while a build is under way."""
+        while self.counts().builds_under_way > 0:
+            yield self.timed()
+
+    def counts(self) -> IndexCounts:
+        """Of the index."""
+        counts = self.memory.counts().index
+        assert counts is not None
+        return counts
+
+    def free(self) -> None:
+        """Gives everything back."""
+        self.memory.free()
+        self.memory.join()
+
+
+def recall(found: torch.Tensor, best: torch.Tensor) -> float:
+    """Share of the true 16 that are among those found."""
+    return (found[:, :, None] == best[:, None, :]).any(1).float().mean().item()
+
+
+def load(num_rows: int, device: torch.device) -> Data:
+    """States of as much text as it takes, and what exact search finds."""
+    states = hidden_states(num_rows + NUM_QUERIES, device)
+    data = Data(states[:num_rows], states[num_rows:], torch.empty(0))
+    exact = Filled(_spec(num_rows, IndexKind.EXACT), data)
+    for rows in torch.split(data.rows, APPENDED_ROWS):
+        exact.append(rows)
+    best = torch.cat([exact.found(queries) for queries in torch.split(data.queries, BATCH)])
+    exact.free()
+    return replace(data, best=best)
+
+
+def _spec(num_rows: int, kind: IndexKind) -> MemorySpec:
+    return MemorySpec(name="m", dim=DIM, capacity=num_rows, index=kind)
+
+
+def measure(kind: IndexKind, data: Data, report: Report) -> None:
+    """Adds the rows of one kind."""
+    num_rows, device = len(data.rows), data.rows.device
+    case = f"{num_rows} x {DIM} float16, {kind.value}"
+    ours = Filled(_spec(num_rows, kind), data)
+    during, build_s = ours.fill()
+    usual = ours.usual()
+    add_pauses(case, during, usual, report)
+    report.add(case, "build time", build_s, "s")
+    begun = time.perf_counter()
+    plain = plain_index(kind, data.rows, filled_in(kind, IndexSettings(), 16 * num_rows, DIM))
+    report.add(case, "build time, plain FAISS", time.perf_counter() - begun, "s")
+    report.add(case, "generations", ours.counts().num_generations, "")
+    found = torch.cat([ours.found(queries) for queries in torch.split(data.queries, BATCH)])
+    report.add(case, f"recall@{TOP_K}", recall(found, data.best), "ratio", goal=LEAST_RECALL, better="higher")
+    report.add(case, f"recall@{TOP_K}, plain FAISS", recall(plain(data.queries), data.best), "ratio", better="higher")
+    exact = Filled(_spec(num_rows, IndexKind.EXACT), data)
+    for rows in torch.split(data.rows, APPENDED_ROWS):
+        exact.append(rows)
+    for num in (1, BATCH):
+        add_speed(case, num, {"memstore": ours.found, "plain FAISS": plain, "exact": exact.found}, data, report)
+    ours.free()
+    exact.free()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def pauses(seconds: list[float]) -> list[float]:
+    """How much longer than the median of those around it each took, the shortest first."""
+    around = [statistics.median(seconds[max(at - AROUND, 0) : at + AROUND + 1]) for at in range(len(seconds))]
+    return sorted(each - usual for each, usual in zip(seconds, around, strict=True))
+
+
+def add_pauses(case: str, during: list[float], usual: list[float], report: Report) -> None:
+    """The longest pauses, with builds and without."""
+    report.add(case, "retrievals while building", len(during), "", better="higher")
+    report.add(case, "retrieval, median", statistics.median(usual) * 1e3, "ms")
+    report.add(case, "retrieval while building, median", statistics.median(during) * 1e3, "ms")
+    report.add(case, "longest pause, no build", pauses(usual)[-1] * 1e3, "ms")
+    report.add(case, "pause while building, 99%", pauses(during)[len(during) * 99 // 100] * 1e3, "ms")
+    report.add(case, "longest pause while building", pauses(during)[-1] * 1e3, "ms", goal=LARGEST_PAUSE_MS)
+
+
+def add_speed(
+    case: str, num: int, searches: dict[str, Callable[[torch.Tensor], object]], data: Data, report: Report
+) -> None:
+    """Queries a second of each search, `num` queries at a time, called in turn."""
+    queries = itertools.cycle(torch.split(data.queries, num))
+
+    def once(search: Callable[[torch.Tensor], object]) -> Callable[[], object]:
+        return lambda: search(next(queries))
+
+    seconds = interleaved({name: once(search) for name, search in searches.items()}, ROUNDS)
+    for name, value in seconds.items():
+        report.add(case, f"queries/s, {num} at a time, {name}", num / value, "1/s", better="higher")
+    for name in ("exact", "plain FAISS"):
+        report.add(case, f"time / {name}, {num} at a time", seconds["memstore"] / seconds[name], "ratio")
+
+
+def main() -> None:
+    """Measures each kind at each size; on a GPU where there is one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="65,536 rows")
+    parser.add_argument("--rows", type=int, nargs="+", help="sizes; 262,144 on the host, 1M and 10M on a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    default = [1 << 20, 10_000_000] if device.type == "cuda" else [1 << 18]
+    report = Report("gpu-large" if device.type == "cuda" else "large")
+    for num_rows in [65_536] if options.quick else options.rows or default:
+        data = load(num_rows, device)
+        for kind in KINDS:
+            measure(kind, data, report)
+    print(report.write())
+
+
+if __name__ == "__main__":
+    main()
