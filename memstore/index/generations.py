@@ -11,6 +11,7 @@ from collections import deque
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,7 @@ from memstore.seams import SystemClock
 from memstore.types import IndexCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Executor, Future
 
     from numpy.typing import NDArray
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, MemorySpec, RetrieveOptions
+
+STREAMS = 8
+"""Of a GPU, on which parts are searched side by side."""
 
 QUERY_S = 0.002
 """What a thread of the host takes to search a generation for one query, at most, unless it is held up."""
@@ -60,6 +64,7 @@ class GenerationIndex:
         self._clock = clock or SystemClock()
         self._exact = ExactIndex()
         self._crew = Crew()
+        self._streams: list[torch.cuda.Stream] = []
         self._lines: dict[int, Line] = {}
         self._under_way: list[tuple[Build, Future[None]]] = []
         self._done: deque[Build] = deque()
@@ -168,11 +173,24 @@ class GenerationIndex:
             patience_s = QUERY_S * max(batch.counts)
             self._crew.do(_search_all, pieces, torch.get_num_threads(), patience_s)
         else:
-            _search_all(pieces)
+            self._search_on_streams(pieces)
         found = torch.full((*batch.queries.shape[:2], num), -1, dtype=torch.int64, device=slab.device)
         for share in shares:
             found[:, share.columns] = share.best()
         return found
+
+    def _search_on_streams(self, pieces: Sequence[_Piece]) -> None:
+        """Side by side, as one alone leaves most of a GPU idle."""
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(priority=-1) for _ in range(STREAMS)]  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream()
+        ready = current.record_event()
+        for piece, stream in zip(pieces, cycle(self._streams), strict=False):
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                piece.search()
+        for stream in self._streams[: len(pieces)]:
+            current.wait_stream(stream)
 
     def _start(self, build: Build) -> bool:
         """Whether the build thread takes it; not where the server is stopping."""

@@ -39,7 +39,7 @@ ENGINE_BYTES = 192 << 20
 """What FAISS takes for each generation on a GPU beside its rows: cuBLAS, streams and working memory."""
 
 _LEAST_GENERATION, _MOST_GENERATION = 16_384, 4_194_304
-_GENERATIONS = 16
+_GENERATIONS = 8
 _LISTS_PROBED = 1 / 16
 _LIST_BYTES = 256
 
@@ -50,7 +50,7 @@ def settings_of(spec: MemorySpec) -> IndexSettings:
 
 
 def filled_in(kind: IndexKind, given: IndexSettings, capacity: int, dim: int) -> IndexSettings:
-    """Settings with everything that is 0 chosen: 16 generations, and lists as many as four roots of their rows."""
+    """Settings with everything that is 0 chosen: 8 generations, and lists as many as four roots of their rows."""
     rows = given.generation_rows or min(max(capacity // _GENERATIONS, _LEAST_GENERATION), _MOST_GENERATION)
     if kind is IndexKind.FAISS_CAGRA:
         degree = given.graph_degree or max(4, min(32, rows // 4))

@@ -237,7 +237,7 @@ class IndexSettings(_message.Message):
     ITOPK_FIELD_NUMBER: _builtins.int
     generation_rows: _builtins.int
     """Positions that have an index of their own together, a generation, 16 to 16,777,216: younger rows are scanned. Default
-    a sixteenth of the capacity, 16,384 to 4,194,304; nothing but scanning where that is beyond the capacity.
+    an eighth of the capacity, 16,384 to 4,194,304; nothing but scanning where that is beyond the capacity.
     """
     nlist: _builtins.int
     """FAISS_IVF_FLAT, FAISS_IVF_PQ: lists of a generation, 1 to 65,536 and at most half its rows. Default about four roots
