@@ -100,6 +100,7 @@ class DeviceBuilder:
     def prepare(self) -> None:
         """Builds and asks a part of random rows, so that every kernel is loaded."""
         rows = _Random(self._device, self._spec.dim)
+        torch.cuda.current_stream(self._device).synchronize()  # they are read on another one
         part = self.build(rows, lambda: None)
         part.search(rows.sample(1), 1, 0, len(rows))
 
