@@ -1,7 +1,7 @@
 """Large memories: what do generations behind an exact tail find, how fast, and do their builds hold up retrieval?
 
 The rows are real hidden states (benchmarks/states.py); the queries are states further on in the text. Each kind of
-index is filled by appends of 16,384 rows while a query is retrieved every 5 ms and a bit, until the last build has
+index is filled by appends of 16,384 rows while a query is retrieved every 3 ms and a bit, until the last build has
 ended. A pause is how much longer a retrieval takes than the median of those around it (what is not built yet is
 scanned, which is no pause); the longest without a build is measured in the same way afterwards, and at the end that
 while a quarter of the rows is appended once more, so that generations are dropped. In between the full memory is
@@ -25,6 +25,7 @@ from benchmarks.plain_faiss import plain_index
 from benchmarks.report import Report, interleaved
 from benchmarks.states import DIM, hidden_states
 from memstore.errors import MemstoreError
+from memstore.index.building import build_thread
 from memstore.index.settings import filled_in
 from memstore.memory import Memory
 from memstore.types import IndexKind, IndexSettings, MemorySpec, RetrieveOptions, SequencePart, StepBatch
@@ -38,11 +39,11 @@ TOP_K = 16
 APPENDED_ROWS = 16_384
 NUM_QUERIES = 1024
 BATCH = 64
-ROUNDS = 21
-USUAL_S = 2.0
-PACE_S = 0.005
+ROUNDS = 9
+USUAL_S = 1.0
+PACE_S = 0.003
 AROUND = 25
-RETRIEVALS_AN_APPEND = 8
+RETRIEVALS_AN_APPEND = 4
 KINDS = (IndexKind.FAISS_IVF_FLAT, IndexKind.FAISS_IVF_PQ, IndexKind.FAISS_CAGRA)
 LARGEST_PAUSE_MS = 5.0
 LEAST_RECALL = 0.95
@@ -61,7 +62,9 @@ class Filled:
     """A memory, and the times of the retrievals that were made in it."""
 
     def __init__(self, spec: MemorySpec, data: Data) -> None:
-        self.memory = Memory(spec, data.rows.device, new_epoch=itertools.count(1).__next__)
+        builds = build_thread()
+        self.memory = Memory(spec, data.rows.device, new_epoch=itertools.count(1).__next__, builds=builds)
+        builds.submit(int).result()  # what is done once, before the first build, is over
         self._data = data
         self._asked = 0
 
@@ -206,19 +209,26 @@ def add_speed(
         report.add(case, f"time / {name}, {num} at a time", seconds["memstore"] / seconds[name], "ratio")
 
 
+def case(text: str) -> tuple[int, IndexKind]:
+    """ROWS:KIND, as 1000000:faiss_ivf_flat."""
+    num_rows, kind = text.split(":")
+    return int(num_rows), IndexKind(kind)
+
+
 def main() -> None:
     """Measures each kind at each size; on a GPU where there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="65,536 rows")
-    parser.add_argument("--rows", type=int, nargs="+", help="sizes; 262,144 on the host, 1M and 10M on a GPU")
+    parser.add_argument("--cases", type=case, nargs="+", help="as 1000000:faiss_ivf_flat; each size after the other")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
-    default = [1 << 20, 10_000_000] if device.type == "cuda" else [1 << 18]
+    sizes = [65_536] if options.quick else [1_000_000, 10_000_000] if device.type == "cuda" else [262_144]
+    cases = options.cases or list(itertools.product(sizes, KINDS))
     report = Report("gpu-large" if device.type == "cuda" else "large")
-    for num_rows in [65_536] if options.quick else options.rows or default:
+    for num_rows, some in itertools.groupby(cases, lambda each: each[0]):
         data = load(num_rows, device)
-        for kind in KINDS:
+        for _, kind in some:
             measure(kind, data, report)
     print(report.write())
 

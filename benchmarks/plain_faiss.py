@@ -42,7 +42,7 @@ def _on_gpu(kind: IndexKind, rows: torch.Tensor, settings: IndexSettings) -> Cal
         config.build_algo = faiss.graph_build_algo_NN_DESCENT
         graph: Any = faiss.GpuIndexCagra(resources, rows.shape[1], faiss.METRIC_L2, config)
         graph.train(rows, numeric_type=faiss.Float16)
-        return lambda queries: graph.search(queries, TOP_K, numeric_type=faiss.Float16)[1].cpu()
+        return lambda queries: _walk(graph, queries).cpu()
     index: Any
     shape = (resources, rows.shape[1], settings.nlist)
     if kind is IndexKind.FAISS_IVF_PQ:
@@ -58,6 +58,18 @@ def _on_gpu(kind: IndexKind, rows: torch.Tensor, settings: IndexSettings) -> Cal
     for some in torch.split(rows, CHUNK_ROWS):
         index.add(some.float())
     return lambda queries: index.search(queries.float(), TOP_K)[1].cpu()
+
+
+def _walk(graph: Any, queries: torch.Tensor) -> torch.Tensor:
+    """The wrapper of FAISS for tensors takes float32 queries only."""
+    from faiss.contrib import torch_utils
+
+    distances = torch.empty((len(queries), TOP_K), device=queries.device)
+    ids = torch.empty((len(queries), TOP_K), dtype=torch.int64, device=queries.device)
+    out = torch_utils.swig_ptr_from_FloatTensor(distances), torch_utils.swig_ptr_from_IndicesTensor(ids)
+    with torch_utils.using_stream(graph.getResources()):
+        graph.search_ex(len(queries), torch_utils.swig_ptr_from_HalfTensor(queries), faiss.Float16, TOP_K, *out)
+    return ids
 
 
 def _host_graph(rows: torch.Tensor, settings: IndexSettings) -> Any:

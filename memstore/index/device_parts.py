@@ -42,36 +42,57 @@ _FIRST_ROWS = 1_024
 class DevicePart:
     """See Part."""
 
-    def __init__(self, index: Any, sign: float, width: torch.dtype, params: Callable[[int], Any]) -> None:
-        """sign: what makes the index's distances scores. width: of queries. params: makes what a search is told."""
+    def __init__(self, index: Any, sign: float) -> None:
+        """sign: what makes the index's distances scores."""
         self._index = index
         self._sign = sign
-        self._width = width
-        self._params = params
 
-    def search(self, queries: torch.Tensor, num: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """On the current stream, all of the generation."""
-        del begin, end
-        import faiss
-        from faiss.contrib import torch_utils
+    def search(self, queries: torch.Tensor, seen: tuple[int, int], scores: torch.Tensor, ids: torch.Tensor) -> None:
+        """On the current stream."""
+        del seen
+        with torch_utils().using_stream(self._index.getResources()):
+            self._search(queries, scores, ids)
+        scores.mul_(self._sign)
 
-        distances = torch.empty((len(queries), num), device=queries.device)
-        ids = torch.empty((len(queries), num), dtype=torch.int64, device=queries.device)
-        asked = queries.to(self._width)
-        is_half = self._width == torch.float16
-        pointer = (torch_utils.swig_ptr_from_HalfTensor if is_half else torch_utils.swig_ptr_from_FloatTensor)(asked)
-        kind = faiss.Float16 if is_half else faiss.Float32
-        out = torch_utils.swig_ptr_from_FloatTensor(distances), torch_utils.swig_ptr_from_IndicesTensor(ids)
-        with torch_utils.using_stream(self._index.getResources()):
-            self._index.search_ex(len(asked), pointer, kind, num, *out, self._params(num))
-        return _once_each(distances.mul_(self._sign), ids)
+    def _search(self, queries: torch.Tensor, distances: torch.Tensor, ids: torch.Tensor) -> None:
+        self._index.search(queries, distances.shape[1], D=distances, I=ids)
 
 
-def _once_each(scores: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is found, with -1 for what is not, or was found before: walks through a graph may meet a row again."""
-    ids, order = ids.sort(-1)
-    ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], -1)
-    return scores.gather(-1, order), ids
+class GraphPart(DevicePart):
+    """CAGRA, which reads the rows where they lay when it was built: they are kept here."""
+
+    def __init__(self, faiss: Any, graph: Any, sign: float, rows: torch.Tensor, itopk: int) -> None:
+        super().__init__(graph, sign)
+        self._faiss = faiss
+        self._rows = rows
+        self._itopk = itopk
+
+    def _search(self, queries: torch.Tensor, distances: torch.Tensor, ids: torch.Tensor) -> None:
+        faiss, pointers, num = self._faiss, torch_utils(), distances.shape[1]
+        told = faiss.SearchParametersCagra()
+        told.itopk_size = max(self._itopk, -(-num // 32) * 32)
+        asked, kind = queries, faiss.Float32
+        pointer = pointers.swig_ptr_from_FloatTensor
+        if self._rows.dtype == torch.float16:
+            asked, kind, pointer = queries.half(), faiss.Float16, pointers.swig_ptr_from_HalfTensor
+        out = pointers.swig_ptr_from_FloatTensor(distances), pointers.swig_ptr_from_IndicesTensor(ids)
+        self._index.search_ex(len(asked), pointer(asked), kind, num, *out, told)
+        _keep_once(ids)
+
+
+def _keep_once(ids: torch.Tensor) -> None:
+    """Puts -1 in place of what was found before, as a walk may meet a row again."""
+    ordered, order = ids.sort(-1)
+    is_repeated = torch.zeros_like(ids, dtype=torch.bool)
+    is_repeated.scatter_(-1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+    ids.masked_fill_(is_repeated, -1)
+
+
+def torch_utils() -> Any:
+    """What FAISS has for tensors; to import it changes FAISS's own functions, for good."""
+    from faiss.contrib import torch_utils
+
+    return torch_utils
 
 
 class DeviceBuilder:
@@ -82,11 +103,11 @@ class DeviceBuilder:
     def __init__(self, spec: MemorySpec, device: torch.device) -> None:
         try:
             import faiss
-            import faiss.contrib.torch_utils
         except ImportError as error:
             raise InvalidRequest("spec.index", f"{spec.index.value} needs faiss, which is not here") from error
         if not hasattr(faiss, "StandardGpuResources"):
             raise InvalidRequest("spec.index", f"{spec.index.value} needs FAISS for GPUs, which is not here")
+        torch_utils()
         self._faiss: Any = faiss
         self._spec = spec
         self._settings = settings_of(spec)
@@ -102,7 +123,8 @@ class DeviceBuilder:
         rows = _Random(self._device, self._spec.dim)
         torch.cuda.current_stream(self._device).synchronize()  # they are read on another one
         part = self.build(rows, lambda: None)
-        part.search(rows.sample(1), 1, 0, len(rows))
+        scores = torch.empty((1, 1), device=self._device)
+        part.search(rows.sample(1), (0, len(rows)), scores, torch.empty_like(scores, dtype=torch.int64))
 
     def candidates(self, top_k: int) -> int:
         """Product codes are coarse, and rows of length 1 are rounded anew; other rows are kept as they are."""
@@ -139,12 +161,7 @@ class DeviceBuilder:
         copied = torch.cat([chunk.to(width) for chunk in rows.chunks()])
         graph.train(copied, numeric_type=faiss.Float16 if width == torch.float16 else faiss.Float32)
 
-        def params(num: int) -> Any:
-            told = faiss.SearchParametersCagra()
-            told.itopk_size = max(settings.itopk, -(-num // 32) * 32)
-            return told
-
-        return DevicePart(graph, self._sign, width, params)
+        return GraphPart(faiss, graph, self._sign, copied, settings.itopk)
 
     def _lists(self, rows: RowSource, check: Callable[[], None]) -> DevicePart:
         nlist = min(self._settings.nlist, len(rows) // 2)
@@ -157,7 +174,7 @@ class DeviceBuilder:
             check()
             index.add(chunk)
             torch.cuda.current_stream().synchronize()
-        return DevicePart(index, self._sign, torch.float32, lambda _: None)
+        return DevicePart(index, self._sign)
 
     def _empty_lists(self, found: torch.Tensor, sample: torch.Tensor, check: Callable[[], None]) -> Any:
         """An index of the host with the centres of its lists, and nothing in them."""

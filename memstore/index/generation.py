@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Part(Protocol):
     """The index of one layer of a generation; used by one thread at a time."""
 
-    def search(self, queries: torch.Tensor, num: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (n, num) float32, larger is nearer, and ids (n, num) int64 in [begin, end), -1 where there are fewer.
+    def search(self, queries: torch.Tensor, seen: tuple[int, int], scores: torch.Tensor, ids: torch.Tensor) -> None:
+        """Fills in scores, larger is nearer, and ids of rows within `seen`, each once, -1 where fewer are found.
 
-        queries: (n, dim) float32. How many are found is not promised, nor that they are the nearest. The range is the
-        whole generation unless PartBuilder.can_mask. Raises torch.OutOfMemoryError.
+        queries: (n, dim) float32; scores: (n, num) float32; ids: (n, num) int64; all contiguous. How many are found is
+        not promised, nor that they are the nearest. seen: the whole generation unless PartBuilder.can_mask.
         """
         ...
 

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import cycle
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from memstore.index.building import Build
-from memstore.index.crew import Crew
 from memstore.index.exact import ExactIndex
 from memstore.index.generation import Line
+from memstore.index.nominating import Nominator
 from memstore.index.ranking import rank
 from memstore.index.settings import settings_of
 from memstore.index.staged import staged_retrieve
@@ -28,22 +27,16 @@ from memstore.seams import SystemClock
 from memstore.types import IndexCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
     from concurrent.futures import Executor, Future
 
     from numpy.typing import NDArray
 
-    from memstore.index.generation import Generation, Part, PartBuilder, View
+    from memstore.search import SearchBatch
+    from memstore.index.generation import Generation, PartBuilder, View
     from memstore.seams import Clock
     from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, MemorySpec, RetrieveOptions
-
-STREAMS = 8
-"""Of a GPU, on which parts are searched side by side."""
-
-QUERY_S = 0.002
-"""What a thread of the host takes to search a generation for one query, at most, unless it is held up."""
 
 
 class GenerationIndex:
@@ -63,8 +56,7 @@ class GenerationIndex:
         self._executor = executor
         self._clock = clock or SystemClock()
         self._exact = ExactIndex()
-        self._crew = Crew()
-        self._streams: list[torch.cuda.Stream] = []
+        self._nominator = Nominator()
         self._lines: dict[int, Line] = {}
         self._under_way: list[tuple[Build, Future[None]]] = []
         self._done: deque[Build] = deque()
@@ -79,7 +71,7 @@ class GenerationIndex:
         views = self._views(batch)
         if not any(view.generations for view in views):
             return self._exact.search(slab, batch)
-        found = [self._nominated(slab, batch, views)]
+        found = [self._nominator.nominated(batch, views, self._builder.candidates(batch.top_k))]
         for ranges in ([view.front for view in views], [view.back for view in views]):
             begins, ends = zip(*ranges, strict=True)
             if begins != ends:
@@ -160,38 +152,6 @@ class GenerationIndex:
             for place, begin, end in ranges
         ]
 
-    def _nominated(self, slab: Slab, batch: SearchBatch, views: list[View]) -> torch.Tensor:
-        """(L, N, candidates) int64 positions, -1 for none: the best of all generations by their own scores."""
-        num = self._builder.candidates(batch.top_k)
-        shares = [
-            _Share.of(batch, views[sequence], sequence, slice(first, end), num)
-            for sequence, first, end in batch.sequences()
-            if views[sequence].generations
-        ]
-        pieces = [piece for share in shares for piece in share.pieces()]
-        if slab.device.type == "cpu":
-            patience_s = QUERY_S * max(batch.counts)
-            self._crew.do(_search_all, pieces, torch.get_num_threads(), patience_s)
-        else:
-            self._search_on_streams(pieces)
-        found = torch.full((*batch.queries.shape[:2], num), -1, dtype=torch.int64, device=slab.device)
-        for share in shares:
-            found[:, share.columns] = share.best()
-        return found
-
-    def _search_on_streams(self, pieces: Sequence[_Piece]) -> None:
-        """Side by side, as one alone leaves most of a GPU idle."""
-        if not self._streams:
-            self._streams = [torch.cuda.Stream(priority=-1) for _ in range(STREAMS)]  # type: ignore[no-untyped-call]
-        current = torch.cuda.current_stream()
-        ready = current.record_event()
-        for piece, stream in zip(pieces, cycle(self._streams), strict=False):
-            stream.wait_event(ready)
-            with torch.cuda.stream(stream):
-                piece.search()
-        for stream in self._streams[: len(pieces)]:
-            current.wait_stream(stream)
-
     def _start(self, build: Build) -> bool:
         """Whether the build thread takes it; not where the server is stopping."""
         try:
@@ -233,73 +193,6 @@ class GenerationIndex:
         if generations:
             with suppress(RuntimeError):  # the server is stopping
                 self._executor.submit(generations.clear)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A search of one part, and where what it finds goes. scores, positions: (n, candidates)."""
-
-    part: Part
-    first: int
-    queries: torch.Tensor
-    seen: tuple[int, int]
-    scores: torch.Tensor
-    positions: torch.Tensor
-
-    def search(self) -> None:
-        """Doing it again does the same again."""
-        scores, ids = self.part.search(self.queries, self.scores.shape[1], *self.seen)
-        self.scores.copy_(scores)
-        self.positions.copy_(torch.where(ids < 0, -1, ids + self.first))
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """What one sequence has its generations nominate: `num` candidates for each of its queries, in each layer."""
-
-    batch: SearchBatch
-    generations: tuple[Generation, ...]
-    columns: slice
-    seen: tuple[int, int]
-    scores: torch.Tensor
-    positions: torch.Tensor
-
-    @classmethod
-    def of(cls, batch: SearchBatch, view: View, sequence: int, columns: slice, num: int) -> _Share:
-        """scores and positions: (layers, queries, generations, num)."""
-        shape = (len(batch.layers), columns.stop - columns.start, len(view.generations), num)
-        device = batch.queries.device
-        return cls(
-            batch,
-            view.generations,
-            columns,
-            (batch.begins[sequence], batch.ends[sequence]),
-            torch.empty(shape, device=device),
-            torch.empty(shape, dtype=torch.int64, device=device),
-        )
-
-    def pieces(self) -> Iterator[_Piece]:
-        """One for each generation in each layer."""
-        begin, end = self.seen
-        for at, layer in enumerate(self.batch.layers):
-            queries = self.batch.queries[at, self.columns].float().contiguous()
-            for number, generation in enumerate(self.generations):
-                seen = max(begin, generation.first) - generation.first, min(end, generation.end) - generation.first
-                scores, positions = self.scores[at, :, number], self.positions[at, :, number]
-                yield _Piece(generation.parts[layer], generation.first, queries, seen, scores, positions)
-
-    def best(self) -> torch.Tensor:
-        """(layers, queries, num) positions."""
-        positions = self.positions.flatten(2)
-        if len(self.generations) == 1:
-            return positions
-        scores = self.scores.flatten(2).masked_fill(positions < 0, -torch.inf)
-        return positions.gather(2, scores.topk(self.scores.shape[3], sorted=False).indices)
-
-
-def _search_all(pieces: Iterable[_Piece]) -> None:
-    for piece in pieces:
-        piece.search()
 
 
 def _are_too_few(batch: SearchBatch, positions: torch.Tensor) -> bool:
