@@ -160,7 +160,6 @@ class DeviceBuilder:
         graph = faiss.GpuIndexCagra(self._resources(), self._spec.dim, self._metric, config)
         copied = torch.cat([chunk.to(width) for chunk in rows.chunks()])
         graph.train(copied, numeric_type=faiss.Float16 if width == torch.float16 else faiss.Float32)
-
         return GraphPart(faiss, graph, self._sign, copied, settings.itopk)
 
     def _lists(self, rows: RowSource, check: Callable[[], None]) -> DevicePart:
@@ -196,7 +195,7 @@ class DeviceBuilder:
     def _codes(self, found: torch.Tensor, sample: torch.Tensor, check: Callable[[], None]) -> Any:
         """The values of product codes, learnt from what is left of rows without the centres of their lists."""
         settings = self._settings
-        points = sample[:CODED_ROWS].clone()
+        points = sample[:: max(len(sample) // CODED_ROWS, 1)][:CODED_ROWS].clone()
         for some in torch.split(points, 4096):
             check()
             some.sub_(found[0][nearest_centres(some[None], found, self._is_l2)[0]])
