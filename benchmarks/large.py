@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
-    sizes = [65_536] if options.quick else [1_000_000, 10_000_000] if device.type == "cuda" else [262_144]
+    sizes = [65_536] if options.quick else [1_000_000, 10_000_000] if device.type == "cuda" else [131_072]
     cases = options.cases or list(itertools.product(sizes, KINDS))
     report = Report("gpu-large" if device.type == "cuda" else "large")
     for num_rows, some in itertools.groupby(cases, lambda each: each[0]):
