@@ -42,6 +42,7 @@ BATCH = 64
 ROUNDS = 9
 USUAL_S = 1.0
 PACE_S = 0.003
+ROUNDING = 1e-5
 AROUND = 25
 RETRIEVALS_AN_APPEND = 4
 KINDS = (IndexKind.FAISS_IVF_FLAT, IndexKind.FAISS_IVF_PQ, IndexKind.FAISS_CAGRA)
@@ -128,9 +129,14 @@ class Filled:
         self.memory.join()
 
 
-def recall(found: torch.Tensor, best: torch.Tensor) -> float:
-    """Share of the true 16 that are among those found."""
-    return (found[:, :, None] == best[:, None, :]).any(1).float().mean().item()
+def recall(found: torch.Tensor, data: Data) -> float:
+    """Share of 16 that are no farther than the true sixteenth: code repeats itself, and so many rows are equal."""
+
+    def distances(positions: torch.Tensor) -> torch.Tensor:
+        rows = data.rows[positions.clamp(min=0).to(data.rows.device)].float()
+        return (rows - data.queries.float()[:, None]).square().sum(-1).cpu().masked_fill(positions < 0, torch.inf)
+
+    return (distances(found) <= distances(data.best[:, -1:]) * (1 + ROUNDING)).float().mean().item()
 
 
 def load(num_rows: int, device: torch.device) -> Data:
@@ -162,8 +168,8 @@ def measure(kind: IndexKind, data: Data, report: Report) -> None:
     report.add(case, "build time, plain FAISS", time.perf_counter() - begun, "s")
     report.add(case, "generations", ours.counts().num_generations, "")
     found = torch.cat([ours.found(queries) for queries in torch.split(data.queries, BATCH)])
-    report.add(case, f"recall@{TOP_K}", recall(found, data.best), "ratio", goal=LEAST_RECALL, better="higher")
-    report.add(case, f"recall@{TOP_K}, plain FAISS", recall(plain(data.queries), data.best), "ratio", better="higher")
+    report.add(case, f"recall@{TOP_K}", recall(found, data), "ratio", goal=LEAST_RECALL, better="higher")
+    report.add(case, f"recall@{TOP_K}, plain FAISS", recall(plain(data.queries), data), "ratio", better="higher")
     exact = Filled(_spec(num_rows, IndexKind.EXACT), data)
     for rows in torch.split(data.rows, APPENDED_ROWS):
         exact.append(rows)

@@ -53,8 +53,8 @@ def filled_in(kind: IndexKind, given: IndexSettings, capacity: int, dim: int) ->
     """Settings with everything that is 0 chosen: 8 generations, and lists as many as four roots of their rows."""
     rows = given.generation_rows or min(max(capacity // _GENERATIONS, _LEAST_GENERATION), _MOST_GENERATION)
     if kind is IndexKind.FAISS_CAGRA:
-        degree = given.graph_degree or max(4, min(32, rows // 4))
-        return replace(given, generation_rows=rows, graph_degree=degree, itopk=given.itopk or 64)
+        degree = given.graph_degree or max(4, min(64, rows // 8 * 2))
+        return replace(given, generation_rows=rows, graph_degree=degree, itopk=given.itopk or 128)
     nlist = given.nlist or max(1, min(_power_of_two(4 * math.isqrt(rows)), rows // 2))
     chosen = replace(
         given, generation_rows=rows, nlist=nlist, nprobe=given.nprobe or max(min(nlist, 8), int(nlist * _LISTS_PROBED))

@@ -252,9 +252,9 @@ class IndexSettings(_message.Message):
     pq_bits: _builtins.int
     """FAISS_IVF_PQ: bits of a code, 4 to 8; 2^pq_bits is at most half of generation_rows. On a GPU only 8. Default 8."""
     graph_degree: _builtins.int
-    """FAISS_CAGRA: links of a row, 4 to 128, even, at most a quarter of generation_rows. Default 32."""
+    """FAISS_CAGRA: links of a row, 4 to 128, even, at most a quarter of generation_rows. Default 64."""
     itopk: _builtins.int
-    """FAISS_CAGRA: rows that a walk through the graph keeps, 16 to 512; top_k where that is more. Default 64."""
+    """FAISS_CAGRA: rows that a walk through the graph keeps, 16 to 512; top_k where that is more. Default 128."""
     def __init__(
         self,
         *,

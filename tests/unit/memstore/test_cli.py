@@ -76,7 +76,7 @@ def test_describe_shows_the_generations_of_a_large_index(capsys: pytest.CaptureF
     large = spec("large", index=pb.INDEX_KIND_FAISS_CAGRA)
     server.stub.CreateMemory(pb.CreateMemoryRequest(spec=large))
     lines = dict(row.split(None, 1) for row in said(capsys, "describe", "large").splitlines())
-    assert (lines["index_settings.generation_rows"], lines["index_settings.graph_degree"]) == ("16384", "32")
+    assert (lines["index_settings.generation_rows"], lines["index_settings.graph_degree"]) == ("16384", "64")
     assert [lines[f"index.{name}"] for name in ("num_generations", "tail_rows", "builds_under_way")] == ["0"] * 3
 
 
