@@ -236,6 +236,7 @@ def main() -> None:
         data = load(num_rows, device)
         for _, kind in some:
             measure(kind, data, report)
+            report.write()  # what is there is not lost if the rest takes too long
     print(report.write())
 
 
