@@ -81,6 +81,17 @@ def test_a_spec_at_every_limit_is_taken() -> None:
     assert wire.decode_spec(largest).max_sequences == 65_536
 
 
+@pytest.mark.parametrize("kind", [3, 4, 5])
+@given(capacity=st.integers(1, 134_217_728), dim=st.integers(1, 8192), rows=st.just(0) | st.integers(512, 16_777_216))
+def test_what_is_chosen_for_a_large_index_is_within_its_limits(kind: int, capacity: int, dim: int, rows: int) -> None:
+    given_spec = pb.MemorySpec(name="m", dim=dim, capacity=capacity, index=kind)  # type: ignore[arg-type]
+    given_spec.index_settings.generation_rows = rows
+    decoded = wire.decode_spec(given_spec)
+    assert decoded.index_settings is not None
+    assert rows in (0, decoded.index_settings.generation_rows)
+    assert wire.decode_spec(wire.encode_spec(decoded)) == decoded
+
+
 NAMES = st.text("abc0_", min_size=1, max_size=8)
 
 
