@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from memstore.search import SearchBatch
     from memstore.index.generation import Generation, PartBuilder, View
     from memstore.seams import Clock
     from memstore.search import SearchBatch
