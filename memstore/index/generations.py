@@ -142,6 +142,7 @@ class GenerationIndex:
         futures = [future for _, future in self._under_way]
         wait([future for future in futures if not future.cancel()])
         self._under_way, self._done, self._remains = [], deque(), []
+        self._exact.close()
 
     def _views(self, batch: SearchBatch) -> list[View]:
         """What each sequence of a batch sees."""
