@@ -114,9 +114,11 @@ class Session(SessionBase):
     * A step that appends or starts a sequence is *under way* until its outcome is known. Its seqs and rows are kept,
       also where `result` has raised Late or Unavailable.
     * Before anything later that changes sequences is sent, what failed or is overdue is asked for again, with the same
-      seqs and the same rows, within the later step's deadline. If that gives no answer either, the later step fails
-      and appends nothing: its rows are lost (`stats.dropped_rows`), and order is kept. So are those of a step that the
-      open breaker stopped, or the server refused.
+      seqs and the same rows, within the later step's deadline, and without a retrieval that nobody waits for. If that
+      gives no answer either, the later step fails and appends nothing: its rows are lost (`stats.dropped_rows`), and
+      order is kept. So are those of a step that the open breaker stopped, or the server refused.
+    * Where the answer to a step was lost, and what it retrieves is refused when it is asked for again (QuotaExceeded,
+      DeviceMemoryFull), it is done without that, and `result` raises Unavailable.
     * At most two steps are under way, and a third waits for them without being sent. A fourth is refused (Busy).
       A second one leaves at once only where the first was sent without failure, no start is among them, and the epochs
       are known; otherwise it is sent when its result is asked for.

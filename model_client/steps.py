@@ -8,9 +8,7 @@ so an append is never applied twice, never out of order, and no seq is ever give
 from __future__ import annotations
 
 import uuid
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from memstore.v1 import memstore_pb2 as pb
@@ -21,6 +19,7 @@ from model_client.errors import (
     Busy,
     CircuitOpen,
     Corrupt,
+    DeviceMemoryFull,
     EpochChanged,
     Internal,
     InvalidRequest,
@@ -30,97 +29,24 @@ from model_client.errors import (
     NotAuthenticated,
     NotFound,
     PositionExpired,
+    QuotaExceeded,
     SequenceGap,
+    Unavailable,
 )
 from model_client.numbering import Numbering
+from model_client.sending import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from google.protobuf.message import Message
-
-    from model_client.transport.base import TensorPlane
 
 MAX_UNDER_WAY = 2
 """Steps whose outcome is not known that a session keeps."""
 
 _FINAL = (InvalidRequest, NotFound, NotAllowed, NotAuthenticated, Corrupt, AlreadyExists, PositionExpired)
-"""Refusals that any copy of a request meets."""
+"""Refusals after which a request is not sent again, whatever its copies have met."""
 
-
-class Step:
-    """One step of a session: its request, the sending under way, and in the end its outcome."""
-
-    def __init__(self, core: Core, request: pb.StepRequest, rows: wire.StepRows) -> None:
-        self.request = request
-        self.future: Future[Message] | None = None
-        self.outcome: Future[Message] = Future()
-        self.may_be_done = False  # a sending whose effect is not known
-        self.num_sendings = 0
-        self.seqs_before: dict[str, int] = {}
-        self._overdue_at = 0.0
-        self._core = core
-        self._rows = rows if core.transport.plane.is_single_use else None
-        self._is_abandoned = False
-        self._discard = partial(_discard, core.transport.plane)  # knows no more, so that it keeps no client alive
-
-    @property
-    def has_start(self) -> bool:
-        """True where a sequence is emptied."""
-        return any(part.start_of_sequence for part in self.request.sequences)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the step in each layer."""
-        return sum(part.num_rows for part in self.request.sequences)
-
-    def part(self, sequence: str) -> pb.SequencePart:
-        """The part of one sequence."""
-        for part in self.request.sequences:
-            if part.sequence == sequence:
-                return part
-        raise Internal(f"the server answered about a sequence that was not asked for: {sequence!r}")
-
-    def submit(self, timeout_s: float) -> Future[Message]:
-        """The outcome if it is known, the sending under way unless it has failed or is overdue, else a new sending."""
-        if self.outcome.done():
-            return self.outcome
-        now = self._core.clock.monotonic()
-        if self.future is not None and self.future.done():
-            self._note_failure(self.future)
-        elif self.future is not None and now >= self._overdue_at:
-            self.future, self.may_be_done = None, True
-        if self.future is None:
-            self._overdue_at = now + timeout_s
-            if self.num_sendings:
-                self._core.stats.add("resends")
-                if self._rows is not None:
-                    wire.write_rows(self._core.transport.plane, self.request, self._rows)
-            self.num_sendings += 1
-            self.future = self._core.transport.call("Step", self.request, timeout_s)
-            if self._is_abandoned:
-                self.future.add_done_callback(self._discard)
-        return self.future
-
-    def note(self, future: Future[Message], error: MemstoreClientError) -> bool:
-        """Forgets a sending that has failed; one that is merely late stays under way."""
-        if future.done():
-            self._note_failure(future)
-        return True
-
-    def abandon(self) -> None:
-        """Tells that nobody will read the answer."""
-        self._is_abandoned = True
-        self.outcome.add_done_callback(self._discard)
-        if self.future is not None:
-            self.future.add_done_callback(self._discard)
-
-    def _note_failure(self, future: Future[Message]) -> None:
-        error = future.exception()
-        if error is not None:
-            self.may_be_done |= not isinstance(error, MemstoreClientError) or error.is_outcome_unknown
-            if future is self.future:
-                self.future = None
+_NO_ROOM = (QuotaExceeded, DeviceMemoryFull)
+"""Refusals that may be owed to what a step retrieves, and last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +101,8 @@ class SessionCore:
                 while any(other.has_start for other in self._under_way):
                     yield from self._settle_first(until)
                 reply = expect((yield from self._core.attempts(step, until)), pb.StepResponse)
+            if step.refusal is not None:
+                raise Unavailable(f"the rows are appended, but what was retrieved is lost, and now: {step.refusal}")
             result = wire.step_result(plane, reply, call.rows.keys.device)
             is_read = True
             return result
@@ -227,18 +155,28 @@ class SessionCore:
         """Sends a step, again where needed, until its outcome is known. Any of the session's flows may do it."""
         for _ in range(4 + 2 * len(step.request.sequences)):
             try:
-                reply = expect((yield from self._core.attempts(step, until)), pb.StepResponse)
-            except (EpochChanged, SequenceGap) as error:
-                if step.future is None and not step.outcome.done():
-                    yield from self._correct(step, error, until)
+                reply = yield from self._attempt(step, until)
             except MemstoreClientError as error:
+                if self._may_forgo_hits(step, error):
+                    step.forgo_hits(error)
+                    continue
                 self._refuse(step, error)
                 if not step.outcome.done() or step.outcome.exception() is error:
                     raise
             else:
-                self._acknowledge(step, reply)
-                return reply
+                if reply is not None:
+                    self._acknowledge(step, reply)
+                    return reply
         raise Internal(f"the epochs of {list(self.sequences)} change faster than a step can follow")
+
+    def _attempt(self, step: Step, until: float) -> Flow[pb.StepResponse | None]:
+        """One sending and its answer; None where the step was numbered anew instead, and is to be sent again."""
+        try:
+            return expect((yield from self._core.attempts(step, until)), pb.StepResponse)
+        except (EpochChanged, SequenceGap) as error:
+            if step.future is None and not step.outcome.done():
+                yield from self._correct(step, error, until)
+            return None
 
     def _correct(self, step: Step, error: MemstoreClientError, until: float) -> Flow[None]:
         """Numbers one sequence anew after EpochChanged; fills the hole before it after SequenceGap."""
@@ -319,16 +257,29 @@ class SessionCore:
             self._numbering.acknowledge(step.request, reply.sequences)
             step.outcome.set_result(reply)
 
+    def _may_forgo_hits(self, step: Step, error: MemstoreClientError) -> bool:
+        """True where an earlier sending may have done the step, and what refuses this one may be owed to its hits."""
+        is_perhaps_done = step in self._under_way and step.future is None and step.may_be_done
+        return is_perhaps_done and step.retrieves and isinstance(error, _NO_ROOM)
+
     def _refuse(self, step: Step, error: MemstoreClientError) -> None:
-        """Ends a step that was certainly not done and will not be; any other stays under way."""
+        """Ends a step that was certainly not done, or that the server will not take; any other stays under way.
+
+        Where an earlier sending may have done it, its seqs stay given out: what follows finds out (SequenceGap). But
+        the seq of a start is the first of another epoch, and says nothing.
+        """
         is_certain = step.future is None and not error.is_outcome_unknown and not step.may_be_done
-        if step not in self._under_way or not (is_certain or isinstance(error, _FINAL)):
+        is_final = isinstance(error, _FINAL) or (isinstance(error, _NO_ROOM) and not step.retrieves)
+        if step not in self._under_way or not (is_certain or is_final):
             return
         self._end(step, error)
+        is_undone = is_certain or isinstance(error, InvalidRequest)
         for part in step.request.sequences:
             if isinstance(error, NotFound):
                 self._numbering.adopt(part.sequence, 0)
-            elif not isinstance(error, AlreadyExists | PositionExpired):
+            elif isinstance(error, AlreadyExists | PositionExpired):
+                continue
+            elif is_undone or part.start_of_sequence:
                 self._numbering.take_back(part, step.seqs_before[part.sequence])
 
     def _give_up(self, is_needless: Callable[[Step], bool]) -> None:
@@ -368,11 +319,6 @@ class SessionCore:
         if target in self.sequences:
             self._numbering.adopt(target, reply.epoch)
         return reply
-
-
-def _discard(plane: TensorPlane, future: Future[Message]) -> None:
-    if future.exception() is None:
-        plane.discard(future.result())
 
 
 def _is_superseded(older: Step, newer: Step) -> bool:

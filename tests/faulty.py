@@ -99,6 +99,7 @@ class FaultyTransport:
         self.script: list[Fault] = []
         self.held: list[Held] = []
         self.calls: list[Message] = []
+        self.server_plane = ServerPlane(1 << 26)
         self._service = server._service  # with bytes in the messages, as over gRPC
         self._is_closed = False
 
@@ -134,7 +135,7 @@ class FaultyTransport:
         self._is_closed = True
 
     def _deliver(self, method: str, request: Message) -> Future[Message]:
-        outcome = self._service.call(method, request, Caller(tenant=TENANT, plane=ServerPlane(1 << 26)))
+        outcome = self._service.call(method, request, Caller(tenant=TENANT, plane=self.server_plane))
         outcome.exception(timeout=30)
         return outcome
 
@@ -164,20 +165,24 @@ class Bench:
         self._next += count
         return numbers, torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1)
 
-    def start(self, count: int = 1, *, is_start: bool = False) -> tuple[list[int], PendingStep]:
+    def start(
+        self, count: int = 1, *, is_start: bool = False, retrieve: Retrieval | None = EVERYTHING
+    ) -> tuple[list[int], PendingStep]:
         """Begins to append the next rows to the first sequence."""
         numbers, keys = self.rows(count)
         payloads = {"twice": (keys * 2).int()}
         counts = [count] + [0] * (len(self.session.sequences) - 1)
         pending = self.session.start_step(
-            keys, counts, retrieve=EVERYTHING, append=True, payloads=payloads, start_of_sequence=is_start
+            keys, counts, retrieve=retrieve, append=True, payloads=payloads, start_of_sequence=is_start
         )
         return numbers, pending
 
-    def append(self, count: int = 1, *faults: Fault, is_start: bool = False) -> list[int]:
+    def append(
+        self, count: int = 1, *faults: Fault, is_start: bool = False, retrieve: Retrieval | None = EVERYTHING
+    ) -> list[int]:
         """Appends through these faults, and expects it to succeed."""
         self.network.script = list(faults)
-        numbers, pending = self.start(count, is_start=is_start)
+        numbers, pending = self.start(count, is_start=is_start, retrieve=retrieve)
         pending.result()
         return numbers
 

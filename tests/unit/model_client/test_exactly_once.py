@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from memstore.embedded import Embedded
+from memstore.errors import NotAllowed
 from model_client import errors
-from tests.faulty import EVERYTHING, Bench, Fault
+from tests.faulty import CAPACITY, EVERYTHING, Bench, Fault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from memstore.types import Hits
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +263,116 @@ def test_the_outcome_of_a_done_append_settled_by_another_is_still_given(bench: B
     _, first = bench.start(2)
     bench.append(1)
     assert first.result().sequences[0].first_position == 1
+
+
+def full(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("a bug of the search")
+
+
+def make_replies_too_large(bench: Bench, _: pytest.MonkeyPatch) -> None:
+    bench.network.server_plane.max_reply_bytes = 3 * CAPACITY * 8  # index and scores of three queries, but no rows
+
+
+def make_search_fail(failure: Callable[..., None]) -> Callable[[Bench, pytest.MonkeyPatch], None]:
+    return lambda _, patch: patch.setattr("memstore.memory.retrieve", _only_for_plans(failure))
+
+
+def _only_for_plans(failure: Callable[..., None]) -> Callable[..., list[Hits]]:
+    def search(slab: object, index: object, plans: list[object]) -> list[Hits]:
+        if plans:
+            failure()
+        return []
+
+    return search
+
+
+REFUSING = {
+    "too large a reply": make_replies_too_large,
+    "no scratch for the search": make_search_fail(full),
+    "a bug in the search": make_search_fail(broken),
+}
+refused = pytest.mark.parametrize("refuse", REFUSING.values(), ids=list(REFUSING))
+
+
+@refused
+@pytest.mark.parametrize("fault", [Fault.REQUEST_LOST, Fault.REPLY_LOST])
+def test_a_lost_step_whose_resend_is_refused_does_not_hold_up_the_session(
+    bench: Bench,
+    refuse: Callable[[Bench, pytest.MonkeyPatch], None],
+    fault: Fault,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = bench.append(2)
+    rows += bench.fail(3, fault)
+    refuse(bench, monkeypatch)
+    rows += bench.append(1, retrieve=None)
+    rows += bench.append(1, retrieve=None)
+    monkeypatch.undo()
+    assert bench.content() == rows
+    assert bench.client.stats.dropped_rows == 0
+
+
+@pytest.mark.parametrize("fault", [Fault.REQUEST_LOST, Fault.REPLY_LOST])
+@pytest.mark.parametrize("kind", ["too large a reply", "no scratch for the search"])
+def test_a_step_that_was_perhaps_done_and_cannot_be_answered_is_done_and_says_so(
+    server: Embedded, kind: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(server, timeout_s=5.0)
+    rows = bench.append(2)
+    plane = bench.network.server_plane
+
+    def meet(seconds: float) -> None:
+        REFUSING[kind](bench, monkeypatch)
+
+    bench.clock.pause = meet  # type: ignore[method-assign]  # between the first sending and the second
+    bench.network.script = [fault]
+    lost, pending = bench.start(3)
+    for _ in range(2):
+        with pytest.raises(errors.Unavailable, match="appended, but what was retrieved is lost"):
+            pending.result()
+    plane.max_reply_bytes = 1 << 26
+    monkeypatch.undo()
+    rows += lost + bench.append(1)
+    assert bench.content() == rows
+    assert bench.client.stats.dropped_rows == 0
+
+
+@pytest.mark.parametrize("fault", [Fault.REQUEST_LOST, Fault.FLOATING])
+def test_a_lost_step_that_finds_no_place_any_more_is_given_up(bench: Bench, fault: Fault) -> None:
+    bench.fail(3, fault)
+    for name in "bcde":
+        bench.clean.session("m", [name]).append(
+            torch.ones(1, 1), [1], payloads={"twice": torch.full((1, 1), 2, dtype=torch.int32)}
+        )
+    for _ in range(2):
+        with pytest.raises(errors.QuotaExceeded):
+            bench.append(1)
+    assert bench.client.stats.dropped_rows == 5
+    bench.clean.reset("m", ["e"], release=True)
+    rows = bench.append(2)
+    while bench.network.held:
+        bench.network.release()
+    rows += bench.append(1)
+    assert bench.content() == rows
+
+
+def test_a_credential_that_is_gone_after_an_append_does_not_free_its_seq(
+    server: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(server)
+    rows = bench.append(1)
+    rows += bench.fail(2, Fault.REPLY_LOST)
+
+    def refuse(*_: object) -> None:
+        raise NotAllowed("no longer")
+
+    monkeypatch.setattr("memstore.registry.Registry.find", refuse)
+    with pytest.raises(errors.NotAllowed):
+        bench.append(1)
+    monkeypatch.undo()
+    rows += bench.append(1)
+    assert bench.content() == rows
