@@ -13,10 +13,12 @@ from weakref import WeakSet
 import torch
 from torch.nn import functional
 
+from integration.cache_watch import CacheWatch
 from integration.families import find_decoder
 from integration.forward import Answer, Forward
 from integration.held import HeldRows, RowBatch
 from integration.layout import TokenLayout
+from integration.recomputing import PendingForwards
 from integration.store import HIDDEN, MemoryLink
 from integration.trace import MemoryStats, ReadTrace
 from integration.weights import MemoryWeights
@@ -89,7 +91,11 @@ class AttachedMemory:
         self._sources: tuple[str, ...] | None = None
         self._carries: dict[tuple[str, ...], Carry] = {}
         self._held = HeldRows()
+        self._watch = CacheWatch()
+        self._last: Forward | None = None
         self._forward: Forward | None = None
+        self._is_passing = False
+        self._pending = PendingForwards()
         self._handles: list[Any] = []
         if sequences is not None:
             self._rename(tuple(sequences), is_new=False)
@@ -151,6 +157,10 @@ class AttachedMemory:
     def flush(self) -> None:
         """Appends what waits beside the key-value cache, and waits until it is done."""
         if self._link is not None:
+            cache = self._watch.cache
+            self._follow_crop(self._watch.cropped(cache))
+            self._watch.note(cache)
+            self._last = None
             while any(self._held.counts):
                 limit = self.config.segment_length
                 self._append_held(self._link, tuple(min(count, limit) for count in self._held.counts))
@@ -180,8 +190,9 @@ class AttachedMemory:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes what the pass is, and sends off what has left the key-value cache."""
-        self._forward = None
+        self._forward, self._is_passing = None, True
         if not self.enabled:
+            self._watch.note(None)
             return
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
         states = given.get("input_ids") if given.get("inputs_embeds") is None else given.get("inputs_embeds")
@@ -190,21 +201,63 @@ class AttachedMemory:
         batch, length = states.shape[:2]
         self._check_batch(batch)
         past, use_cache = given.get("past_key_values"), given.get("use_cache")
+        self._follow(past)
         wants_cache = (self._decoder.is_cache_default if use_cache is None else use_cache) and not module.training
         is_training = torch.is_grad_enabled() and self.weights.training
         self._forward = Forward(
             layout=TokenLayout.of(batch, length, given.get("attention_mask")),
             is_cached=past is not None or bool(wants_cache),
+            is_fresh=past is None or int(past.get_seq_length()) == 0,
             is_training=is_training,
             recomputes=self._decoder.recomputes,
         )
         if self._is_appending and self._link is not None:
-            self._send_held(self._link, is_fresh=past is None or int(past.get_seq_length()) == 0)
+            self._send_held(self._link, self._forward.is_fresh)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Lets go of the pass, unless the backward pass will run its layers again."""
-        if self._forward is not None and not (self._forward.recomputes and self._forward.is_training):
-            self._forward = None
+        forward, self._forward, self._is_passing = self._forward, None, False
+        if forward is None:
+            return
+        is_candidate = forward.is_cached and not forward.is_fresh and max(forward.layout.counts) > 1
+        self._watch.note(getattr(output, "past_key_values", None), is_held=is_candidate)
+        self._last = forward if forward.is_cached else None
+        if forward.recomputes:
+            self._pending.add(forward, output)
+
+    def _pass_of(self, given: dict[str, Any]) -> Forward | None:
+        """The pass that an attention runs for, first or again."""
+        if self._is_passing:
+            return self._forward
+        try:
+            return self._pending.find(given)
+        except LookupError as error:
+            raise AttachError(f"{error}: call backward after each forward, or do without checkpointing") from error
+
+    def _follow(self, past: Any) -> None:
+        """Does what was done to the key-value cache since the last pass. AttachError where that cannot be followed."""
+        if self._watch.is_rearranged(past):
+            raise AttachError(
+                "the rows of the key-value cache were rearranged, as beam search does, and the memory cannot follow; "
+                "use one beam, or set `enabled = False`"
+            )
+        self._follow_crop(self._watch.cropped(past))
+        self._last = None
+
+    def _follow_crop(self, cropped: int) -> None:
+        """Takes back the last tokens of the last pass."""
+        if not cropped:
+            return
+        counts = () if self._last is None else self._last.layout.counts
+        if self._last is None or cropped > min(counts):
+            raise AttachError(
+                f"{cropped} tokens were cropped from the key-value cache, but the memory takes back at most those of "
+                "the last pass, and before a flush; set `enabled = False`, or begin with another cache"
+            )
+        unwanted = (cropped,) * len(counts)
+        if self._is_appending:
+            self._held.drop_last(unwanted)
+        self._restore_carry(self._last, unwanted)
 
     @property
     def _is_appending(self) -> bool:
@@ -241,9 +294,11 @@ class AttachedMemory:
         is_last = layer == self.config.attention_layers[-1]
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            forward = self._forward
+            forward = self._pass_of(kwargs)
             if forward is None or not forward.is_started:
                 return None
+            if not forward.is_answered:
+                forward.mark(kwargs)
             self._await(forward)
             retrieved = forward.retrieved(self.weights.projection)
             if retrieved is None:
@@ -279,6 +334,15 @@ class AttachedMemory:
         forward.answer = Answer.of(found.hits, self._array(forward), forward.layout.counts, self.config.context, carry)
         if forward.answer.carry is not None and not forward.is_training:
             self._carries[key] = forward.answer.carry
+            forward.found, forward.carry = (found.hits, carry) if forward.is_cached else (None, None)
+
+    def _restore_carry(self, forward: Forward, unwanted: tuple[int, ...]) -> None:
+        """Makes the carry what it would be had the last tokens of a pass not been."""
+        key = self._sources or self._names
+        self._carries.pop(key, None)
+        carry = forward.carry_without(unwanted, self.config.context)
+        if carry is not None:
+            self._carries[key] = carry
 
     def _array(self, forward: Forward) -> str:
         return HIDDEN if forward.is_training and self.config.training_payload else "key"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from integration.store import HIDDEN
 from model_client.cache_attention import Carry, RetrievedRows, join_context
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Mapping
 
     from integration.layout import TokenLayout
     from model_client import Hits, PendingStep
@@ -43,18 +46,22 @@ class Answer:
         )
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Forward:
     """One pass through the model.
 
-    layout: its tokens. is_cached: the model keeps keys and values of these tokens. is_training: gradients are wanted
+    layout: its tokens. is_cached: the model keeps keys and values of these tokens; is_fresh: it had none of others.
+    is_training: gradients are wanted
     by way of the projection. recomputes: layers run again in the backward pass, so nothing may be kept between them.
     is_appending: its call also appends its rows.
     hidden: (N, hidden_size) states at the retrieval layer, without gradient. keys: (N, dim), their projection.
+    marks: objects among the arguments of its attentions that no other forward has.
+    found, carry: what came back and what was there before, kept where the next pass may want fewer tokens of this one.
     """
 
     layout: TokenLayout
     is_cached: bool
+    is_fresh: bool
     is_training: bool
     recomputes: bool
     hidden: torch.Tensor | None = None
@@ -64,12 +71,42 @@ class Forward:
     until: float = 0.0
     is_answered: bool = False
     answer: Answer | None = None
+    marks: tuple[object, ...] = ()
+    found: Hits | None = None
+    carry: Carry | None = None
     _retrieved: RetrievedRows | None = None
 
     @property
     def is_started(self) -> bool:
         """Whether the retrieval layer was reached."""
         return self.hidden is not None
+
+    def mark(self, given: Mapping[str, Any]) -> None:
+        """Remembers what an attention was given, but for its states."""
+        self.marks = tuple(
+            value
+            for name, value in given.items()
+            if name != "hidden_states" and isinstance(value, torch.Tensor | tuple)
+        )
+
+    def is_of(self, given: Mapping[str, Any]) -> bool:
+        """True where an attention that is given this may be running again for this forward."""
+        return all(any(mark is value for value in given.values()) for mark in self.marks)
+
+    def carry_without(self, unwanted: tuple[int, ...], context: int) -> Carry | None:
+        """The carry behind this pass had the last `unwanted` tokens of each sequence not been; None for none."""
+        if self.found is None or sum(unwanted) == sum(self.layout.counts):
+            return self.carry
+        counts = self.layout.counts
+        kept = tuple(count - drop for count, drop in zip(counts, unwanted, strict=True))
+        spans = [
+            range(end - count, end - drop)
+            for end, count, drop in zip(accumulate(counts), counts, unwanted, strict=True)
+        ]
+        tokens = torch.tensor([token for span in spans for token in span], device=self.found.index.device)
+        index = self.found.index[0].index_select(0, tokens.long())
+        rows = next(iter(self.found.rows.values()))
+        return join_context(rows, self.found.positions, index, kept, context=context, carry=self.carry).carry
 
     def retrieved(self, projection: StateProjection) -> RetrievedRows | None:
         """What the cache attentions read; the same object for all of them unless layers are computed again."""

@@ -37,6 +37,15 @@ class HeldRows:
         self.counts = ()
         self._batches = []
 
+    def drop_last(self, unwanted: tuple[int, ...]) -> None:
+        """Forgets the last `unwanted` rows of each sequence. ValueError where fewer wait."""
+        kept = tuple(count - drop for count, drop in zip(self.counts, unwanted, strict=True))
+        if min(kept, default=0) < 0:
+            raise ValueError(f"{unwanted} rows to drop, {self.counts} wait")
+        rows = self.take(kept)
+        self.clear()
+        self.add(rows)
+
     def take(self, wanted: tuple[int, ...]) -> RowBatch:
         """Takes the first `wanted` rows of each sequence, at most as many as wait."""
         whole = self._joined()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from models import VOCABULARY, random_weights, tiny_config, tiny_model
+from models import FAMILIES, VOCABULARY, random_weights, tiny_config, tiny_model
 
 from integration.adapter import load_adapter
 from integration.attach import attach
@@ -32,7 +32,9 @@ def _text(segments: int = 3) -> torch.Tensor:
     return part.repeat(1, 9)[:, : segments * SEGMENT + 1]
 
 
-def _gradients(family: str, client: MemoryClient, checkpointing: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+def _gradients(
+    family: str, client: MemoryClient, checkpointing: dict[str, Any] | None, *, backward_at_the_end: bool = False
+) -> dict[str, torch.Tensor]:
     """The loss and all gradients after three segments, the last two with something to remember."""
     model = tiny_model(family)
     model.requires_grad_(False)
@@ -40,7 +42,8 @@ def _gradients(family: str, client: MemoryClient, checkpointing: dict[str, Any] 
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         model.get_input_embeddings().weight.requires_grad_()
-    config = tiny_config(model, memory=f"gradients-{checkpointing}".translate({ord(c): "." for c in "{}': "}))
+    name = f"gradients-{checkpointing}-{backward_at_the_end}"
+    config = tiny_config(model, memory=name.translate({ord(c): "." for c in "{}': "}))
     config = config.with_changes(training_payload=True)
     weights = random_weights(model, config).train()
     total = torch.zeros(())
@@ -48,13 +51,17 @@ def _gradients(family: str, client: MemoryClient, checkpointing: dict[str, Any] 
         for begin in range(0, 3 * SEGMENT, SEGMENT):
             part = _text()[:, begin : begin + SEGMENT]
             loss = model(input_ids=part, labels=part, use_cache=False).loss
-            loss.backward()
-            total += loss.detach()
+            if not backward_at_the_end:
+                loss.backward()
+                loss = loss.detach()
+            total = total + loss
+        if backward_at_the_end:
+            total.backward()
         assert memory.stats.steps_with_memory == 3
         assert memory.stats.appended_rows == 2 * 3 * SEGMENT
     assert client.describe_memory(config.memory).status.appended_rows == 2 * 3 * SEGMENT
     found = {name: parameter.grad for name, parameter in weights.named_parameters() if parameter.grad is not None}
-    return {"loss": total, **found}
+    return {"loss": total.detach(), **found}
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gptj", "gpt_neox"])
@@ -63,6 +70,19 @@ def _gradients(family: str, client: MemoryClient, checkpointing: dict[str, Any] 
 def test_checkpointing_changes_no_gradient_and_appends_once(family: str, reentrant: bool, client: MemoryClient) -> None:
     plain = _gradients(family, client, None)
     again = _gradients(family, client, {"use_reentrant": reentrant})
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.usefixtures("each_device")
+def test_several_checkpointed_forwards_before_their_backward_each_have_their_own_answer(
+    family: str, reentrant: bool, client: MemoryClient
+) -> None:
+    plain = _gradients(family, client, None)
+    again = _gradients(family, client, {"use_reentrant": reentrant}, backward_at_the_end=True)
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
