@@ -1,5 +1,5 @@
-"""What does a step cost through gRPC, unary and on a stream, against the same step in process? And what do distinct
-rows save?
+"""What does a step cost through gRPC, unary and on a stream, against the same step in process? What is it without the
+search? And what do distinct rows save?
 
 The server is a process of its own on a loopback port; the three memories hold the same rows and are asked in turn. A
 reply has each distinct row once: its bytes on the wire are set against those of `top_k * window` rows a query, which a
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +25,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.canned import canned
 from benchmarks.report import Report, interleaved
 from model_client import MemoryClient, Retrieval
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from model_client import StepResult
 
@@ -33,6 +38,8 @@ DIM = 256
 RETRIEVAL = Retrieval(16, after=1)
 IN_PROCESS, UNARY, STREAM = "in process", "gRPC, unary", "gRPC, stream"
 START_S = 120.0
+STRETCH = 21
+"""Steps without a search that one client does in a row; the first is not counted."""
 DRIFT = 0.2
 """Share of a new direction in each row, beside the row before it."""
 
@@ -65,6 +72,12 @@ CASES = (
     Case(4, 16384, 512),
     Case(4, 4096, 512, is_drifting=False),
 )
+
+
+ALONE = {"without the search, 128 KiB reply": Case(8, 16, 1), "without the search, 33.5 MB reply": Case(4, 16, 512)}
+PLANE_GOALS_MS = {UNARY: 1.0, STREAM: 0.7}
+LARGE_GOAL_GB_PER_S = 0.6
+LARGE_GOAL_FAULTS = 500
 
 
 class States:
@@ -137,27 +150,70 @@ def traffic(client: MemoryClient, model: Model) -> tuple[float, float, int]:
     )
 
 
+def measure_small(case: str, size: Case, clients: dict[str, MemoryClient], report: Report, rounds: int) -> None:
+    """Adds the time of a step without its search, and with a small reply."""
+    steps = {name: Canned(client, size) for name, client in clients.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, each in steps.items():  # a stretch each: the steps of a decode loop follow one another
+            seconds[name] += [each.seconds() for _ in range(STRETCH)][1:]
+    for name, values in seconds.items():
+        report.add(case, name, statistics.median(values) * 1e3, "ms", goal=PLANE_GOALS_MS.get(name))
+
+
+def measure_large(
+    case: str, size: Case, clients: dict[str, MemoryClient], processes: Sequence[int], report: Report, rounds: int
+) -> None:
+    """Adds the speed of a step without its search, and with a large reply, and its page faults."""
+    for name, client in clients.items():
+        canned_step = Canned(client, size)
+        received = client.stats.received_bytes
+        canned_step.seconds(), canned_step.seconds()
+        num_bytes = (client.stats.received_bytes - received) / 2 or size.asked_bytes
+        before = page_faults(processes)
+        seconds = [canned_step.seconds() for _ in range(rounds)]
+        faults = (page_faults(processes) - before) / rounds
+        is_goal = name == STREAM
+        speed = num_bytes / statistics.median(seconds) / 1e9
+        report.add(case, name, speed, "GB/s", goal=LARGE_GOAL_GB_PER_S if is_goal else None, better="higher")
+        report.add(case, f"{name}, page faults", faults, "", goal=LARGE_GOAL_FAULTS if is_goal else None)
+
+
+class Canned:
+    """Steps of a client whose search finds what is made beforehand."""
+
+    def __init__(self, client: MemoryClient, size: Case) -> None:
+        names = [f"sequence {index}" for index in range(size.num_sequences)]
+        memory = f"{client.transport} {size.num_queries}".replace(" ", "-")
+        with canned():
+            client.create_memory(memory, dim=DIM, capacity=size.capacity, max_sequences=size.num_sequences)
+        self._session = client.session(memory, names)
+        self._counts = [size.num_queries] * size.num_sequences
+        self._keys = States(size).take(size.num_queries)
+
+    def seconds(self) -> float:
+        """How long one step takes."""
+        begun = time.perf_counter()
+        self._session.step(self._keys, self._counts, retrieve=RETRIEVAL, append=True)
+        return time.perf_counter() - begun
+
+
+def page_faults(processes: Sequence[int]) -> int:
+    """Page faults without reading from a disk, of these processes and of this one, since they began."""
+    others = (Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split() for number in processes)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt + sum(int(fields[7]) for fields in others)
+
+
 @contextmanager
-def server() -> Iterator[str]:
-    """A server in a process of its own; gives its address."""
+def server(*module: str) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own; gives its address and the process. module: what is run, with its arguments."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready"
-        command = [
-            sys.executable,
-            "-m",
-            "memstore",
-            "serve",
-            "--port",
-            "0",
-            "--metrics-port",
-            "-1",
-            "--catalog",
-            "none",
-        ]
+        command = [sys.executable, "-m", *module, "--port", "0", "--metrics-port", "-1", "--catalog", "none"]
         command += ["--device", "cpu", "--log-level", "warning", "--ready-file", str(ready)]
-        with subprocess.Popen(command) as process:
+        with subprocess.Popen(command, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}) as process:
             try:
-                yield address(process, ready)
+                yield address(process, ready), process.pid
             finally:
                 process.terminate()
 
@@ -181,16 +237,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
     rounds = 10 if parser.parse_args().quick else 100
     report = Report("transport")
+    with three_clients("memstore", "serve") as (clients, _):
+        for case in CASES:
+            measure(case, clients, report, rounds if case.num_queries == 1 else max(rounds // 10, 3))
+    with three_clients("benchmarks.canned") as (clients, process):
+        small, large = ALONE.items()
+        measure_small(*small, clients, report, rounds // 2)
+        measure_large(*large, clients, [process], report, max(rounds // 4, 5))
+    print(report.write())
+
+
+@contextmanager
+def three_clients(*module: str) -> Iterator[tuple[dict[str, MemoryClient], int]]:
+    """Clients by their way to a server; and the process of the one of its own."""
     with (
-        server() as target,
+        server(*module) as (target, process),
         MemoryClient(timeout_s=60.0, device="cpu") as local,
         MemoryClient(target, timeout_s=60.0, use_stream=False, plane="inline") as unary,
         MemoryClient(target, timeout_s=60.0, plane="inline") as stream,
     ):
-        for case in CASES:
-            clients = {IN_PROCESS: local, UNARY: unary, STREAM: stream}
-            measure(case, clients, report, rounds if case.num_queries == 1 else max(rounds // 10, 3))
-    print(report.write())
+        yield {IN_PROCESS: local, UNARY: unary, STREAM: stream}, process
 
 
 if __name__ == "__main__":

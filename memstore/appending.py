@@ -14,6 +14,8 @@ from memstore.retrieval import joined_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     from memstore.sequence import BatchPlan
     from memstore.slab import Slab, StagedRows
 
@@ -51,9 +53,9 @@ def stage(
             kept.append((place * slab.capacity, end - num_kept, num_rows - num_kept, num_kept))
     if not kept:
         return None
-    first_cells, positions, columns = _each_row(kept).unbind()
-    cells = (first_cells + ring.slot_of(positions, slab.capacity)).to(slab.device)
-    chosen = None if len(columns) == num_rows else columns.to(slab.device)
+    first_cells, positions, columns = _each_row(kept)
+    cells = torch.from_numpy(first_cells + ring.slot_of(positions, slab.capacity)).to(slab.device)
+    chosen = None if len(columns) == num_rows else torch.from_numpy(columns).to(slab.device)
 
     def rows(batches: list[torch.Tensor]) -> torch.Tensor:
         joined = joined_rows(batches)
@@ -69,17 +71,19 @@ def cells_of(kept: Sequence[tuple[int, int, int]], capacity: int) -> torch.Tenso
     table = [(place * capacity, position, 0, count) for place, position, count in kept if count]
     if not table:
         return torch.empty(0, dtype=torch.int64)
-    first_cells, positions, _ = _each_row(table).unbind()
-    return first_cells + ring.slot_of(positions, capacity)
+    first_cells, positions, _ = _each_row(table)
+    return torch.from_numpy(first_cells + ring.slot_of(positions, capacity))
 
 
-def _each_row(kept: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+def _each_row(kept: Sequence[tuple[int, int, int, int]]) -> NDArray[np.int64]:
     """(first cell of the place, first position, first column, number of rows) of each -> (3, rows) int64, one a row.
 
     Positions and columns count on from the first ones.
     """
     *firsts, counts = np.array(kept, np.int64).T
+    if counts.max() == 1:
+        return np.stack(firsts)
     ends = counts.cumsum()
     table = np.repeat(np.stack(firsts), counts, axis=1)
     table[1:] += np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-    return torch.from_numpy(table)
+    return table

@@ -114,6 +114,7 @@ class Config:
     tenant_ratio: float = setting(real(0.01, 1.0), 1.0, "share of the queue that one tenant may take, 0.01 to 1")
     lend: str = setting(one_of("auto", "off"), "auto", "lend memories to processes of this host and user: auto or off")
     stream_in_flight: int = setting(whole(1, 1024), 16, "steps of one stream that may be under way")
+    reply_bytes: int = setting(size, 256 << 20, "bytes of answers that may wait until their callers take them")
     metrics_host: str = setting(str, "127.0.0.1", "address of metrics and probes")
     metrics_port: int = setting(whole(-1, 65535), 9077, "port of metrics and probes; 0 for any free one, -1 for none")
     metrics_memories: int = setting(whole(0, 10_000), 100, "memories with metrics of their own")

@@ -6,26 +6,25 @@ import asyncio
 import logging
 import re
 import secrets
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
-from memstore import status
-from memstore.errors import Expired, InvalidRequest, MemstoreError, NotReady
+from memstore import status, wire
+from memstore.errors import Expired, InvalidRequest, MemstoreError, NotReady, Overloaded
 from memstore.logs import trouble
-from memstore.plane import InlinePlane
+from memstore.replies import Reader, ReplyBudget, ReplyPlane
 from memstore.service import Caller
 from memstore.v1 import memstore_pb2 as pb
-from memstore.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-    from concurrent.futures import Future
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from google.protobuf.descriptor import MethodDescriptor
 
@@ -51,14 +50,72 @@ class Malformed:
     kind: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontLimits:
+    """What callers may make the front hold.
+
+    stream_in_flight: steps of one stream that may be under way before no more are read. reply_bytes: of answers that
+    are made and not taken, over all callers. stall_s: how long one message of a stream may wait to be taken.
+    """
+
+    stream_in_flight: int = 16
+    reply_bytes: int = 256 << 20
+    stall_s: float = 30.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Flight:
     """A step of a stream on its way. began, deadline: monotonic seconds."""
 
     call_id: int
+    piece_bytes: int
     future: Future[Message]
+    plane: ReplyPlane
     began: float
     deadline: float | None
+
+    def drop(self) -> None:
+        """Nobody wants the answer."""
+        self.future.cancel()
+        self.plane.release()
+
+
+class _Talk:
+    """One stream: its caller, whose plane is that of no step, who takes its answers, and the steps on their way."""
+
+    def __init__(self, context: Context, caller: Caller, reader: Reader) -> None:
+        self.context = context
+        self.caller = caller
+        self.reader = reader
+        self.flights: asyncio.Queue[_Flight | None] = asyncio.Queue()
+        self.current: _Flight | None = None
+        self.taken = asyncio.Event()
+        self.has_stalled = False
+
+    async def next(self) -> _Flight | None:
+        """The next step, in order; None at the end of them."""
+        self.current = None  # or an idle stream would keep its last answer
+        self.current = await self.flights.get()
+        return self.current
+
+    def stall(self) -> None:
+        """Gives up all but the message that is with gRPC already: that cannot be called back, nor the stream ended."""
+        self.has_stalled = True
+        if self.current is not None and self.current.piece_bytes:
+            self.current.plane.release()
+        self._drop_waiting()
+
+    def close(self) -> None:
+        """Gives up whatever is on its way."""
+        if self.current is not None:
+            self.current.drop()
+        self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
+        while not self.flights.empty():
+            flight = self.flights.get_nowait()
+            if flight is not None:
+                flight.drop()
 
 
 class GrpcFront:
@@ -70,19 +127,17 @@ class GrpcFront:
         authenticator: Authenticator,
         metrics: Metrics,
         clock: Clock,
+        limits: FrontLimits,
         *,
-        stream_in_flight: int = 16,
         lending: Lending | None = None,
     ) -> None:
-        """stream_in_flight: steps of one stream that may be under way before no more are read.
-
-        lending: what lends memories to callers of this host.
-        """
+        """lending: what lends memories to callers of this host."""
+        self.max_reply_bytes = wire.MAX_MESSAGE_BYTES - HEAD_BYTES
+        self.replies = ReplyBudget(limits.reply_bytes)
         self._lending = lending
-        self._stream_in_flight = stream_in_flight
+        self._limits = limits
         self._service = service
         self._authenticator = authenticator
-        self._plane = InlinePlane(MAX_MESSAGE_BYTES - HEAD_BYTES)
         self._metrics = metrics
         self._clock = clock
         self._readers: set[asyncio.Task[None]] = set()
@@ -102,9 +157,7 @@ class GrpcFront:
     def _handler_of(self, method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
         parse = _parser(GetMessageClass(method.input_type))
         if method.client_streaming:
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream, request_deserializer=parse, response_serializer=_serialize
-            )
+            return grpc.stream_stream_rpc_method_handler(self._stream, request_deserializer=parse)
         return grpc.unary_unary_rpc_method_handler(
             partial(self._unary, method.name), request_deserializer=parse, response_serializer=_serialize
         )
@@ -113,8 +166,9 @@ class GrpcFront:
         began = self._clock.monotonic()
         metadata = _metadata(context)
         request_id = _request_id(metadata)
+        plane = ReplyPlane(Reader(self.replies), self.max_reply_bytes)
         try:
-            caller = self._caller(metadata, request_id, _deadline(began, context.time_remaining()))
+            caller = self._caller(metadata, request_id, plane, _deadline(began, context.time_remaining()))
             lending = self._lending if is_local(context.peer()) else None
             if lending is not None and isinstance(request, pb.OpenPlaneRequest):
                 reply: Message = lending.offer(request, caller.tenant)
@@ -123,11 +177,14 @@ class GrpcFront:
             if lending is not None and isinstance(reply, pb.ServerInfoResponse):
                 reply.planes.append(lending.plane)
         except asyncio.CancelledError:
+            plane.release()
             self._count(method, grpc.StatusCode.CANCELLED, began)
             raise
         except Exception as error:  # the root of the servicer: whatever it is, the caller gets a status
+            plane.release()
             failure = self._failure(method, error, request_id, began)
         else:
+            context.add_done_callback(lambda _: plane.release())  # type: ignore[arg-type]  # no function is what its stub says
             self._count(method, grpc.StatusCode.OK, began)
             context.set_trailing_metadata(((REQUEST_ID, request_id),))
             return reply
@@ -138,10 +195,12 @@ class GrpcFront:
         metadata = _metadata(context)
         request_id = _request_id(metadata)
         began = self._clock.monotonic()
+        reader = Reader(self.replies)
         try:
-            caller = self._caller(metadata, request_id, _deadline(began, context.time_remaining()))
+            plane = ReplyPlane(reader, self.max_reply_bytes)
+            caller = self._caller(metadata, request_id, plane, _deadline(began, context.time_remaining()))
             with self._metrics.stream():
-                await self._converse(requests, context, caller)
+                await self._converse(requests, _Talk(context, caller, reader))
             if not self._is_draining:
                 context.set_trailing_metadata(((REQUEST_ID, request_id),))
                 return
@@ -153,34 +212,40 @@ class GrpcFront:
             failure = self._failure("StepStream", error, request_id, began)
         await _abort(context, failure, request_id)
 
-    async def _converse(
-        self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], context: Context, caller: Caller
-    ) -> None:
+    async def _converse(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], talk: _Talk) -> None:
         """Reads and answers side by side, in order, with a bounded number of steps between."""
-        flights: asyncio.Queue[_Flight | None] = asyncio.Queue()
-        room = asyncio.Semaphore(self._stream_in_flight - 1)  # a step takes its room once it is begun
-        reader = asyncio.create_task(self._read(requests, caller, flights, room))
-        reader.add_done_callback(_heard)
-        self._readers.add(reader)
-        flight: _Flight | None = None
+        room = asyncio.Semaphore(self._limits.stream_in_flight - 1)  # a step takes its room once it is begun
+        reading = asyncio.create_task(self._read(requests, talk, room))
+        reading.add_done_callback(_heard)
+        self._readers.add(reading)
         try:
-            while (flight := await flights.get()) is not None:
-                await context.write(await self._settle(flight, caller.request_id))
+            while (flight := await talk.next()) is not None:
+                for frame in await self._settle(flight, talk.caller.request_id):
+                    await self._write(frame, talk)
+                flight.plane.release()
+                talk.taken.set()
                 room.release()
             if not self._is_draining:
-                await reader  # what it failed with
+                await reading  # what it failed with
         finally:
-            self._readers.discard(reader)
-            reader.cancel()
-            while flight is not None:
-                flight.future.cancel()
-                flight = None if flights.empty() else flights.get_nowait()
+            self._readers.discard(reading)
+            reading.cancel()
+            talk.close()
+
+    async def _write(self, frame: bytes, talk: _Talk) -> None:
+        """One message, once the caller has room for it. Overloaded where that has taken too long."""
+        alarm = asyncio.get_running_loop().call_later(self._limits.stall_s, talk.stall)
+        try:
+            await talk.context.write(frame)
+        finally:
+            alarm.cancel()
+        if talk.has_stalled:
+            raise Overloaded(f"no answer was taken for {self._limits.stall_s:g} s", 0.0)
 
     async def _read(
         self,
         requests: AsyncIterator[pb.StepStreamRequest | Malformed],
-        caller: Caller,
-        flights: asyncio.Queue[_Flight | None],
+        talk: _Talk,
         room: asyncio.Semaphore,
     ) -> None:
         try:
@@ -189,38 +254,53 @@ class GrpcFront:
             async for request in requests:
                 if isinstance(request, Malformed):
                     raise InvalidRequest("request", f"not a {request.kind}")
-                flights.put_nowait(self._begin(request, caller))
+                while talk.reader.is_behind:
+                    talk.taken.clear()
+                    await talk.taken.wait()
+                if talk.has_stalled:
+                    return
+                talk.flights.put_nowait(self._begin(request, talk))
                 await room.acquire()
         finally:
-            flights.put_nowait(None)
+            talk.flights.put_nowait(None)
 
-    def _begin(self, request: pb.StepStreamRequest, caller: Caller) -> _Flight:
+    def _begin(self, request: pb.StepStreamRequest, talk: _Talk) -> _Flight:
         began = self._clock.monotonic()
         timeout_s = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
-        ends = [end for end in (caller.deadline, _deadline(began, timeout_s)) if end is not None]
+        ends = [end for end in (talk.caller.deadline, _deadline(began, timeout_s)) if end is not None]
         deadline = min(ends, default=None)
-        own = Caller(tenant=caller.tenant, plane=caller.plane, deadline=deadline, request_id=caller.request_id)
-        return _Flight(request.call_id, self._service.call("Step", request.step, own), began, deadline)
+        plane = ReplyPlane(talk.reader, self.max_reply_bytes, request.call_id if request.max_piece_bytes else None)
+        of = talk.caller
+        caller = Caller(tenant=of.tenant, plane=plane, deadline=deadline, request_id=of.request_id)
+        future: Future[Message] = Future()
+        try:
+            piece_bytes = wire.piece_bytes(request.max_piece_bytes)
+        except InvalidRequest as error:
+            piece_bytes = 0
+            future.set_exception(error)
+        else:
+            future = self._service.call("Step", request.step, caller)
+        return _Flight(request.call_id, piece_bytes, future, plane, began, deadline)
 
-    async def _settle(self, flight: _Flight, request_id: str) -> pb.StepStreamResponse:
-        response = pb.StepStreamResponse(call_id=flight.call_id)
+    async def _settle(self, flight: _Flight, request_id: str) -> Iterable[bytes]:
+        """The messages of the answer to a step."""
         left = None if flight.deadline is None else max(0.0, flight.deadline - self._clock.monotonic())
         try:
             async with asyncio.timeout(None if flight.future.done() else left):
                 reply = await asyncio.wrap_future(flight.future)
         except TimeoutError:
             late = Expired("the step's timeout is over; what the device had begun is done nevertheless")
-            response.failure.CopyFrom(status.to_failure(self._failure("StepStream", late, request_id, flight.began)))
+            failure = self._failure("StepStream", late, request_id, flight.began)
         except Exception as error:  # the root of the servicer, as in _unary
-            response.failure.CopyFrom(status.to_failure(self._failure("StepStream", error, request_id, flight.began)))
+            failure = self._failure("StepStream", error, request_id, flight.began)
         else:
             self._count("StepStream", grpc.StatusCode.OK, flight.began)
-            response.step.MergeFrom(cast("pb.StepResponse", reply))
-        return response
+            return wire.answer_frames(flight.call_id, reply, flight.plane, flight.piece_bytes)
+        return (wire.failure_frame(flight.call_id, status.to_failure(failure)),)
 
-    def _caller(self, metadata: dict[str, str], request_id: str, deadline: float | None) -> Caller:
+    def _caller(self, metadata: dict[str, str], request_id: str, plane: ReplyPlane, deadline: float | None) -> Caller:
         tenant = self._authenticator.tenant(metadata)
-        return Caller(tenant=tenant, plane=self._plane, deadline=deadline, request_id=request_id)
+        return Caller(tenant=tenant, plane=plane, deadline=deadline, request_id=request_id)
 
     def _failure(self, method: str, error: Exception, request_id: str, began: float) -> status.Answer:
         if not isinstance(error, MemstoreError):

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from memstore.errors import InvalidRequest
@@ -109,10 +110,10 @@ class InlinePlane:
         return _written(self, tensor)
 
     def fill(self, targets: Sequence[pb.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-        for target, tensor in zip(targets, _on_host(tensors), strict=True):
+        for target, tensor in zip(targets, on_host(tensors), strict=True):
             target.dtype = DATA_TYPES[tensor.dtype]
             target.shape.extend(tensor.shape)
-            target.data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            target.data = bytes_of(tensor).tobytes()
 
     def discard(self, message: Message) -> None:
         """Nothing is held."""
@@ -124,7 +125,13 @@ def _written(plane: Plane, tensor: torch.Tensor) -> pb.Tensor:
     return target
 
 
-def _on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The elements of a tensor on the host, row-major; its own where they lie so."""
+    plain = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor  # which numpy does not have
+    return np.ascontiguousarray(plain.detach().numpy()).reshape(-1).view(np.uint8).data
+
+
+def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same on the host. Pinned staging lets all copies be queued before the one wait."""
     device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
     if device is None:

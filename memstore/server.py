@@ -25,7 +25,7 @@ from memstore.catalog import Catalog, FileCatalog, NoCatalog, RedisCatalog
 from memstore.config import Config, ConfigError
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
-from memstore.grpc_front import SERVICE, GrpcFront
+from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
 from memstore.journal import INTERVAL_S, Syncer
 from memstore.lending import Lending
@@ -182,14 +182,8 @@ class Server:
         config = self._config
         server = grpc.aio.server(options=listen.SERVER_OPTIONS)
         service = Service(self._registry, self._clock.wall())
-        front = GrpcFront(
-            service,
-            self._authenticator,
-            self._metrics,
-            self._clock,
-            stream_in_flight=config.stream_in_flight,
-            lending=lending,
-        )
+        limits = FrontLimits(stream_in_flight=config.stream_in_flight, reply_bytes=config.reply_bytes)
+        front = GrpcFront(service, self._authenticator, self._metrics, self._clock, limits, lending=lending)
         health = Health(self._registry)
         server.add_generic_rpc_handlers((front.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(health, server)

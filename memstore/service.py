@@ -184,7 +184,7 @@ def reset_job(request: pb.ResetRequest, caller: Caller, engine: Resettable) -> C
 def _ticket(request: Message, caller: Caller) -> Ticket:
     return Ticket(
         tenant=caller.tenant,
-        num_bytes=tensor_bytes(request),
+        num_bytes=request.ByteSize() if caller.plane.has_bytes else tensor_bytes(request),
         deadline=caller.deadline,
         request_id=caller.request_id,
     )

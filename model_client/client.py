@@ -8,6 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Unpack
 
 from memstore.v1 import memstore_pb2 as pb
+from model_client import malloc
 from model_client.breaker import Breaker
 from model_client.core import Core, M, Running, drive
 from model_client.seams import Clock
@@ -36,6 +37,8 @@ class ClientOptions(TransportOptions, total=False):
     """Failures in a row after which calls fail at once (CircuitOpen); 5 if not given."""
     breaker_s: float
     """How long they do, in seconds, before one is tried again; 5 if not given."""
+    tune_malloc: bool
+    """True: large messages take fewer page faults, and this process keeps its largest size; see malloc.tune."""
     transport: Transport
     """A ready one to use instead of opening `target`; closed with the client."""
     clock: Clock
@@ -47,6 +50,8 @@ class ClientBase:
 
     def __init__(self, target: str = ":memory:", **options: Unpack[ClientOptions]) -> None:
         """A client of the memstore at `target`: ":memory:" (in this process), "host:port" or "unix:///path"."""
+        if options.get("tune_malloc"):
+            malloc.tune()
         self.stats = ClientStats()
         self._timeout_s = options.get("timeout_s", 5.0)
         self._transport = options.get("transport") or open_transport(target, options, self.stats)

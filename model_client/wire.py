@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Required, TypedDict
 
 import torch
@@ -14,7 +16,9 @@ from model_client.errors import Internal, InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
     from google.protobuf.message import Message
+    from numpy.typing import NDArray
 
     from model_client.transport.base import TensorPlane
 
@@ -145,20 +149,31 @@ class InlinePlane:
 
     def read(self, message: pb.Tensor, device: torch.device) -> torch.Tensor:
         """A tensor of its own memory, on `device`."""
-        dtype = _FROM_WIRE.get(message.dtype)
-        if dtype is None:
-            raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
-        buffer: bytes | bytearray = message.data  # a copy of our own, so the tensor may lie in it, and be written to
-        if len(buffer) < 2:  # but for these, of which the interpreter has one for all
-            buffer = bytearray(buffer)
-        try:
-            flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
-            return flat.reshape(tuple(message.shape)).to(device)
-        except (RuntimeError, ValueError) as error:
-            raise Internal(f"the reply has a tensor of {len(buffer)} bytes and shape {list(message.shape)}") from error
+        content: bytes | bytearray = message.data  # a copy of our own, so the tensor may lie in it, and be written to
+        if len(content) < 2:  # but for these, of which the interpreter has one for all
+            content = bytearray(content)
+        return tensor_of(message, content, 0, len(content), device)
 
     def discard(self, message: Message) -> None:
         """Nothing is held."""
+
+
+def tensor_of(
+    message: pb.Tensor, buffer: bytes | bytearray | NDArray[np.uint8], offset: int, num_bytes: int, device: torch.device
+) -> torch.Tensor:
+    """The tensor that a message describes, whose elements are these bytes of a buffer. Raises Internal."""
+    dtype, shape = _FROM_WIRE.get(message.dtype), tuple(message.shape)
+    if dtype is None:
+        raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
+    count = math.prod(shape)
+    if count * dtype.itemsize != num_bytes or offset < 0:
+        raise Internal(f"the reply has a tensor of {num_bytes} bytes at {offset} and shape {list(shape)}")
+    if not num_bytes:
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape).to(device)
+    except ValueError as error:
+        raise Internal(f"the reply has a tensor beyond its bytes: {num_bytes} at {offset}") from error
 
 
 def wire_dtype(dtype: torch.dtype) -> pb.DataType.ValueType:
@@ -228,8 +243,9 @@ def empty_like(message: pb.Tensor) -> torch.Tensor:
     return torch.empty((layers, 0, *rest), dtype=_FROM_WIRE[message.dtype])
 
 
+@lru_cache(maxsize=64)
 def retrieve_options(retrieve: Retrieval) -> pb.RetrieveOptions:
-    """A Retrieval as a message."""
+    """A Retrieval as a message, to be copied from."""
     return pb.RetrieveOptions(
         top_k=retrieve.top_k,
         window_before=retrieve.before,

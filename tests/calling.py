@@ -62,9 +62,11 @@ class Conversation:
         self._outgoing: queue.Queue[pb.StepStreamRequest | None] = queue.Queue()
         self.answers = server.stub.StepStream(iter(self._outgoing.get, None), **call)  # type: ignore[arg-type]
 
-    def say(self, call_id: int, request: pb.StepRequest, timeout_s: float | None = None) -> None:
+    def say(
+        self, call_id: int, request: pb.StepRequest, timeout_s: float | None = None, max_piece_bytes: int = 0
+    ) -> None:
         """Sends one step."""
-        message = pb.StepStreamRequest(call_id=call_id, step=request)
+        message = pb.StepStreamRequest(call_id=call_id, step=request, max_piece_bytes=max_piece_bytes)
         if timeout_s is not None:
             message.timeout.FromMilliseconds(round(timeout_s * 1000))
         self._outgoing.put(message)

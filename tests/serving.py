@@ -19,7 +19,7 @@ from memstore.catalog import Catalog, NoCatalog
 from memstore.config import Config
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
-from memstore.grpc_front import SERVICE, GrpcFront
+from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
 from memstore.lending import Lending
 from memstore.listen import SERVER_OPTIONS, add_reflection
@@ -51,7 +51,7 @@ class Setting:
     clock: Clock = field(default_factory=SystemClock)
     capacity_bytes: int = 1 << 30
     max_memories: int = 100
-    stream_in_flight: int = 4
+    front: FrontLimits = field(default_factory=lambda: FrontLimits(stream_in_flight=4))
     port: int = 0
     lends: bool = False
     device: str = "cpu"
@@ -98,6 +98,7 @@ def serving(setting: Setting | None = None, *, loads: bool = True) -> Iterator[S
             registry.load().result()
         target = f"127.0.0.1:{port}"
         options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        options.append(("grpc.http2.bdp_probe", 0))  # what a reader that does not read takes in stays small
         with grpc.insecure_channel(target, options=options) as channel:
             yield Serving(
                 target=target,
@@ -148,7 +149,7 @@ async def _start(
         setting.authenticator,
         metrics,
         setting.clock,
-        stream_in_flight=setting.stream_in_flight,
+        setting.front,
         lending=lending,
     )
     health = Health(registry)

@@ -320,7 +320,7 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class RegionSlice(_message.Message):
-    """A slice of a memory region that the server made for one session."""
+    """A slice of a memory region that the server made for one session; or, on PLANE_INLINE, of the pieces of an answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -332,7 +332,7 @@ class RegionSlice(_message.Message):
     plane: Global___Plane.ValueType
     """The plane that the region belongs to."""
     region: _builtins.int
-    """The region's number within the session, as the server gave it."""
+    """The region's number within the session, as the server gave it; on PLANE_INLINE the call_id."""
     offset_bytes: _builtins.int
     """First byte, 0 or more."""
     length_bytes: _builtins.int
@@ -1131,9 +1131,14 @@ class StepStreamRequest(_message.Message):
 
     CALL_ID_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
+    MAX_PIECE_BYTES_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     """The caller's number for this step, given back with its answer."""
+    max_piece_bytes: _builtins.int
+    """The longest piece of its answer that the caller takes, in bytes, 65,536 or more; the server's own are of 1 MiB at
+    most. 0: the answer comes as one message, tensors inside. INVALID_ARGUMENT otherwise.
+    """
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """How long the caller waits; absent: as long as the stream lives. DEADLINE_EXCEEDED once it is over."""
@@ -1147,11 +1152,12 @@ class StepStreamRequest(_message.Message):
         *,
         call_id: _builtins.int = ...,
         timeout: _duration_pb2.Duration | None = ...,
+        max_piece_bytes: _builtins.int = ...,
         step: Global___StepRequest | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "step", b"step", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "max_piece_bytes", b"max_piece_bytes", "step", b"step", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1159,15 +1165,26 @@ Global___StepStreamRequest: _TypeAlias = StepStreamRequest  # noqa: Y015
 
 @_typing.final
 class StepStreamResponse(_message.Message):
-    """The answer to one step of a stream."""
+    """The answer to one step of a stream, or a part of it.
+
+    Where the caller takes pieces, the tensors of the answer are RegionSlices of PLANE_INLINE: of its pieces, put together
+    in the order of their arrival. The first message has the outcome and the first piece, those that follow have the other
+    pieces alone; no message of another answer comes between. Each is made when the one before has been taken.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CALL_ID_FIELD_NUMBER: _builtins.int
+    PIECES_BYTES_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     """The number of the step that this answers."""
+    pieces_bytes: _builtins.int
+    """Length in bytes of all pieces of this answer, at most the message limit of ServerInfo; given with the outcome."""
+    piece: _builtins.bytes
+    """The next bytes of the answer's tensors; those between the slices mean nothing."""
     @_builtins.property
     def failure(self) -> Global___Failure:
         """Why the step was not done. The stream goes on."""
@@ -1180,12 +1197,14 @@ class StepStreamResponse(_message.Message):
         self,
         *,
         call_id: _builtins.int = ...,
+        pieces_bytes: _builtins.int = ...,
+        piece: _builtins.bytes = ...,
         failure: Global___Failure | None = ...,
         step: Global___StepResponse | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failure", b"failure", "outcome", b"outcome", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failure", b"failure", "outcome", b"outcome", "piece", b"piece", "pieces_bytes", b"pieces_bytes", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["failure", "step"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

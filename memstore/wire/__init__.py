@@ -3,6 +3,7 @@
 from memstore.wire.batch import StepLike, decode_batch
 from memstore.wire.control import decode_fork, encode_fork, sequence_names
 from memstore.wire.fields import memory_name
+from memstore.wire.frames import answer_frames, failure_frame, piece_bytes
 from memstore.wire.lent import decode_mapped, found_states, leave_states, writer_name
 from memstore.wire.limits import MAX_MESSAGE_BYTES
 from memstore.wire.reply import Reply
@@ -12,6 +13,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "Reply",
     "StepLike",
+    "answer_frames",
     "decode_batch",
     "decode_fork",
     "decode_mapped",
@@ -20,9 +22,11 @@ __all__ = [
     "encode_fork",
     "encode_spec",
     "encode_time",
+    "failure_frame",
     "found_states",
     "leave_states",
     "memory_name",
+    "piece_bytes",
     "sequence_names",
     "writer_name",
 ]

@@ -34,5 +34,8 @@ MAX_PARTS = 4_096
 MAX_TOP_K = 1_024
 MAX_WINDOW_SIDE = 64
 MAX_MESSAGE_BYTES = 64 << 20
+MIN_PIECE_BYTES = 1 << 16
+"""Smallest longest piece that a caller may ask for: a message costs as much as the copying of it."""
+MAX_PIECE_BYTES = 1 << 20
 MAX_KEY_ABS = 1e17
 """Largest magnitude of a key's element: squares of 8,192 of them still have a finite sum in binary32."""

@@ -17,8 +17,8 @@ from google.protobuf import message_factory
 from memstore.v1 import memstore_pb2 as pb
 from model_client.errors import ClientClosed, InvalidRequest, MemstoreClientError
 from model_client.transport import status
+from model_client.transport.pieces import PiecesPlane
 from model_client.transport.stream import StepStream
-from model_client.wire import InlinePlane
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -104,8 +104,9 @@ def is_local(target: str) -> bool:
 class Connection:
     """A channel and its stream, both of one process."""
 
-    def __init__(self, options: GrpcOptions, stats: ClientStats) -> None:
+    def __init__(self, options: GrpcOptions, plane: PiecesPlane, stats: ClientStats) -> None:
         self.process_id = os.getpid()
+        self._plane = plane
         self.channel = _open_channel(options)
         self._options = options
         self._stats = stats
@@ -170,7 +171,7 @@ class Connection:
                 self._reopen_at = time.monotonic() + REOPEN_S
                 self._stream = None
             if self._stream is None and self._may_stream and time.monotonic() >= self._reopen_at:
-                self._stream = StepStream(self.channel, self._options.metadata, self._count_received)
+                self._stream = StepStream(self.channel, self._options.metadata, self._plane, self._count_received)
             return self._stream
 
     def _count_received(self, num_bytes: int) -> None:
@@ -185,7 +186,7 @@ class GrpcTransport:
 
     def __init__(self, options: GrpcOptions, stats: ClientStats) -> None:
         self.name = "grpc-stream" if options.use_stream else "grpc"
-        self.plane = InlinePlane()
+        self.plane = PiecesPlane()
         self._options = options
         self._stats = stats
         self._lock = threading.Lock()
@@ -218,7 +219,7 @@ class GrpcTransport:
             if self._connection is None or self._connection.process_id != os.getpid():
                 if self._connection is not None:
                     _ABANDONED.append(self._connection.channel)
-                self._connection = Connection(self._options, self._stats)
+                self._connection = Connection(self._options, self.plane, self._stats)
             return self._connection
 
 

@@ -10,18 +10,24 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 
 from memstore.v1 import memstore_pb2 as pb
 from model_client.errors import ClientClosed, Late, MemstoreClientError, NotAllowed, NotAuthenticated, Unavailable
 from model_client.transport import status
+from model_client.transport.pieces import MAX_PIECE_BYTES, Answer, Assembly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from google.protobuf.message import Message
 
+    from model_client.transport.pieces import PiecesPlane
+
 METHOD = "/memstore.v1.MemoryService/StepStream"
+_numbers = itertools.count(1)
+"""Of the steps of all streams, so that no two that are under way have the same."""
+
 GRACE_S = 1.0
 """How long after its deadline an unanswered step is still waited for."""
 
@@ -32,12 +38,16 @@ class StepStream:
     """Steps sent in order, several under way at once. Its reader thread ends with the stream."""
 
     def __init__(
-        self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...], on_received: Callable[[int], None]
+        self,
+        channel: grpc.Channel,
+        metadata: tuple[tuple[str, str], ...],
+        plane: PiecesPlane,
+        on_received: Callable[[int], None],
     ) -> None:
         self.is_supported = True
+        self._plane = plane
         self._on_received = on_received
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[Future[Message], float]] = {}
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._is_closed = False
@@ -56,7 +66,7 @@ class StepStream:
 
     def send(self, step: bytes, timeout_s: float) -> Future[Message] | None:
         """Sends one StepRequest in wire form; None where the stream is broken, and then nothing was sent."""
-        number = next(self._numbers)
+        number = next(_numbers)
         future: Future[Message] = Future()
         now = time.monotonic()
         with self._lock:
@@ -78,15 +88,22 @@ class StepStream:
         self._reader.join()
 
     def _read(self) -> None:
+        assembly = Assembly()
         try:
             for content in self._call:
                 self._on_received(len(content))
-                self._answer(pb.StepStreamResponse.FromString(content))
+                answer = assembly.add(content)
+                if answer is not None:
+                    self._answer(answer)
             self._end(Unavailable("the server ended the stream"))
         except grpc.RpcError:
             self._end(self._error())
+        except DecodeError as error:
+            self._call.cancel()
+            self._end(Unavailable(f"the server's messages are none of a stream of steps: {error}"))
 
-    def _answer(self, response: pb.StepStreamResponse) -> None:
+    def _answer(self, answer: Answer) -> None:
+        response = answer.message
         with self._lock:
             future, _ = self._waiting.pop(response.call_id, (None, 0.0))
         if future is None:  # it was late, and nobody waits for it any more
@@ -94,6 +111,7 @@ class StepStream:
         if response.WhichOneof("outcome") == "failure":
             future.set_exception(status.from_stream(response.failure))
         else:
+            self._plane.keep(answer)
             future.set_result(response.step)
 
     def _error(self) -> MemstoreClientError:
@@ -118,10 +136,9 @@ class StepStream:
 
 def _framed(number: int, timeout_s: float, step: bytes) -> bytes:
     """A StepStreamRequest in wire form, without another copy of the step as a message."""
-    timeout = Duration()
-    timeout.FromNanoseconds(int(timeout_s * 1e9))
-    head = pb.StepStreamRequest(call_id=number, timeout=timeout).SerializeToString()
-    return b"".join((head, _STEP_TAG, _varint(len(step)), step))
+    head = pb.StepStreamRequest(call_id=number, max_piece_bytes=MAX_PIECE_BYTES)
+    head.timeout.FromNanoseconds(int(timeout_s * 1e9))
+    return b"".join((head.SerializeToString(), _STEP_TAG, _varint(len(step)), step))
 
 
 def _varint(value: int) -> bytes:

@@ -286,11 +286,12 @@ class Store(RuleBasedStateMachine):
 
     def call(self, request: pb.StepRequest, which: int = 0) -> wire.StepResult:
         """Sends a request as it is, until no session has the lease of its sequences."""
+        transport = self.clients[which]._transport
         until = time.monotonic() + 30
         while True:
             try:
-                answer: Any = self.clients[which]._transport.call("Step", request, 30.0).result(timeout=30)
-                return wire.step_result(wire.InlinePlane(), answer, CPU)
+                answer: Any = transport.call("Step", request, 30.0).result(timeout=30)
+                return wire.step_result(transport.plane, answer, CPU)
             except errors.NotReady:
                 assert time.monotonic() < until, "it is never ready"
 

@@ -16,7 +16,7 @@ ORDER = """
     ring window region slab control lease search host index sequence lent lender
     retrieval appending row_bytes changes log journal ledger still memory
     folder snapshot recovery archive
-    admission capacity catalog store device plane
+    admission capacity catalog store device plane replies
     wire status auth registry snapshotter metrics service
     embedded mapped lending listen grpc_front health
     server console __main__

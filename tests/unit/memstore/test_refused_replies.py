@@ -79,7 +79,7 @@ def test_no_room_to_stage_changes_nothing(memory: Memory, monkeypatch: pytest.Mo
 
 def test_a_reply_beyond_a_message_leaves_its_append_undone(server: Serving) -> None:
     server.stub.Step(step(rows=3))
-    server.front._plane.max_reply_bytes = 50
+    server.front.max_reply_bytes = 50
     error = fails(server, "Step", step(rows=1, seq=1))
     assert isinstance(error, QuotaExceeded)
     assert int(error.metadata["reply_bytes"]) > 50
@@ -89,15 +89,15 @@ def test_a_reply_beyond_a_message_leaves_its_append_undone(server: Serving) -> N
 
 
 def test_a_session_goes_on_after_a_reply_that_was_too_large(server: Serving) -> None:
-    plane = server.front._plane
-    most = plane.max_reply_bytes
+    front = server.front
+    most = front.max_reply_bytes
     with MemoryClient(server.target) as client:
         session = client.session("notes", ["a"])
         session.append(torch.full((3, 4), 1.0), [3])
-        plane.max_reply_bytes = 100
+        front.max_reply_bytes = 100
         with pytest.raises(errors.QuotaExceeded):
             session.step(torch.full((1, 4), 2.0), [1], retrieve=Retrieval(top_k=3, after=2), append=True)
-        plane.max_reply_bytes = most
+        front.max_reply_bytes = most
         session.append(torch.full((1, 4), 3.0), [1])
         found = session.retrieve(torch.zeros(1, 4), [1], Retrieval(top_k=8))
     assert found.hits is not None
