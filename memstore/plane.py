@@ -207,7 +207,8 @@ class ProcessPlane:
         return number
 
     def discard(self, message: Message) -> None:
-        numbers = [tensor.region.region for tensor in tensors_of(message) if tensor.HasField("region")]
+        regions = [tensor.region for tensor in tensors_of(message) if tensor.HasField("region")]
+        numbers = [region.region for region in regions if region.plane == pb.PLANE_PROCESS]
         with self._lock:
             for number in numbers:
                 self._regions.pop(number, None)

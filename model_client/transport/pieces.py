@@ -99,7 +99,7 @@ class PiecesPlane(InlinePlane):
 
     def discard(self, message: Message) -> None:
         """Lets go of the pieces of an answer."""
-        if isinstance(message, pb.StepResponse):
+        if isinstance(message, pb.StepResponse) and message.hits.index.region.plane == pb.PLANE_INLINE:
             self._kept.pop(message.hits.index.region.region, None)
 
 

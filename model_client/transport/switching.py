@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memstore.v1 import memstore_pb2 as pb
+
 if TYPE_CHECKING:
     import torch
     from google.protobuf.message import Message
 
     from memstore.plane import MixedPlane
-    from memstore.v1 import memstore_pb2 as pb
     from model_client.transport.base import TensorPlane
 
 
@@ -45,12 +46,13 @@ class SwitchingPlane:
 
     def read(self, message: pb.Tensor, device: torch.device) -> torch.Tensor:
         """However it travelled."""
-        if self._handed is None or not message.HasField("region"):
+        if self._handed is None or message.region.plane != pb.PLANE_PROCESS:
             return self._inline.read(message, device)
         return self._handed.read(message, "reply").to(device)
 
     def discard(self, message: Message) -> None:
-        """Lets go of what was handed over and not read."""
+        """Lets go of what has come and was not read."""
+        self._inline.discard(message)
         if self._handed is not None:
             self._handed.discard(message)
 
