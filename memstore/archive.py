@@ -51,7 +51,7 @@ class Archive:
     def create(cls, folder: MemoryFolder, identity: str, spec: MemorySpec, syncer: Asked) -> Archive:
         """A memory that is new: whatever its folder held is removed. Raises OSError."""
         folder.disk.remove_folder(folder.path)
-        return cls._begin(folder, identity, spec, syncer, number=1, segment=1)
+        return cls._begin(folder, identity, spec, syncer)
 
     @classmethod
     def recover(
@@ -65,9 +65,7 @@ class Archive:
         """A memory as its folder has it; `memory` is new, and filled. Raises Corrupt and OSError."""
         found = Recovery(folder, identity, progress).run(memory)
         folder.mark_open()  # before the log goes on; its name is gone for good once the new segment's is there
-        archive = cls._begin(
-            folder, identity, memory.spec, syncer, number=found.next_number, segment=found.next_segment
-        )
+        archive = cls._begin(folder, identity, memory.spec, syncer, found)
         archive.journal.count_replayed(found.num_steps, found.log_bytes)
         memory.keeper = archive.journal
         if found.is_loss_possible and archive.journal.may_lose:
@@ -76,9 +74,13 @@ class Archive:
 
     @classmethod
     def _begin(
-        cls, folder: MemoryFolder, identity: str, spec: MemorySpec, syncer: Asked, *, number: int, segment: int
+        cls, folder: MemoryFolder, identity: str, spec: MemorySpec, syncer: Asked, found: Recovered | None = None
     ) -> Archive:
-        head = Head(identity=identity, boot_id=folder.disk.boot_id())
+        """Goes on behind what was found; None for a memory that is new."""
+        segment, number, is_behind_loss = 1, 1, False
+        if found is not None:
+            segment, number, is_behind_loss = found.next_segment, found.next_number, found.is_loss_possible
+        head = Head(identity, folder.disk.boot_id(), is_behind_loss)
         journal = Journal(folder.disk.create(folder.segment(segment)), head, number, spec, syncer)
         return cls(folder, identity, segment, journal)
 

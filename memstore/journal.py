@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from memstore import changes as codec
@@ -202,7 +203,7 @@ class Journal:
         """Goes on in a new segment, an empty file; its number. Called by the device's thread. Raises OSError."""
         number = self._next
         try:
-            write_head(file, self._head, number, self._synced)
+            write_head(file, replace(self._head, is_behind_loss=False), number, self._synced)
         except OSError:
             file.truncate(0)
             raise

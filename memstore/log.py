@@ -46,12 +46,16 @@ class Record:
     body: memoryview
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Head:
-    """The first record of a segment. boot_id: the life of the machine it was written in."""
+    """The first record of a segment. boot_id: the life of the machine it was written in.
+
+    is_behind_loss: what was acknowledged before it may be gone; the record behind it gives new epochs.
+    """
 
     identity: str
     boot_id: str
+    is_behind_loss: bool = False
 
 
 def frame(kind: int, number: int, synced: int, parts: Sequence[Buffer]) -> list[Buffer]:
@@ -67,6 +71,8 @@ def frame(kind: int, number: int, synced: int, parts: Sequence[Buffer]) -> list[
 def write_head(file: AppendFile, head: Head, number: int, synced: int) -> None:
     """Begins a segment."""
     content = {"format": FORMAT, "identity": head.identity, "boot_id": head.boot_id}
+    if head.is_behind_loss:
+        content["is_behind_loss"] = True
     file.write(frame(HEAD, number, synced, [json.dumps(content).encode()]))
 
 
@@ -75,7 +81,8 @@ def read_head(record: Record, name: str) -> Head:
     try:
         content = json.loads(bytes(record.body))
         if record.kind == HEAD and content["format"] == FORMAT:
-            return Head(identity=str(content["identity"]), boot_id=str(content["boot_id"]))
+            is_behind_loss = bool(content.get("is_behind_loss", False))
+            return Head(str(content["identity"]), str(content["boot_id"]), is_behind_loss)
     except (ValueError, KeyError, TypeError) as error:
         raise Corrupt(f"{name}: its head cannot be read") from error
     raise Corrupt(f"{name}: not a log of format {FORMAT}")

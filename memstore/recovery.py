@@ -47,6 +47,13 @@ class _Segment:
     end: int
     size: int
     next_number: int
+    num_steps: int
+
+    def is_behind_loss(self, boot_id: str) -> bool:
+        """Whether what was acknowledged may be gone and no new epochs were given since, where this is the last one."""
+        if self.head is None or self.head.boot_id != boot_id:
+            return True
+        return self.head.is_behind_loss and self.num_steps == 0
 
     @property
     def is_torn(self) -> bool:
@@ -84,14 +91,14 @@ class Recovery:
         if closed_at is not None and closed_at != next_number:
             raise Corrupt(f"{folder.path}: the log ends before record {next_number}, and was closed at {closed_at}")
         next_segment = self._tidy(read, list(sizes), first)
-        boot_ids = [segment.head.boot_id for segment in read if segment.head is not None]
+        last = next(segment for segment in reversed(read) if segment.head is not None)
         return Recovered(
             next_number=next_number,
             next_segment=next_segment,
             num_steps=self._num_steps,
             log_bytes=sum(segment.end for segment in read),
             cut_bytes=sum(sizes.values()) - sum(segment.end for segment in read),
-            is_loss_possible=closed_at is None and boot_ids[-1] != folder.disk.boot_id(),
+            is_loss_possible=closed_at is None and last.is_behind_loss(folder.disk.boot_id()),
         )
 
     def _newest(self) -> tuple[Snapshot | None, int]:
@@ -140,19 +147,20 @@ class Recovery:
         """Does what a segment says. Raises Corrupt where it is bad and that is no torn end."""
         path = self._folder.segment(number)
         file = self._folder.disk.open(path)
-        reader, head = SegmentReader(file), None
+        reader, head, num_steps = SegmentReader(file), None, 0
         try:
             for record in reader.records(next_number):
                 if head is None:
                     head = self._head(record, path)
                 elif record.kind == STEP:
                     memory.redo(*read_step(record.body))
-                    self._num_steps += 1
+                    num_steps += 1
                 else:
                     raise Corrupt(f"{path}: a record of kind {record.kind} where a step should be")
                 next_number = record.number + 1
                 self._advance(len(record.body))
-            segment = _Segment(number, head, reader.end, file.size, next_number)
+            segment = _Segment(number, head, reader.end, file.size, next_number, num_steps)
+            self._num_steps += num_steps
             if segment.is_torn:
                 self._check_torn(reader, segment, head or before, later)
             return segment

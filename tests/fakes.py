@@ -50,7 +50,7 @@ class FakeDisk:
 
     is_full: every write fails, after half of it. cannot_sync: every sync fails. kill() ends the process: what was
     written is there. power_off() ends the machine: of what was not synced, the disk has as much as `random` says, and
-    maybe torn.
+    maybe torn; what was removed may be there again, unless its folder was synced since.
     """
 
     def __init__(self, random: Random | None = None) -> None:
@@ -60,6 +60,7 @@ class FakeDisk:
         self.num_syncs = 0
         self._random = random or Random(0)
         self._synced: dict[Path, bytes] = {}
+        self._removed: dict[Path, bytes] = {}
         self._boot = 1
         self._held: set[Path] = set()
 
@@ -74,6 +75,10 @@ class FakeDisk:
         for path, content in self.files.items():
             kept = self._synced.get(path, b"")
             self.files[path] = kept + self._torn(content[len(kept) :])
+        for path, content in self._removed.items():
+            if path not in self.files and self._random.random() < 0.5:
+                self.files[path] = content
+        self._removed.clear()
         self._synced = dict(self.files)
 
     def _torn(self, unsynced: bytes) -> bytes:
@@ -109,6 +114,7 @@ class FakeDisk:
         if self.is_full:
             raise OSError(28, "No space left on device")
         self.files[path] = self._synced[path] = b""
+        self._sync_names(path.parent)
         return FakeAppendFile(self, path)
 
     def open(self, path: Path) -> FakeReadFile:
@@ -128,10 +134,13 @@ class FakeDisk:
         for files in (self.files, self._synced):
             for path in [path for path in files if path == source or source in path.parents]:
                 files[target / path.relative_to(source)] = files.pop(path)
+        self._sync_names(target.parent)
 
     def remove_folder(self, path: Path) -> None:
         for each in [each for each in self.files if path in each.parents]:
-            self.remove(each)
+            self.files.pop(each)
+            self._synced.pop(each, None)
+        self._sync_names(path)
 
     def read(self, path: Path) -> bytes | None:
         return self.files.get(path)
@@ -140,10 +149,16 @@ class FakeDisk:
         if self.is_full:
             raise OSError(28, "No space left on device")
         self.files[path] = self._synced[path] = content
+        self._sync_names(path.parent)
 
     def remove(self, path: Path) -> None:
         self.files.pop(path, None)
-        self._synced.pop(path, None)
+        if path in self._synced:
+            self._removed[path] = self._synced.pop(path)
+
+    def _sync_names(self, folder: Path) -> None:
+        """What was removed from a folder does not come back."""
+        self._removed = {path: content for path, content in self._removed.items() if path.parent != folder}
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:

@@ -15,11 +15,12 @@ from memstore.archive import Archive
 from memstore.errors import MemstoreError
 from memstore.folder import MemoryFolder
 from memstore.memory import Memory
+from memstore.still import Still
 from memstore.types import Durability, MemorySpec, RetrieveOptions, SequencePart, SequenceResult, StepBatch, StepResult
 from tests.fakes import Diligent, FakeDisk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from memstore.recovery import Recovered
 
@@ -39,12 +40,12 @@ class Life:
         *,
         is_new: bool = False,
         syncer: Diligent | None = None,
-        epochs: itertools.count[int] | None = None,
+        epochs: Iterator[int] | None = None,
     ) -> None:
         self.disk = disk
         self.folder = MemoryFolder(FOLDER, disk)
         self.syncer = syncer or Diligent()
-        self.epochs = epochs or itertools.count(1)
+        self.epochs: Iterator[int] = epochs or itertools.count(1)
         self.memory = Memory(spec, torch.device("cpu"), new_epoch=self.epochs.__next__)
         self.found: Recovered | None = None
         if is_new:
@@ -144,8 +145,7 @@ def found(memory: Memory, name: str) -> StepResult:
 
 def picture(memory: Memory) -> Picture:
     """Everything there is to see of a memory, byte for byte."""
-    still = memory.hold_still()
-    memory.let_go()
+    still = Still(memory._slab, memory._table, memory.spec)  # one of its own: a snapshot may be under way
     rows: dict[str, list[bytes]] = {name: [] for name in still.sequences}
     names = {sequence.place: name for name, sequence in still.sequences.items()}
     for piece in still.pieces:
