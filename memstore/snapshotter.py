@@ -47,7 +47,7 @@ class Snapshotter:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stopping.wait(CHECK_S):
+        while not self._stopping.wait(min(CHECK_S, self._interval_s)):
             for loaded in self._registry.all():
                 if self._stopping.is_set():
                     return

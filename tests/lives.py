@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from memstore.recovery import Recovered
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 FOLDER = Path("/data/memories/t/m")
 SPEC = MemorySpec(name="m", dim=2, capacity=4, max_sequences=3, dtype=torch.float16, durability=Durability.ALWAYS)
 Picture = dict[str, object]
@@ -41,12 +42,13 @@ class Life:
         is_new: bool = False,
         syncer: Diligent | None = None,
         epochs: Iterator[int] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.disk = disk
         self.folder = MemoryFolder(FOLDER, disk)
         self.syncer = syncer or Diligent()
         self.epochs: Iterator[int] = epochs or itertools.count(1)
-        self.memory = Memory(spec, torch.device("cpu"), new_epoch=self.epochs.__next__)
+        self.memory = Memory(spec, device, new_epoch=self.epochs.__next__)
         self.found: Recovered | None = None
         if is_new:
             self.archive = Archive.create(self.folder, "m", spec, self.syncer)
@@ -58,7 +60,12 @@ class Life:
 
     def again(self) -> Life:
         """The next life, after whatever happened to the disk."""
-        return Life(self.disk, self.memory.spec, syncer=self.syncer, epochs=self.epochs)
+        memory = self.memory
+        return Life(self.disk, memory.spec, syncer=self.syncer, epochs=self.epochs, device=memory.device)
+
+    def blank(self) -> Memory:
+        """An empty memory of the same spec."""
+        return Memory(self.memory.spec, self.memory.device, new_epoch=self.epochs.__next__)
 
     def append(
         self,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Process:
     """`memstore serve` with a JSON log, its data in a folder."""
 
-    def __init__(self, folder: Path, *arguments: str, optimised: bool = False) -> None:
-        command = [sys.executable, *(["-O"] if optimised else []), "-m", "memstore", "serve"]
+    def __init__(self, folder: Path, *arguments: str, optimised: bool = False, program: str = "memstore") -> None:
+        command = [sys.executable, *(["-O"] if optimised else []), "-m", program, "serve"]
         command += ["--data", str(folder), "--log-format", "json", "--metrics-port", "0", "--threads", "1"]
         self._process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
         self.channel: grpc.Channel | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 import torch
 
+from memstore import still
 from memstore.errors import Corrupt, MemstoreError, NotReady, ReadOnly
 from memstore.memory import Memory
 from memstore.types import Durability, Metric, StepBatch
@@ -251,6 +252,8 @@ class Simulation:
                 candidate = [*calls[:number], *before, *last]
                 pictures = self.replayed(candidate)
                 if pictures is not None and pictures[-1] == got:
+                    # What was acknowledged may be gone only where every sequence has a new epoch.
+                    assert number >= self.answered or before or last
                     self.calls, self.pictures = candidate, pictures
                     self.answered = self.synced = len(candidate)
                     return
@@ -323,7 +326,8 @@ def _taken(memory: Memory, step: StepBatch) -> None:
 
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + SEEDS, 10))
 @pytest.mark.timeout(600)
-def test_whatever_happens_no_answer_is_taken_back(seed: int) -> None:
+def test_whatever_happens_no_answer_is_taken_back(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(still, "PIECE_BYTES", 1)  # a row at a time, so that much comes between
     for each in range(seed, min(seed + 10, FIRST_SEED + SEEDS)):
         try:
             Simulation(each).run(60)
