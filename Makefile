@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEXT ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench goals stubs install clean
+.PHONY: demo test soak check bench goals stubs install clean
 
 install: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# Hours: 100,000 seeds of the simulation, and thousands of killed servers.
+soak: install
+	SIMULATION_SEEDS=100000 KILLS=3000 $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 86400 tests/sim tests/crash
 
 check: install
 	$(BIN)/ruff check .

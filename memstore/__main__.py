@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memstore import config, console
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "serve":
             return _serve(options)
+        if options.command in ("verify", "restore"):
+            return _offline(options)
         return console.run(options, os.environ)
     except config.ConfigError as error:
         return _complain(options.command, str(error), USAGE)
@@ -50,6 +53,13 @@ def _parser(added: Sequence[str]) -> argparse.ArgumentParser:
     )
     config.add_flags(serve)
     console.add_commands(commands)
+    verify = commands.add_parser("verify", help="read a data folder, and check every checksum; exit with 1 for damage")
+    verify.add_argument("folder", type=Path, help="of a server that is stopped, or a copy of it")
+    restore = commands.add_parser("restore", help="verify a backup, and copy it to a new data folder")
+    restore.add_argument("backup", type=Path, help="a copy of a data folder")
+    restore.add_argument("folder", type=Path, help="the new data folder; it must not exist, or be empty")
+    for offline in (verify, restore):
+        offline.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -68,6 +78,20 @@ def _serve(options: argparse.Namespace) -> int:
         return _complain("serve", error.message, FAILURE)
     except OSError as error:
         return _complain("serve", f"{error.filename or 'system'}: {error.strerror or error}", FAILURE)
+
+
+def _offline(options: argparse.Namespace) -> int:
+    """The commands that look at a data folder without a server. They read the same files, which takes torch."""
+    from memstore import backup
+    from memstore.errors import MemstoreError
+    from memstore.seams import SystemDisk
+
+    try:
+        return backup.run(options, SystemDisk())
+    except MemstoreError as error:
+        return _complain(options.command, error.message, FAILURE)
+    except OSError as error:
+        return _complain(options.command, f"{error.filename or 'system'}: {error.strerror or error}", FAILURE)
 
 
 def _complain(command: str, text: str, code: int) -> int:

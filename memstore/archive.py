@@ -68,8 +68,9 @@ class Archive:
         archive = cls._begin(folder, identity, memory.spec, syncer, found)
         archive.journal.count_replayed(found.num_steps, found.log_bytes)
         memory.keeper = archive.journal
-        if found.is_loss_possible and archive.journal.may_lose:
+        if found.is_restored or (found.is_loss_possible and archive.journal.may_lose):
             memory.renew()
+        folder.forget_restored()
         return archive, found
 
     @classmethod

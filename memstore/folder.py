@@ -5,6 +5,7 @@ DATA/memories/TENANT/NAME/
     snapshot-00000002/                  the memory as it was when log-00000002 began
     .snapshot-00000003/                 one that is being written; removed at the next start
     closed                              where the log ended when the server stopped in order
+    restored                            until the first start after `memstore restore`
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from memstore.seams import Disk
 
 MEMORIES = "memories"
-CLOSED = "closed"
+CLOSED, RESTORED = "closed", "restored"
 _NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")
 
 
@@ -97,6 +98,19 @@ class MemoryFolder:
     def mark_open(self) -> None:
         """The log will be written."""
         self.disk.remove(self.path / CLOSED)
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether these are the files of a backup, which no server has opened yet."""
+        return self.disk.read(self.path / RESTORED) is not None
+
+    def mark_restored(self) -> None:
+        """Says that these are the files of a backup: positions that came after it are not given again as they were."""
+        self.disk.replace(self.path / RESTORED, b"restored\n")
+
+    def forget_restored(self) -> None:
+        """A server goes on from here."""
+        self.disk.remove(self.path / RESTORED)
 
     def _numbers(self, kind: str) -> list[int]:
         matches = (_NUMBERED.fullmatch(name) for name in self.disk.names(self.path))

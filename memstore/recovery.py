@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from memstore.errors import Corrupt
 from memstore.journal import read_step
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from memstore.changes import Change
     from memstore.folder import MemoryFolder
     from memstore.log import Record
     from memstore.memory import Memory
@@ -28,14 +29,17 @@ class Recovered:
     """How a memory was found. cut_bytes: of a record that was being written when everything stopped.
 
     is_loss_possible: the machine went down while the log was open, so that what was not synced may be gone.
+    is_restored: these are files of a backup, and what came after it was made is gone.
     """
 
+    first_segment: int
     next_number: int
     next_segment: int
     num_steps: int
     log_bytes: int
     cut_bytes: int
     is_loss_possible: bool
+    is_restored: bool
 
 
 @dataclass(slots=True)
@@ -61,19 +65,74 @@ class _Segment:
         return self.end < self.size or self.head is None
 
 
+class Target(Protocol):
+    """What a memory's files are read into."""
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Takes over a snapshot, and checks all of it. Raises Corrupt."""
+
+    def redo(self, changes: Sequence[Change], content: memoryview) -> None:
+        """Does changes once more, with the bytes of their rows. Raises Corrupt."""
+
+
+class Filling:
+    """Fills a memory."""
+
+    def __init__(self, memory: Memory, advance: Callable[[int], None]) -> None:
+        self._memory = memory
+        self._advance = advance
+        self.redo = memory.redo
+
+    def load(self, snapshot: Snapshot) -> None:
+        memory, state = self._memory, snapshot.state(self._memory.spec)
+        try:
+            memory.restore(state.sequences, state.appended_rows, state.evicted_rows)
+            for chunk, content in snapshot.rows(memory.row_bytes):
+                place = state.sequences[chunk.sequence].place
+                memory.put([(place, chunk.position, chunk.num_rows)], content)
+                self._advance(len(content))
+        except (ValueError, KeyError) as error:
+            raise Corrupt(f"the snapshot contradicts itself: {error}") from error
+
+
+class Checking:
+    """Checks what can be checked without a memory."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def load(self, snapshot: Snapshot) -> None:
+        snapshot.verify()
+        self._advance(snapshot.num_bytes)
+
+    def redo(self, changes: Sequence[Change], content: memoryview) -> None:
+        """The record is whole, and has been read."""
+
+
 class Recovery:
     """Brings one memory back. The memory is new, and nobody else has it yet."""
 
     def __init__(self, folder: MemoryFolder, identity: str, progress: Callable[[int, int], None]) -> None:
-        """progress: is told how many bytes are read, of how many."""
+        """identity: of the memory; "" for whatever there is. progress: is told how many bytes are read, of how many."""
         self._folder = folder
-        self._identity = identity
+        self.identity = identity
         self._progress = progress
         self._num_steps = 0
         self._done_bytes = self._total_bytes = 0
 
     def run(self, memory: Memory) -> Recovered:
         """Fills the memory. Raises Corrupt and OSError; then files are as they were, and the memory is of no use."""
+        read, found = self._read(Filling(memory, self._advance))
+        self._tidy(read, found)
+        return found
+
+    def check(self) -> Recovered:
+        """Reads and checks all that `run` would, and changes nothing. Raises Corrupt and OSError."""
+        _, found = self._read(Checking(self._advance))
+        return found
+
+    def _read(self, target: Target) -> tuple[list[_Segment], Recovered]:
+        """Reads the newest snapshot and the log behind it into a target."""
         folder = self._folder
         snapshot, first = self._newest()
         sizes = {number: self._size(number) for number in folder.segments() if number >= first}
@@ -81,24 +140,28 @@ class Recovery:
         if numbers != list(range(first, first + len(numbers))) or not numbers:
             raise Corrupt(f"{folder.path}: segments {numbers} of the log are here, not all from {first} on")
         self._total_bytes = (0 if snapshot is None else snapshot.num_bytes) + sum(sizes.values())
-        next_number = 1
         if snapshot is not None:
-            self._load(snapshot, memory)
-            next_number = snapshot.number
-        read = self._replay_all(numbers, next_number, memory)
-        next_number = read[-1].next_number
+            self._check_identity(snapshot.identity, str(folder.path))
+            target.load(snapshot)
+        read = self._replay_all(numbers, 1 if snapshot is None else snapshot.number, target)
+        return read, self._found(read, first, sum(sizes.values()))
+
+    def _found(self, read: Sequence[_Segment], first: int, size: int) -> Recovered:
+        folder, next_number = self._folder, read[-1].next_number
         closed_at = folder.closed_at()
         if closed_at is not None and closed_at != next_number:
             raise Corrupt(f"{folder.path}: the log ends before record {next_number}, and was closed at {closed_at}")
-        next_segment = self._tidy(read, list(sizes), first)
         last = next(segment for segment in reversed(read) if segment.head is not None)
+        kept_bytes = sum(segment.end for segment in read)
         return Recovered(
+            first_segment=first,
             next_number=next_number,
-            next_segment=next_segment,
+            next_segment=last.number + 1,
             num_steps=self._num_steps,
-            log_bytes=sum(segment.end for segment in read),
-            cut_bytes=sum(sizes.values()) - sum(segment.end for segment in read),
+            log_bytes=kept_bytes,
+            cut_bytes=size - kept_bytes,
             is_loss_possible=closed_at is None and last.is_behind_loss(folder.disk.boot_id()),
+            is_restored=folder.is_restored,
         )
 
     def _newest(self) -> tuple[Snapshot | None, int]:
@@ -117,32 +180,19 @@ class Recovery:
             return snapshot, number
         return None, 1
 
-    def _load(self, snapshot: Snapshot, memory: Memory) -> None:
-        if snapshot.identity != self._identity:
-            raise Corrupt(f"{self._folder.path}: its snapshot is that of another memory")
-        state = snapshot.state(memory.spec)
-        try:
-            memory.restore(state.sequences, state.appended_rows, state.evicted_rows)
-            for chunk, content in snapshot.rows(memory.row_bytes):
-                place = state.sequences[chunk.sequence].place
-                memory.put([(place, chunk.position, chunk.num_rows)], content)
-                self._advance(len(content))
-        except (ValueError, KeyError) as error:
-            raise Corrupt(f"{self._folder.path}: its snapshot contradicts itself: {error}") from error
-
-    def _replay_all(self, numbers: Sequence[int], next_number: int, memory: Memory) -> list[_Segment]:
+    def _replay_all(self, numbers: Sequence[int], next_number: int, target: Target) -> list[_Segment]:
         """Does what the segments say, up to the torn end of one; those behind it were never acknowledged."""
         read: list[_Segment] = []
         for at, number in enumerate(numbers):
             head = read[-1].head if read else None
-            read.append(self._replay(number, next_number, memory, head, numbers[at + 1 :]))
+            read.append(self._replay(number, next_number, target, head, numbers[at + 1 :]))
             next_number = read[-1].next_number
             if read[-1].is_torn:
                 break
         return read
 
     def _replay(
-        self, number: int, next_number: int, memory: Memory, before: Head | None, later: Sequence[int]
+        self, number: int, next_number: int, target: Target, before: Head | None, later: Sequence[int]
     ) -> _Segment:
         """Does what a segment says. Raises Corrupt where it is bad and that is no torn end."""
         path = self._folder.segment(number)
@@ -153,7 +203,7 @@ class Recovery:
                 if head is None:
                     head = self._head(record, path)
                 elif record.kind == STEP:
-                    memory.redo(*read_step(record.body))
+                    target.redo(*read_step(record.body))
                     num_steps += 1
                 else:
                     raise Corrupt(f"{path}: a record of kind {record.kind} where a step should be")
@@ -169,9 +219,14 @@ class Recovery:
 
     def _head(self, record: Record, path: Path) -> Head:
         head = read_head(record, str(path))
-        if head.identity != self._identity:
-            raise Corrupt(f"{path}: a log of another memory")
+        self._check_identity(head.identity, str(path))
         return head
+
+    def _check_identity(self, identity: str, where: str) -> None:
+        """Raises Corrupt where a file belongs to another memory; without one given, the first file says which."""
+        self.identity = self.identity or identity
+        if identity != self.identity:
+            raise Corrupt(f"{where}: the files of another memory")
 
     def _check_torn(
         self, reader: SegmentReader, segment: _Segment, written_in: Head | None, later: Sequence[int]
@@ -197,18 +252,17 @@ class Recovery:
         finally:
             file.close()
 
-    def _tidy(self, read: Sequence[_Segment], numbers: Sequence[int], first: int) -> int:
-        """Cuts the torn end, syncs what is kept, and removes what is superfluous; the number of the next segment."""
-        folder, next_segment = self._folder, read[-1].number + (read[-1].head is not None)
-        for number in numbers:
-            if number >= next_segment:
+    def _tidy(self, read: Sequence[_Segment], found: Recovered) -> None:
+        """Cuts the torn end, syncs what is kept, and removes what is superfluous."""
+        folder = self._folder
+        for number in folder.segments():
+            if number >= found.next_segment:
                 folder.disk.remove(folder.segment(number))
         for segment in read:
             if segment.head is not None:  # what a killed process wrote may not be synced
                 folder.disk.truncate(folder.segment(segment.number), segment.end)
         folder.remove_partials()
-        folder.remove_before(first)
-        return next_segment
+        folder.remove_before(found.first_segment)
 
     def _size(self, number: int) -> int:
         file = self._folder.disk.open(self._folder.segment(number))

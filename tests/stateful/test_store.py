@@ -112,6 +112,7 @@ class Store(RuleBasedStateMachine):
             dtype=spec.dtype,
             metric=spec.metric.value,
             index=spec.index.value,
+            durability=spec.durability.value,
             payloads={each.name: (each.dtype, each.shape) for each in spec.payloads},
         )
         self.sessions = [client.session("m", NAMES) for client in self.clients]

@@ -19,7 +19,7 @@ ORDER = """
     admission capacity catalog store device plane replies
     wire status auth registry snapshotter metrics service
     embedded mapped lending listen grpc_front health
-    server console __main__
+    server console backup __main__
 """.split()
 PACKAGES = ("memstore", "model_client", "integration")
 # The one lazy import of an upper package: the client's in-process transport runs the server's own code.

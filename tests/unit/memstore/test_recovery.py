@@ -351,5 +351,5 @@ def test_files_of_another_memory_are_not_believed() -> None:
         if has_snapshot:
             life.snapshot()
         other = Memory(life.memory.spec, torch.device("cpu"), new_epoch=itertools.count(1).__next__)
-        with pytest.raises(Corrupt, match="another memory"):
+        with pytest.raises(Corrupt, match="of another memory"):
             life.archive.recover(life.folder, "other", other, life.syncer, lambda done, total: None)
