@@ -95,8 +95,8 @@ class Archive:
         with self._busy:
             if self._is_closing.is_set() or self.journal.failure:
                 return False
-            spare = self._spare = self._spare or self._folder.disk.create(self._folder.segment(self._segment + 1))
             self.has_failed = True
+            spare = self._spare = self._spare or self._folder.disk.create(self._folder.segment(self._segment + 1))
             try:
                 is_taken = self._take(memory, spare, control)
             finally:

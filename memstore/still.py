@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from memstore.slab import Slab, StagedRows
     from memstore.types import MemorySpec
 
-PIECE_BYTES = 4 << 20
-"""What is taken at once, at least one entry: about a millisecond of the device thread."""
+PIECE_BYTES = 1 << 20
+"""What is taken at once, at least one entry: less than a millisecond of the device thread."""
 
 
 @dataclass(frozen=True, slots=True)
