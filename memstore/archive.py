@@ -66,7 +66,7 @@ class Archive:
         found = Recovery(folder, identity, progress).run(memory)
         folder.mark_open()  # before the log goes on; its name is gone for good once the new segment's is there
         archive = cls._begin(folder, identity, memory.spec, syncer, found)
-        archive.journal.count_replayed(found.num_steps, found.log_bytes)
+        archive.journal.count_replayed(found.num_changes, found.log_bytes)
         memory.keeper = archive.journal
         if found.is_restored or (found.is_loss_possible and archive.journal.may_lose):
             memory.renew()

@@ -113,7 +113,7 @@ def _decode(content: memoryview, offset: int) -> tuple[Change, int]:
     end = middle + second_length
     if end > len(content):
         raise ValueError("a name is cut short")
-    first, second = (str(part, "utf-8") for part in (content[offset + _HEAD.size : middle], content[middle:end]))
+    first, second = str(content[offset + _HEAD.size : middle], "utf-8"), str(content[middle:end], "utf-8")
     match kind:
         case 1:
             epoch, num_rows, first_position = _APPENDED.unpack_from(content, end)

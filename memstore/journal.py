@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 INTERVAL_S = 0.5
 """How long `interval` waits with a sync, so that with the time of the sync itself it is within one second."""
+CHANGE_BYTES = 4096
+"""What a change costs at a restart beside its bytes, about 8 us, in bytes at 500 MB/s."""
 ALIGNMENT = 64
 """Rows begin at a multiple of this within a record's body."""
 _log = logging.getLogger(__name__)
@@ -126,7 +128,7 @@ class Journal:
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
         self._retired: list[AppendFile] = []
-        self._retired_bytes = self._retired_steps = self._steps = 0
+        self._retired_bytes = self._retired_changes = self._changes = 0
         self._waiting: deque[tuple[int, Callable[[ReadOnly | None], None]]] = deque()
         self._failure = ""
         self._has_failed = self._is_refusing = False
@@ -145,6 +147,11 @@ class Journal:
     def log_bytes(self) -> int:
         """Bytes written since the segment before the last snapshot."""
         return self._retired_bytes + self._end
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes of a snapshot that take as long to read as this log takes to be done once more."""
+        return self.log_bytes + CHANGE_BYTES * self.num_kept
 
     @property
     def failure(self) -> str:
@@ -168,7 +175,7 @@ class Journal:
         self._end = self._file.size
         with self._lock:
             self._next += 1
-            self._steps += 1
+            self._changes += len(changes)
             must_ask = self.durability is Durability.INTERVAL and not self._is_asked
             self._is_asked |= must_ask
         if must_ask:
@@ -210,7 +217,7 @@ class Journal:
         with self._lock:
             self._retired.append(self._file)
             self._retired_bytes += self._end
-            self._retired_steps, self._steps = self._retired_steps + self._steps, 0
+            self._retired_changes, self._changes = self._retired_changes + self._changes, 0
             self._file, self._end = file, file.size
             self._next += 1
         return number
@@ -232,17 +239,17 @@ class Journal:
 
     @property
     def num_kept(self) -> int:
-        """Changes, call by call, that are in no snapshot."""
-        return self._retired_steps + self._steps
+        """Changes that are in no snapshot."""
+        return self._retired_changes + self._changes
 
-    def count_replayed(self, num_steps: int, num_bytes: int) -> None:
+    def count_replayed(self, num_changes: int, num_bytes: int) -> None:
         """Counts what the segments before this one hold."""
-        self._retired_steps += num_steps
+        self._retired_changes += num_changes
         self._retired_bytes += num_bytes
 
     def forget_retired(self) -> None:
         """A snapshot holds what the earlier segments held."""
-        self._retired_bytes = self._retired_steps = 0
+        self._retired_bytes = self._retired_changes = 0
 
     def close(self, why: str) -> None:
         """Syncs, answers those who wait, and gives the file back; nothing is written any more, for this reason."""

@@ -35,7 +35,7 @@ class Recovered:
     first_segment: int
     next_number: int
     next_segment: int
-    num_steps: int
+    num_changes: int
     log_bytes: int
     cut_bytes: int
     is_loss_possible: bool
@@ -51,13 +51,13 @@ class _Segment:
     end: int
     size: int
     next_number: int
-    num_steps: int
+    num_changes: int
 
     def is_behind_loss(self, boot_id: str) -> bool:
         """Whether what was acknowledged may be gone and no new epochs were given since, where this is the last one."""
         if self.head is None or self.head.boot_id != boot_id:
             return True
-        return self.head.is_behind_loss and self.num_steps == 0
+        return self.head.is_behind_loss and self.num_changes == 0
 
     @property
     def is_torn(self) -> bool:
@@ -117,7 +117,7 @@ class Recovery:
         self._folder = folder
         self.identity = identity
         self._progress = progress
-        self._num_steps = 0
+        self._num_changes = 0
         self._done_bytes = self._total_bytes = 0
 
     def run(self, memory: Memory) -> Recovered:
@@ -157,7 +157,7 @@ class Recovery:
             first_segment=first,
             next_number=next_number,
             next_segment=last.number + 1,
-            num_steps=self._num_steps,
+            num_changes=self._num_changes,
             log_bytes=kept_bytes,
             cut_bytes=size - kept_bytes,
             is_loss_possible=closed_at is None and last.is_behind_loss(folder.disk.boot_id()),
@@ -197,20 +197,21 @@ class Recovery:
         """Does what a segment says. Raises Corrupt where it is bad and that is no torn end."""
         path = self._folder.segment(number)
         file = self._folder.disk.open(path)
-        reader, head, num_steps = SegmentReader(file), None, 0
+        reader, head, num_changes = SegmentReader(file), None, 0
         try:
             for record in reader.records(next_number):
                 if head is None:
                     head = self._head(record, path)
                 elif record.kind == STEP:
-                    target.redo(*read_step(record.body))
-                    num_steps += 1
+                    changes, rows = read_step(record.body)
+                    target.redo(changes, rows)
+                    num_changes += len(changes)
                 else:
                     raise Corrupt(f"{path}: a record of kind {record.kind} where a step should be")
                 next_number = record.number + 1
                 self._advance(len(record.body))
-            segment = _Segment(number, head, reader.end, file.size, next_number, num_steps)
-            self._num_steps += num_steps
+            segment = _Segment(number, head, reader.end, file.size, next_number, num_changes)
+            self._num_changes += num_changes
             if segment.is_torn:
                 self._check_torn(reader, segment, head or before, later)
             return segment

@@ -61,7 +61,7 @@ class Snapshotter:
         if age_s >= self._interval_s:
             return True
         has_failed = loaded.archive.has_failed
-        return not has_failed and loaded.archive.journal.log_bytes >= log_limit(loaded.spec)
+        return not has_failed and loaded.archive.journal.replay_bytes >= log_limit(loaded.spec)
 
     def _take(self, loaded: Loaded) -> None:
         if loaded.archive is None:

@@ -200,7 +200,7 @@ class _Progress:
 
 
 def log_limit(spec: MemorySpec) -> int:
-    """Bytes of a log that call for a snapshot: as long as the rows themselves."""
+    """What a log may cost at a restart (Journal.replay_bytes) before a snapshot is due: as much as all rows."""
     return max(LEAST_LOG_BYTES, bytes_needed(spec))
 
 
