@@ -30,16 +30,18 @@ if TYPE_CHECKING:
 
 
 class SlowDisk(FakeDisk):
-    """A disk whose syncs end when they are let."""
+    """A disk whose syncs end when they are let, one by one or all."""
 
     def __init__(self) -> None:
         super().__init__()
         self.may_sync = threading.Event()
         self.is_syncing = threading.Event()
+        self.one = threading.Semaphore(0)
 
     def sync(self, path: Path) -> None:
         self.is_syncing.set()
-        self.may_sync.wait()
+        while not self.may_sync.is_set() and not self.one.acquire(timeout=0.01):
+            """Neither this one nor all may end."""
         super().sync(path)
 
 
@@ -77,10 +79,16 @@ def test_nobody_but_those_who_asked_for_it_waits_for_a_sync(worker: DeviceWorker
     assert worker.admission.num_requests == 3
     assert not any(each.done() for each in (first, second, third))
     num_syncs = disk.num_syncs
+    disk.is_syncing.clear()
+    disk.one.release()
+    first.result()
+    disk.is_syncing.wait()
+    assert not second.done()  # it came while the first was synced, and is not safe yet
+    assert not third.done()
     disk.may_sync.set()
-    for each in (first, second, third):
-        each.result()
-    assert disk.num_syncs <= num_syncs + 2  # the one under way, and one for all that came meanwhile
+    second.result()
+    third.result()
+    assert disk.num_syncs == num_syncs + 2  # one for the first, and one for all that came meanwhile
     syncer.close()
 
 
