@@ -127,6 +127,8 @@ class Archive:
         partial = self._folder.partial(number)
         disk.remove_folder(partial)
         self.journal.sync()
+        if self.journal.failure:  # a snapshot is of no use without the head of the segment behind it
+            return False
 
         def take(piece: Piece) -> list[memoryview]:
             if self._is_closing.is_set():
@@ -135,8 +137,8 @@ class Archive:
 
         try:
             write(disk, partial, state, still, take)
-        except MemstoreError:
-            disk.remove_folder(partial)
+        except (MemstoreError, OSError):
+            disk.remove_folder(partial)  # a full disk wants it back
             if self._is_closing.is_set():
                 return False
             raise

@@ -125,6 +125,40 @@ def test_a_snapshot_that_fails_leaves_what_was_there() -> None:
     assert life.again().picture() == before
 
 
+def test_a_disk_that_fills_up_while_a_snapshot_is_written_gets_its_room_back() -> None:
+    life = Life(FakeDisk(), is_new=True)
+    _fill(life)
+    before = life.picture()
+
+    def control(run: Callable[[], T], /) -> Future[T]:
+        outcome = life.control(run)
+        life.disk.is_full = True
+        return outcome
+
+    with pytest.raises(OSError, match="No space"):
+        life.archive.snapshot(life.memory, control)
+    assert life.archive.has_failed
+    assert life.disk.names(FOLDER) == ["log-00000001", "log-00000002"]
+    life.disk.is_full = False
+    assert life.snapshot()
+    assert not life.archive.has_failed
+    assert life.disk.names(FOLDER) == ["log-00000003", "snapshot-00000003"]
+    assert life.again().picture() == before
+
+
+def test_a_snapshot_is_not_taken_behind_a_log_that_cannot_be_synced() -> None:
+    life = Life(FakeDisk(), is_new=True)
+    _fill(life)
+
+    def control(run: Callable[[], T], /) -> Future[T]:
+        outcome = life.control(run)
+        life.disk.cannot_sync = life.disk.names(FOLDER) == ["log-00000001", "log-00000002"]
+        return outcome
+
+    assert not life.archive.snapshot(life.memory, control)
+    assert life.folder.snapshots() == []
+
+
 def test_a_damaged_snapshot_gives_way_to_the_one_before_while_that_is_there() -> None:
     life = Life(FakeDisk(), is_new=True)
     _fill(life)
