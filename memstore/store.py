@@ -126,7 +126,7 @@ class FileStore:
         if engine.spec.durability is Durability.VOLATILE:
             return None
         begun = self._clock.monotonic()
-        progress = _Progress(memory.name, self._clock)
+        progress = Progress(memory.name, self._clock)
         folder, syncer = self._folder(memory), self._syncers.of(engine.spec)
         try:
             archive, found = Archive.recover(folder, identity, engine, syncer, progress)
@@ -183,7 +183,7 @@ class Syncers:
                 syncer.close()
 
 
-class _Progress:
+class Progress:
     """Says how far a memory is, every now and then."""
 
     def __init__(self, name: str, clock: Clock) -> None:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from memstore.catalog import FileCatalog
 from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, NotReady, QuotaExceeded
-from memstore.store import disk_bytes
+from memstore.store import PROGRESS_S, Progress, disk_bytes
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
 from tests.calling import fails, failure
@@ -212,3 +212,16 @@ def test_metrics_show_the_files() -> None:
         fails(server, "Step", step(seq=1))
         assert value("memstore_read_only", {"memory": "notes"}) == 1
         assert value("memstore_damaged_memories") == 0
+
+
+def test_a_long_load_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+    progress = Progress("notes", clock)
+    caplog.set_level("INFO", "memstore.store")
+    progress(10, 100)
+    clock.advance(PROGRESS_S)
+    progress(40, 100)
+    progress(41, 100)
+    clock.advance(PROGRESS_S)
+    progress(80, 100)
+    assert [record.memstore_fields["percent"] for record in caplog.records] == [40, 80]  # type: ignore[attr-defined]
