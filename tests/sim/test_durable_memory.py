@@ -163,8 +163,8 @@ class Simulation:
         self.under_way = None
 
     def settled(self, number: int, problem: object) -> None:
-        """A caller has its answer."""
-        if problem is None:
+        """A caller has its answer. What is read after a failed sync may not be safe, and promises nothing."""
+        if problem is None and not self.life.archive.journal.has_failed:
             self.answered = max(self.answered, number)
 
     def sync(self) -> None:
