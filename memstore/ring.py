@@ -3,17 +3,21 @@
     [0, begin) forgotten | [begin, next) live | [next, ...) not yet written,    begin = max(next - capacity, 0)
 
 A position p lies in slot p % capacity, so a live range is at most two runs of slots, cut at the end of the slab (the
-seam). Arithmetic works alike on numbers and on integer tensors.
+seam). Arithmetic works alike on numbers, on integer tensors and on integer arrays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-Positions = TypeVar("Positions", int, torch.Tensor)
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Positions = TypeVar("Positions", int, torch.Tensor, "NDArray[np.int64]")
 
 
 @dataclass(frozen=True, slots=True)

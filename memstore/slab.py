@@ -116,10 +116,18 @@ class Slab:
         for name, slab in self.payloads.items():
             slab.flatten(0, 2).index_copy_(0, cells, rows.payloads[name].flatten(0, 1))
 
+    @property
+    def num_cells(self) -> int:
+        """Rows in all layers and places."""
+        return self.num_layers * self.num_places * self.capacity
+
+    def array(self, name: str) -> torch.Tensor:
+        """The keys or a payload as they lie, (num_cells, *shape): (layer * places + place) * capacity + slot."""
+        return (self.keys if name == KEY else self.payloads[name]).flatten(0, 2)
+
     def gather(self, name: str, cells: torch.Tensor) -> torch.Tensor:
-        """Rows of the keys or a payload. cells: (U,) int64, (layer * places + place) * capacity + slot."""
-        slab = self.keys if name == KEY else self.payloads[name]
-        return slab.flatten(0, 2).index_select(0, cells)
+        """Rows of the keys or a payload. cells: (U,) int64, as `array` counts them."""
+        return self.array(name).index_select(0, cells)
 
     def rows(self, cells: torch.Tensor) -> StagedRows:
         """A copy of every array of some entries in all layers. cells: (n,) int64 of layer 0, on the device."""

@@ -74,6 +74,39 @@ def _result(file: Path) -> Sequence[str]:
     return (f"`{file.name}`", result["machine"], result["commit"][:COMMIT_DIGITS], f"`{result['command']}`", share)
 
 
+GPU_SEARCH_COLUMNS = (
+    ("floor", "floor, us"),
+    ("memstore, on the device", "on the device, us"),
+    ("memstore, on the device / floor", "/ floor"),
+    ("memstore", "engine, us"),
+    ("torch bmm and topk", "torch bmm and topk, us"),
+    ("faiss.knn_gpu in a loop", "faiss.knn_gpu loop, us"),
+    ("neurocache", "neurocache, us"),
+)
+
+
+def gpu_search(root: Path) -> str:
+    """Exact search on a GPU, one line a case."""
+    return pivot(root / "benchmarks" / "results" / "gpu-search.json", GPU_SEARCH_COLUMNS)
+
+
+def pivot(file: Path, columns: Sequence[tuple[str, str]]) -> str:
+    """Some figures of a result, one line a case that has the first of them."""
+    if not file.exists():
+        return f"No `{file.name}` is recorded in this revision."
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    cases: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        cases.setdefault(row["case"], {})[row["figure"]] = row["value"]
+    body = [
+        (case, *(f"{figures[name]:,.4g}" if name in figures else "" for name, _ in columns))
+        for case, figures in cases.items()
+        if columns[0][0] in figures
+    ]
+    table = _table(("case", *(title for _, title in columns)), body)
+    return f"{table}\n\n{result['machine']}; commit {result['commit'][:COMMIT_DIGITS]}; `{result['command']}`."
+
+
 def corpus_packages(root: Path) -> str:
     """Every package of the training text with its licence and how much of it was taken."""
     packages = json.loads((root / "integration" / "training" / "corpus.json").read_text(encoding="utf-8"))
@@ -122,6 +155,7 @@ BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("README.md", "DEMO_NUMBERS", demo_numbers),
     ("README.md", "BENCHMARK_RESULTS", benchmark_results),
     ("benchmarks/README.md", "BENCHMARK_RESULTS", benchmark_results),
+    ("docs/performance.md", "GPU_SEARCH", gpu_search),
     ("docs/data.md", "DISJOINT", disjoint),
     ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from memstore.gpu.tuning import MOST_HITS
 from memstore.index.base import Stateless, no_candidates
 from memstore.index.grid import grids
 from memstore.index.product_scan import ProductScan
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from memstore.host.retriever import HostRetriever
     from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, RetrieveOptions
@@ -25,16 +25,33 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+class Retriever(Protocol):
+    """Compiled kernels for one type of device; see VectorIndex."""
+
+    def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See VectorIndex.search."""
+        ...
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
+        """See VectorIndex.retrieve."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the slab that was searched last, and of what helped with it."""
+        ...
+
+
 def prepare(device: torch.device) -> None:
-    """Has what searches on a device need compiled, so that none waits for it."""
-    if device.type != "cpu":
-        return
+    """Has what searches on a device need compiled, as far as that can be known, so that none waits for it."""
     try:
-        from memstore.host.warming import warm
+        if device.type == "cpu":
+            from memstore.host.warming import warm
+
+            warm()
+        else:
+            from memstore.gpu import retriever  # noqa: F401  # what it needs is here
     except ImportError as error:
-        event(_log, logging.WARNING, "numba cannot be used: search is several times slower", reason=error)
-    else:
-        warm()
+        event(_log, logging.WARNING, "kernels cannot be compiled: search is several times slower", reason=error)
 
 
 class ExactIndex(Stateless):
@@ -43,11 +60,12 @@ class ExactIndex(Stateless):
     def __init__(self) -> None:
         self._products = ProductScan()
         self._host = _host_retriever()
+        self._gpu: Retriever | None = None
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Searches all sequences at once, or as many as the scratch has room for."""
-        if slab.device.type == "cpu" and self._host is not None:
-            return self._host.search(slab, batch)
+        if compiled := self._compiled(slab, batch):
+            return compiled.search(slab, batch)
         candidates = no_candidates(batch)
         for grid in grids(slab, batch):
             for at, layer in enumerate(batch.layers):
@@ -57,20 +75,39 @@ class ExactIndex(Stateless):
 
     def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
         """In one go where there are kernels for it, else stage by stage."""
-        if slab.device.type == "cpu" and self._host is not None:
-            return self._host.retrieve(slab, batch, options, groups)
+        if compiled := self._compiled(slab, batch):
+            return compiled.retrieve(slab, batch, options, groups)
         return staged_retrieve(self, slab, batch, options, groups)
 
     def close(self) -> None:
         """Lets go of the slab and of the threads that helped with it."""
-        if self._host is not None:
-            self._host.close()
+        for retriever in (self._host, self._gpu):
+            if retriever is not None:
+                retriever.close()
+
+    def _compiled(self, slab: Slab, batch: SearchBatch) -> Retriever | None:
+        """The kernels for a batch; None where their compiler is missing, and for more hits than they have room for."""
+        if slab.device.type == "cpu":
+            return self._host
+        if batch.top_k > MOST_HITS:
+            return None
+        self._gpu = self._gpu or _gpu_retriever()
+        return self._gpu
 
 
-def _host_retriever() -> HostRetriever | None:
+def _host_retriever() -> Retriever | None:
     """None where numba cannot be used."""
     try:
         from memstore.host.retriever import HostRetriever
     except ImportError:
         return None
     return HostRetriever()
+
+
+def _gpu_retriever() -> Retriever | None:
+    """None where Triton cannot be used."""
+    try:
+        from memstore.gpu.retriever import GpuRetriever
+    except ImportError:
+        return None
+    return GpuRetriever()

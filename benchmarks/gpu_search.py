@@ -1,0 +1,296 @@
+"""How far is a whole exact retrieval on a GPU from reading the rows once, and from the ways around it?
+
+All work is in ours: search, scores, windows, distinct rows, their gather. Rivals only search: torch (bmm and topk over
+all sequences at once, a few at a time where the scores would fill the memory), `faiss.knn_gpu` once a sequence, the
+cache of the `neurocache` package and the kNN memory of `memorizing-transformers-pytorch` where they are installed. The
+floor is the larger of the stored bytes over the bandwidth of a large copy and the operations over the rate of a large
+fp16 product, both measured in the same run.
+
+"memstore" is one step of the engine as the device thread does it, timed from its call to the reply on the device;
+"on the device" is the time that its kernels take there, replayed as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benchmarks.report import RESULTS, Report
+from memstore.gpu import launch
+from memstore.gpu.rings import tables
+from memstore.gpu.tuning import scan_shape
+from memstore.index.base import SearchBatch
+from memstore.memory import Memory
+from memstore.slab import Slab
+from memstore.types import KEY, MemorySpec, RetrieveOptions, SequencePart, StepBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DIM = 256
+OPTIONS = RetrieveOptions(top_k=16, window_after=1)
+ROUNDS = 9
+WARM_UP = 3
+OURS, ON_DEVICE = "memstore", "memstore, on the device"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Sequences of `capacity` live rows with `num_queries` queries each. goal: in floors, or in microseconds."""
+
+    num_sequences: int
+    capacity: int
+    num_queries: int
+    goal: float | None = None
+    goal_us: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.num_sequences}x{self.capacity}x{self.num_queries}"
+
+
+GOALS = (
+    Case(32, 131_072, 1, goal=1.15),
+    Case(32, 16_384, 1, goal=1.6),
+    Case(1, 131_072, 1, goal_us=45),
+    Case(32, 65_536, 512, goal=2.5),
+    Case(8, 65_536, 2048, goal=2.5),
+)
+BY_CAPACITY = tuple(Case(32, capacity, 1) for capacity in (1024, 4096, 65_536))
+BY_SEQUENCES = tuple(Case(number, 65_536, 1) for number in (1, 4, 8, 64))
+BY_QUERIES = tuple(Case(8, 65_536, number) for number in (1, 8, 32, 128, 512))
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """bytes_per_s: of a device copy, bytes read and written. flops: operations a second of an fp16 product."""
+
+    bytes_per_s: float
+    flops: float
+
+    def floor_s(self, case: Case) -> float:
+        """The least time that a case can take."""
+        rows = case.num_sequences * case.capacity
+        return max(rows * DIM * 2 / self.bytes_per_s, 2 * rows * case.num_queries * DIM / self.flops)
+
+
+def seconds_of(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each function with the device done, all called in turn once a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + WARM_UP):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            function()
+            torch.cuda.synchronize()
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def device_seconds_of(run: Callable[[], object], rounds: int = 25) -> float:
+    """Median seconds between two events around a CUDA graph of what `run` launches."""
+    run()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        run()
+    for number in range(rounds + WARM_UP):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if number >= WARM_UP:
+            times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def ceilings() -> Ceilings:
+    """Measures the device."""
+    source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+    target, square = torch.empty_like(source), torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    found = seconds_of({"copy": lambda: target.copy_(source), "product": lambda: square @ square})
+    return Ceilings(2 * source.numel() / found["copy"], 2 * 8192**3 / found["product"])
+
+
+def measure(case: Case, device: Ceilings, report: Report, *, has_rivals: bool) -> None:
+    """Adds the rows of one case."""
+    rows = torch.randn(case.num_sequences, case.capacity, DIM, device="cuda", dtype=torch.float16)
+    queries = torch.randn(case.num_sequences, case.num_queries, DIM, device="cuda", dtype=torch.float16)
+    floor = device.floor_s(case)
+    report.add(str(case), "floor", floor * 1e6, "us")
+    on_device = device_seconds_of(our_kernels(rows, queries))
+    report.add(str(case), ON_DEVICE, on_device * 1e6, "us", goal=case.goal_us)
+    report.add(str(case), f"{ON_DEVICE} / floor", on_device / floor, "ratio", goal=case.goal)
+    functions = {OURS: our_step(rows, queries)} | (rivals(rows, queries) if has_rivals else {})
+    seconds = seconds_of(functions)
+    for name, value in seconds.items():
+        report.add(str(case), name, value * 1e6, "us")
+    report.add(str(case), f"{OURS} / floor", seconds[OURS] / floor, "ratio")
+    if has_rivals:
+        best = min(value for name, value in seconds.items() if name != OURS)
+        report.add(str(case), f"{OURS} / best rival", seconds[OURS] / best, "ratio", goal=1.0)
+
+
+def our_step(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """A whole retrieval by the engine, as the device thread does it."""
+    names = [f"s{number}" for number in range(len(rows))]
+    spec = MemorySpec(name="m", dim=DIM, capacity=rows.shape[1], max_sequences=len(rows))
+    memory = Memory(spec, torch.device("cuda"), new_epoch=itertools.count(1).__next__)
+    for name, keys in zip(names, rows, strict=True):
+        part = SequencePart(sequence=name, num_rows=len(keys))
+        memory.step([StepBatch(parts=(part,), layers=(0,), keys=keys[None], append=True)])
+    parts = tuple(SequencePart(sequence=name, num_rows=queries.shape[1]) for name in names)
+    batch = StepBatch(parts=parts, layers=(0,), keys=queries.flatten(0, 1)[None], retrieve=OPTIONS)
+    return lambda: memory.step([batch])
+
+
+def our_kernels(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """What the device does in that: the tables' copy, search, windows, distinct rows, gather."""
+    num_sequences, capacity, _ = rows.shape
+    slab = Slab(MemorySpec(name="m", dim=DIM, capacity=capacity, max_sequences=num_sequences), torch.device("cuda"))
+    slab.write(slab.stage(rows.flatten(0, 1)[None], {}), torch.arange(num_sequences * capacity, device="cuda"))
+    batch = SearchBatch(
+        queries=queries.flatten(0, 1)[None],
+        layers=(0,),
+        places=tuple(range(num_sequences)),
+        counts=(queries.shape[1],) * num_sequences,
+        begins=(0,) * num_sequences,
+        ends=(capacity,) * num_sequences,
+        top_k=OPTIONS.top_k,
+    )
+    shape = scan_shape(DIM, rows.dtype, queries.dtype, queries.shape[1])
+    sizes, numbers = tables(slab, batch, np.arange(num_sequences)[None], shape.queries)
+    on_host = torch.from_numpy(numbers).pin_memory()
+    on_device = on_host.cuda()
+    asked = launch.Asked(
+        queries=batch.queries[0],
+        tables=sizes.split(on_device),
+        sizes=sizes,
+        shape=shape,
+        top_k=OPTIONS.top_k,
+        num_supers=launch.num_supers_of(slab, batch.ends),
+        window=OPTIONS.window,
+    )
+    found, located = launch.found_for(asked), launch.located_for(asked)
+    launch.search(slab, asked, found)
+    launch.locate(slab, asked, found, located)
+    rows_found = torch.empty((int(located.row_splits[-1]), DIM), dtype=rows.dtype, device="cuda")
+
+    def run() -> None:
+        on_device.copy_(on_host, non_blocking=True)
+        launch.search(slab, asked, found, is_clearing=True)
+        launch.locate(slab, asked, found, located)
+        launch.gather(slab, KEY, located, rows_found)
+
+    return run
+
+
+def rivals(rows: torch.Tensor, queries: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Those that are installed."""
+    found: dict[str, Callable[[], object]] = {"torch bmm and topk": torch_search(rows, queries)}
+    for name, make in (("faiss.knn_gpu in a loop", faiss_search), ("neurocache", neurocache_search)):
+        try:
+            found[name] = make(rows, queries)
+        except ImportError as error:
+            print(f"{name}: {error}")
+    return found
+
+
+def torch_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """Scores of all sequences at once, in fp16 products with float32 results, a few sequences at a time if many."""
+    norms = rows.float().square().sum(-1)[:, None]
+    step = max(1, (1 << 28) // (rows.shape[1] * queries.shape[1]))
+
+    def search() -> list[torch.return_types.topk]:
+        parts = zip(queries.split(step), rows.split(step), norms.split(step), strict=True)
+        products = ((torch.bmm(some, keys.mT, out_dtype=torch.float32), lengths) for some, keys, lengths in parts)
+        return [scores.mul_(2).sub_(lengths).topk(OPTIONS.top_k) for scores, lengths in products]
+
+    return search
+
+
+def faiss_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """One call a sequence over the same fp16 rows."""
+    import faiss
+    import faiss.contrib.torch_utils
+
+    resources = faiss.StandardGpuResources()
+    pairs = list(zip(queries, rows, strict=True))
+    return lambda: [faiss.knn_gpu(resources, some, keys, OPTIONS.top_k) for some, keys in pairs]
+
+
+def neurocache_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """The package's own retrieval over the same rows."""
+    from neurocache.cache import OnDeviceCache
+
+    if len(rows) * queries.shape[1] > len(rows):
+        raise ImportError("left out for many queries, which take it seconds")
+    cache = OnDeviceCache(len(rows), rows.shape[1], key_features=DIM)
+    cache.key_db = rows
+    asked = queries.transpose(0, 1)
+    return lambda: cache.topk_retrieval(asked, None, OPTIONS.top_k)
+
+
+def draw(report: Report) -> Path:
+    """How time grows with capacity, sequences and queries, as benchmarks/results/gpu-search.png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True)
+    curves = (
+        ("rows of a sequence (32 sequences, 1 query)", sorted({*BY_CAPACITY, *GOALS[:2]}, key=lambda c: c.capacity)),
+        ("sequences (65,536 rows, 1 query)", sorted(BY_SEQUENCES, key=lambda case: case.num_sequences)),
+        ("queries (8 sequences of 65,536 rows)", sorted(BY_QUERIES, key=lambda case: case.num_queries)),
+    )
+    for ax, (title, cases) in zip(axes, curves, strict=True):
+        x = [(c.capacity, c.num_sequences, c.num_queries)[curves.index((title, cases))] for c in cases]
+        for figure_name in ("floor", ON_DEVICE, OURS, "torch bmm and topk", "faiss.knn_gpu in a loop"):
+            by_case = {row.case: row.value for row in report.rows if row.figure == figure_name}
+            points = [(at, by_case[str(case)]) for at, case in zip(x, cases, strict=True) if str(case) in by_case]
+            if points:
+                style = "k--" if figure_name == "floor" else "o-"
+                ax.plot(*zip(*points, strict=True), style, label=figure_name)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlabel(title)
+    axes[0].set_ylabel("microseconds")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    path = RESULTS / "gpu-search.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def main() -> None:
+    """Measures all cases; without a CUDA device it says so and leaves the last result alone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--goals-only", action="store_true", help="only the cases that have a goal, without rivals")
+    options, _ = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: benchmarks/results/gpu-search.json stays as it is")
+        return
+    report, device = Report("gpu-search"), ceilings()
+    report.add("device", "copy bandwidth", device.bytes_per_s / 1e12, "TB/s", better="higher")
+    report.add("device", "fp16 product", device.flops / 1e12, "TFLOP/s", better="higher")
+    cases = GOALS if options.goals_only else dict.fromkeys((*GOALS, *BY_CAPACITY, *BY_SEQUENCES, *BY_QUERIES))
+    for case in cases:
+        measure(case, device, report, has_rivals=not options.goals_only)
+        torch.cuda.empty_cache()
+    if not options.goals_only:
+        print(draw(report))
+    print(report.write())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Retrieval of the decode loop: equally many queries, few, of every sequence, step after step.
+
+Launching its kernels one by one takes longer than they do. They are launched as one CUDA graph, which is captured when
+a batch of its shape first comes and has tensors of its own; replies are copies of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from memstore.gpu import launch
+from memstore.gpu.launch import Asked, Found, Located
+from memstore.gpu.rings import Block, Ring, TableSizes, rings_of
+from memstore.gpu.room import Field, ReplyRoom
+from memstore.gpu.tuning import scan_shape
+from memstore.types import Hits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memstore.index.base import SearchBatch
+    from memstore.slab import Slab
+    from memstore.types import RetrieveOptions
+
+MOST_QUERIES = 16
+"""Of one ring."""
+
+MOST_ROWS = 16_384
+"""Rows that the windows of a batch ask for, repeats counted: the graph has room for up to twice as many."""
+
+MOST_GRAPHS = 16
+"""Graphs that are kept; the one that was not used for longest goes first."""
+
+ROW_SPLITS, POSITIONS, INDEX, SCORES = ":row_splits", ":positions", ":index", ":scores"
+"""Fields of a reply beside its arrays, none of which has a colon in its name."""
+
+
+def is_decode(batch: SearchBatch, options: RetrieveOptions) -> bool:
+    """Whether a batch is of the kind that graphs are for."""
+    num_rows = batch.queries.shape[0] * batch.queries.shape[1] * batch.top_k * options.window
+    return len(set(batch.counts)) == 1 and 0 < batch.counts[0] <= MOST_QUERIES and num_rows <= MOST_ROWS
+
+
+class _Kind(NamedTuple):
+    """What batches have in common that one graph serves. num_rings, num_supers: the graph has room for so many."""
+
+    num_rings: int
+    num_queries: int
+    num_supers: int
+    dtype: torch.dtype
+    options: RetrieveOptions
+
+    @classmethod
+    def of(cls, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> _Kind:
+        """Sizes are powers of two, so that few graphs are captured while rings fill and batches vary."""
+        num_supers = _power_of_two(launch.num_supers_of(slab, batch.ends))
+        return cls(
+            num_rings=_power_of_two(len(batch.layers) * len(batch.places)),
+            num_queries=batch.counts[0],
+            num_supers=min(num_supers, launch.num_supers_of(slab, (slab.capacity,))),
+            dtype=batch.queries.dtype,
+            options=options,
+        )
+
+
+class DecodeGraphs:
+    """The graphs of one memory. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[_Kind, _Graph] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
+        """See VectorIndex.retrieve."""
+        kind = _Kind.of(slab, batch, options)
+        graph = self._graphs.get(kind)
+        if graph is None:
+            while len(self._graphs) >= MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            graph = self._graphs[kind] = _Graph(slab, kind)
+        self._graphs.move_to_end(kind)
+        return graph.retrieve(slab, batch, groups)
+
+
+class _Graph:
+    """One captured retrieval and the tensors that it works on. Rings beyond those of a batch see nothing."""
+
+    def __init__(self, slab: Slab, kind: _Kind) -> None:
+        """Raises torch.OutOfMemoryError, and then nothing is kept."""
+        sizes = TableSizes(kind.num_rings, kind.num_rings, kind.num_rings * kind.num_queries)
+        self._kind = kind
+        self._tables_on_host = _tables_of_nothing(sizes, kind.num_queries)
+        self._tables = self._tables_on_host.to(slab.device)
+        self._asked = Asked(
+            queries=torch.zeros((sizes.num_queries, slab.dim), dtype=kind.dtype, device=slab.device),
+            tables=sizes.split(self._tables),
+            sizes=sizes,
+            shape=scan_shape(slab.dim, slab.keys.dtype, kind.dtype, kind.num_queries),
+            top_k=kind.options.top_k,
+            num_supers=kind.num_supers,
+            window_before=kind.options.window_before,
+            window=kind.options.window,
+        )
+        self._reply = ReplyRoom(_fields(slab, self._asked, kind.options))
+        self._flat = torch.zeros(self._reply.num_bytes, dtype=torch.uint8, device=slab.device)
+        self._num_rows = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self._found, self._located = self._targets()
+        self._graph = torch.cuda.CUDAGraph()
+        self._run(slab)  # what has to be compiled cannot be captured
+        torch.cuda.current_stream(slab.device).synchronize()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._run(slab)
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, groups: NDArray[np.int64]) -> Hits:
+        """See VectorIndex.retrieve."""
+        self._lay_tables(rings_of(slab, batch), groups.reshape(-1))
+        num_layers, num_queries, _ = batch.queries.shape
+        self._asked.queries[: num_layers * num_queries].copy_(batch.queries.flatten(0, 1))
+        self._graph.replay()
+        flat = self._flat.clone()
+        torch.cuda.current_stream(slab.device).synchronize()
+        num_rows, asked = int(self._num_rows), slice(num_layers * num_queries)
+        shape = (num_layers, num_queries, batch.top_k)
+        scores = None if self._kind.options.omit_scores else self._reply.view(flat, SCORES)[asked].view(shape)
+        return Hits(
+            row_splits=self._reply.view(flat, ROW_SPLITS)[: groups.size + 1],
+            positions=self._reply.view(flat, POSITIONS)[:num_rows],
+            index=self._reply.view(flat, INDEX)[asked].view(*shape, -1),
+            scores=scores,
+            arrays={name: self._reply.view(flat, name)[:num_rows] for name in self._kind.options.arrays},
+        )
+
+    def _lay_tables(self, rings: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+        """Writes the tables of a batch. rings: as `rings_of` gives them; order: the place of each in the reply."""
+        num_rings, of = len(rings), self._asked.sizes.split(self._tables_on_host)
+        blocks, query_rings = of.blocks.numpy(), of.query_rings.numpy().reshape(-1, self._kind.num_queries)
+        of.rings.numpy()[order] = rings
+        of.rings.numpy()[num_rings:] = 0
+        blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
+        blocks[num_rings:, : Block.FIRST_QUERY] = 0
+        blocks[:num_rings, Block.RING] = order
+        blocks[num_rings:, Block.RING] = np.arange(num_rings, len(blocks))
+        query_rings[:] = blocks[:, Block.RING, None]
+
+    def _run(self, slab: Slab) -> None:
+        self._tables.copy_(self._tables_on_host, non_blocking=True)
+        launch.search(slab, self._asked, self._found, is_clearing=True)
+        launch.locate(slab, self._asked, self._found, self._located)
+        for name in self._kind.options.arrays:
+            launch.gather(slab, name, self._located, self._reply.view(self._flat, name))
+        self._num_rows.copy_(self._located.row_splits[-1:], non_blocking=True)
+
+    def _targets(self) -> tuple[Found, Located]:
+        """Where the kernels write: into the reply, and beside it what is not part of one."""
+        found, located = launch.found_for(self._asked), launch.located_for(self._asked)
+        row_splits, positions, index, scores = (
+            self._reply.view(self._flat, name) for name in (ROW_SPLITS, POSITIONS, INDEX, SCORES)
+        )
+        return (
+            found._replace(scores=scores),
+            replace(located, row_splits=row_splits, positions=positions, index=index),
+        )
+
+
+def _tables_of_nothing(sizes: TableSizes, num_queries: int) -> torch.Tensor:
+    """One block a ring, in pinned memory; no ring sees anything."""
+    flat = torch.zeros(sizes.size, dtype=torch.int64, pin_memory=True)
+    of = sizes.split(flat)
+    rings = torch.arange(sizes.num_rings)
+    of.blocks[:, Block.FIRST_QUERY] = rings * num_queries
+    of.blocks[:, Block.NUM_QUERIES] = num_queries
+    of.blocks[:, Block.RING] = rings
+    of.query_rings.copy_(rings.repeat_interleave(num_queries))
+    return flat
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
+def _fields(slab: Slab, asked: Asked, options: RetrieveOptions) -> dict[str, Field]:
+    num_queries, num_rows = asked.sizes.num_queries, asked.sizes.num_queries * asked.top_k * asked.window
+    fields = {
+        ROW_SPLITS: Field(torch.int64, (asked.sizes.num_rings + 1,)),
+        POSITIONS: Field(torch.int64, (num_rows,)),
+        INDEX: Field(torch.int32, (num_queries, asked.top_k, asked.window)),
+        SCORES: Field(torch.float32, (num_queries, asked.top_k)),
+    }
+    for name in options.arrays:
+        rows = slab.array(name)
+        fields[name] = Field(rows.dtype, (num_rows, *rows.shape[1:]))
+    return fields

@@ -1,0 +1,82 @@
+"""The parts of a ring that maxima are kept of, which slots of them are seen, and the numbers that all kernels share.
+
+A super is 512 neighbouring slots, cut into 8 tiles of 64; a leaf is every eighth slot of a tile. The k best rows lie
+within the k leaves of the largest maxima, and those within the k tiles and the k supers of the largest maxima: each of
+the k best rows is at most the maximum of its part, and fewer than k parts can have a larger one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from memstore.gpu.rings import Block, Ring
+
+FANOUT = tl.constexpr(8)
+"""Tiles of a super, leaves of a tile, slots of a leaf."""
+
+SUPER_SLOTS = tl.constexpr(512)
+WORDS_OF_SUPER = tl.constexpr(16)
+"""Words of a bitmap that has a bit for each of as many positions."""
+
+INNER_PRODUCT, L2, COSINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+RING_COLUMNS, BLOCK_COLUMNS = tl.constexpr(len(Ring)), tl.constexpr(len(Block))
+FIRST_CELL, LAST_SLOT, NUM_SEEN, BEGIN = (tl.constexpr(int(column)) for column in Ring)
+BLOCK_QUERY = tl.constexpr(int(Block.FIRST_QUERY))
+BLOCK_QUERIES = tl.constexpr(int(Block.NUM_QUERIES))
+BLOCK_RING = tl.constexpr(int(Block.RING))
+"""Columns of the tables; the first ones of a block are those of its ring."""
+
+
+@triton.jit
+def await_kernel_before(IS_CHAINED: tl.constexpr):
+    """A chained kernel is begun while the one before it ends, and waits here for what that one writes."""
+    if IS_CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def seen_slots(ring, capacity):
+    """(low, last, high): slots [low, last] and [high, capacity) are seen; either may be empty. ring: a table's row."""
+    last = tl.load(ring + LAST_SLOT).to(tl.int32)
+    low = last - tl.load(ring + NUM_SEEN).to(tl.int32) + 1
+    return low, last, low + capacity
+
+
+@triton.jit
+def is_seen(slots, low, last, high, capacity):
+    """Whether the newest position in each slot is among those that the ring's queries see."""
+    return ((slots <= last) & (slots >= low)) | ((slots >= high) & (slots < capacity))
+
+
+@triton.jit
+def has_seen(first, end, low, last, high, capacity):
+    """Whether any of the slots [first, end) is seen."""
+    return ((first <= last) & (end > low)) | ((end > high) & (first < capacity))
+
+
+@triton.jit
+def is_all_seen(first, end, low, last, high, capacity):
+    """Whether all of the slots [first, end) are seen."""
+    return ((first >= low) & (end <= last + 1)) | ((first >= high) & (end <= capacity))
+
+
+@triton.jit
+def slots_of(leaves):
+    """The slots of each leaf. leaves: (n,) int32; gives (n * 8,), of no meaning for a negative leaf."""
+    first = (leaves // FANOUT) * (FANOUT * FANOUT) + leaves % FANOUT
+    slots = first[:, None] + tl.arange(0, FANOUT)[None, :] * FANOUT
+    return tl.reshape(slots, [leaves.shape[0] * FANOUT])
+
+
+@triton.jit
+def number_of_bits(words):
+    """How many bits of each int32 are set."""
+    bits = words.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24).to(tl.int32)

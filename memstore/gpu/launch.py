@@ -1,0 +1,307 @@
+"""One retrieval as kernel launches: a fixed number of them, however many sequences, layers and queries there are.
+
+Only where the maxima of all queries are more than the scratch allows are the queries done in several pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+
+from memstore.gpu.kernels.rows import count_kernel, gather_kernel, locate_kernel
+from memstore.gpu.kernels.scan import scan_kernel
+from memstore.gpu.kernels.select import choose_kernel, finish_kernel, score_kernel
+from memstore.gpu.rings import Block
+from memstore.types import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memstore.gpu.rings import Tables, TableSizes
+    from memstore.gpu.tuning import ScanShape
+    from memstore.slab import Slab
+
+SUPER_SLOTS, LEAVES_OF_SUPER, ROWS_OF_LEAF, WORDS_OF_SUPER = 512, 64, 8, 16
+METRICS = {Metric.INNER_PRODUCT: 0, Metric.L2: 1, Metric.COSINE: 2}
+COUNT_BLOCK, LOCATE_BLOCK, CHOOSE_BLOCK = 4096, 512, 256
+GATHER_BLOCK, GATHER_WIDTH = 4096, 256
+WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
+SCRATCH_BYTES = 1 << 30
+"""What the maxima of a batch may take, or those of one block of queries where they are more."""
+
+FEW_QUERIES = 512
+"""Up to so many, a query's rows are scored by several programs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is searched for: (Q, dim) queries on the device, the tables of their batch, and how it is gone about."""
+
+    queries: torch.Tensor
+    tables: Tables
+    sizes: TableSizes
+    shape: ScanShape
+    top_k: int
+    num_supers: int
+    window_before: int = 0
+    window: int = 0
+
+
+class Found(NamedTuple):
+    """offsets: (Q, k) int32 from the first position that is seen, -1 for none; scores: (Q, k) float32, -inf there.
+
+    bitmap: (R, words) int32, a bit for each offset that is in a window; 0 at first.
+    """
+
+    offsets: torch.Tensor
+    scores: torch.Tensor
+    bitmap: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """The rows of a reply: row_splits (R + 1,) int64, index (Q, k, w) int32; positions and cells int64.
+
+    The latter have room for as many rows as all windows have; those in use come first. ticket: (1,) int32 of 0.
+    """
+
+    row_splits: torch.Tensor
+    index: torch.Tensor
+    positions: torch.Tensor
+    cells: torch.Tensor
+    ticket: torch.Tensor
+
+
+class _Piece(NamedTuple):
+    """Some blocks and the queries that they hold."""
+
+    first_block: int
+    num_blocks: int
+    first_query: int
+    num_queries: int
+
+
+def num_supers_of(slab: Slab, ends: tuple[int, ...]) -> int:
+    """Supers that have slots which anything was written to."""
+    return max(-(-min(max(ends, default=0), slab.capacity) // SUPER_SLOTS), 1)
+
+
+def found_for(asked: Asked) -> Found:
+    """Room for what `search` finds."""
+    device, num_queries = asked.queries.device, asked.sizes.num_queries
+    num_words = asked.num_supers * WORDS_OF_SUPER if asked.window else 0
+    return Found(
+        offsets=torch.empty((num_queries, asked.top_k), dtype=torch.int32, device=device),
+        scores=torch.empty((num_queries, asked.top_k), device=device),
+        bitmap=torch.zeros((asked.sizes.num_rings, num_words), dtype=torch.int32, device=device),
+    )
+
+
+def located_for(asked: Asked) -> Located:
+    """Room for what `locate` fills in."""
+    device = asked.queries.device
+    index = torch.empty((asked.sizes.num_queries, asked.top_k, asked.window), dtype=torch.int32, device=device)
+    return Located(
+        row_splits=torch.empty(asked.sizes.num_rings + 1, dtype=torch.int64, device=device),
+        index=index,
+        positions=torch.zeros(index.numel(), dtype=torch.int64, device=device),
+        cells=torch.zeros(index.numel(), dtype=torch.int64, device=device),
+        ticket=torch.zeros(1, dtype=torch.int32, device=device),
+    )
+
+
+def search(slab: Slab, asked: Asked, found: Found, *, is_clearing: bool = False) -> None:
+    """Fills `found`. is_clearing: where its bitmap is not 0 at first; every ring must have queries then."""
+    if not asked.sizes.num_queries:
+        return
+    for piece in _pieces(asked):
+        maxima = torch.empty(piece.num_queries * asked.num_supers * (LEAVES_OF_SUPER + 1), device=slab.device)
+        leaves, supers = maxima.tensor_split((piece.num_queries * asked.num_supers * LEAVES_OF_SUPER,))
+        _scan(slab, asked, piece, leaves, supers, found.bitmap, is_clearing)
+        _select(slab, asked, piece, leaves, supers, found)
+
+
+def locate(slab: Slab, asked: Asked, found: Found, located: Located) -> None:
+    """Fills `located` from what was found."""
+    num_words = asked.num_supers * WORDS_OF_SUPER
+    chained = chaining(slab)
+    before_word = torch.empty_like(found.bitmap)
+    counts = torch.empty_like(located.row_splits)
+    count_kernel[(asked.sizes.num_rings,)](
+        asked.tables.rings,
+        found.bitmap,
+        before_word,
+        counts,
+        located.row_splits,
+        located.ticket,
+        asked.sizes.num_rings,
+        num_words,
+        BLOCK=COUNT_BLOCK,
+        num_warps=8,
+        **chained,
+    )
+    if not located.index.numel():
+        return
+    locate_kernel[(triton.cdiv(located.index.numel(), LOCATE_BLOCK),)](
+        asked.tables.rings,
+        asked.tables.query_rings,
+        found.offsets,
+        found.bitmap,
+        before_word,
+        located.row_splits,
+        located.index,
+        located.positions,
+        located.cells,
+        num_words,
+        located.index.numel(),
+        slab.capacity,
+        asked.top_k,
+        asked.window_before,
+        asked.window,
+        BLOCK=LOCATE_BLOCK,
+        **chained,
+    )
+
+
+def gather(slab: Slab, name: str, located: Located, target: torch.Tensor) -> None:
+    """Copies as many of the located rows as the reply has, at most as many as `target` has room for."""
+    source = slab.array(name)
+    row_bytes = source[0].nbytes
+    word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
+    num_words = row_bytes // word.itemsize
+    width = min(triton.next_power_of_2(num_words), GATHER_WIDTH)
+    num_rows = GATHER_BLOCK // width
+    if not target.numel():
+        return
+    gather_kernel[(triton.cdiv(len(target), num_rows),)](
+        source.flatten(1).view(word) if source.dim() > 1 else source.view(word),
+        located.cells,
+        located.row_splits,
+        target.flatten(1).view(word) if target.dim() > 1 else target.view(word),
+        len(located.row_splits) - 1,
+        WORDS=num_words,
+        BLOCK_R=num_rows,
+        BLOCK_W=width,
+        **chaining(slab),
+    )
+
+
+def chaining(slab: Slab) -> dict[str, bool]:
+    """Kernels are begun while the one before them ends, where the GPU can do that: from Hopper on."""
+    is_able = torch.cuda.get_device_capability(slab.device) >= (9, 0)
+    return {"IS_CHAINED": is_able, "launch_pdl": is_able}
+
+
+def _scan(
+    slab: Slab,
+    asked: Asked,
+    piece: _Piece,
+    leaves: torch.Tensor,
+    supers: torch.Tensor,
+    bitmap: torch.Tensor,
+    is_clearing: bool,
+) -> None:
+    shape = asked.shape
+    scan_kernel[(piece.num_blocks * triton.cdiv(asked.num_supers, shape.supers),)](
+        asked.queries,
+        slab.keys,
+        leaves if slab.norms is None else slab.norms,
+        asked.tables.blocks,
+        leaves,
+        supers,
+        bitmap,
+        piece.first_block,
+        piece.num_blocks,
+        asked.num_supers,
+        slab.capacity,
+        slab.num_cells,
+        piece.first_query,
+        DIM=slab.dim,
+        METRIC=METRICS[slab.metric],
+        PARTS=shape.parts,
+        BLOCK_Q=shape.queries,
+        BLOCK_N=shape.slots,
+        BLOCK_D=shape.dims,
+        STAGES=shape.stages,
+        SUPERS=shape.supers,
+        IS_CLEARING=is_clearing,
+        num_warps=shape.warps,
+        **chaining(slab),
+    )
+
+
+def _select(slab: Slab, asked: Asked, piece: _Piece, leaves: torch.Tensor, supers: torch.Tensor, found: Found) -> None:
+    num_queries, chained = piece.num_queries, chaining(slab)
+    top = max(triton.next_power_of_2(asked.top_k), 2)
+    chosen = torch.empty((num_queries, top), dtype=torch.int32, device=slab.device)
+    scores = torch.empty((num_queries, top * ROWS_OF_LEAF), device=slab.device)
+    tables = (asked.tables.rings, asked.tables.query_rings)
+    block = max(min(triton.next_power_of_2(asked.num_supers), CHOOSE_BLOCK), top)
+    choose_kernel[(num_queries,)](
+        *tables,
+        leaves,
+        supers,
+        chosen,
+        asked.num_supers,
+        slab.capacity,
+        piece.first_query,
+        TOP=top,
+        BLOCK_S=block,
+        IS_ONE_BLOCK=asked.num_supers <= block,
+        num_warps=1 if top <= 32 else 4,
+        **chained,
+    )
+    each = min(top, 2 if num_queries <= FEW_QUERIES else 8)
+    score_kernel[(num_queries, top // each)](
+        asked.queries,
+        slab.keys,
+        leaves if slab.norms is None else slab.norms,
+        *tables,
+        chosen,
+        scores,
+        slab.num_cells,
+        piece.first_query,
+        DIM=slab.dim,
+        METRIC=METRICS[slab.metric],
+        TOP=top,
+        LEAVES=each,
+        BLOCK_D=min(512 // each, max(triton.next_power_of_2(slab.dim), 16)),
+        **chained,
+    )
+    finish_kernel[(num_queries,)](
+        *tables,
+        chosen,
+        scores,
+        found.offsets,
+        found.scores,
+        found.bitmap,
+        asked.num_supers,
+        slab.capacity,
+        piece.first_query,
+        asked.top_k,
+        asked.window_before,
+        asked.window,
+        TOP=top,
+        num_warps=1 if top <= 32 else 4,
+        **chained,
+    )
+
+
+def _pieces(asked: Asked) -> Iterator[_Piece]:
+    """What is done at a time, so that its maxima fit the scratch."""
+    per_query = asked.num_supers * (LEAVES_OF_SUPER + 1) * 4
+    num_queries, num_blocks = asked.sizes.num_queries, asked.sizes.num_blocks
+    if num_queries * per_query <= SCRATCH_BYTES:
+        yield _Piece(0, num_blocks, 0, num_queries)
+        return
+    firsts = [*asked.tables.blocks[:, Block.FIRST_QUERY].tolist(), num_queries]
+    first = 0
+    while first < num_blocks:
+        end = first + 1
+        while end < num_blocks and (firsts[end + 1] - firsts[first]) * per_query <= SCRATCH_BYTES:
+            end += 1
+        yield _Piece(first, end - first, firsts[first], firsts[end] - firsts[first])
+        first = end

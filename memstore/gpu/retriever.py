@@ -1,0 +1,85 @@
+"""GpuRetriever: exact search and retrieval on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from memstore.gpu import launch
+from memstore.gpu.decode import DecodeGraphs, is_decode
+from memstore.gpu.launch import Asked, Located
+from memstore.gpu.rings import tables
+from memstore.gpu.tuning import scan_shape
+from memstore.types import Hits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memstore.index.base import SearchBatch
+    from memstore.slab import Slab
+    from memstore.types import RetrieveOptions
+
+
+class GpuRetriever:
+    """For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._graphs = DecodeGraphs()
+
+    def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See VectorIndex.search."""
+        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
+        asked = _asked(slab, batch, groups, None)
+        found = launch.found_for(asked)
+        launch.search(slab, asked, found)
+        (begins,) = batch.per_query(np.array([batch.begins]))
+        shape = (*batch.queries.shape[:2], batch.top_k)
+        offsets = found.offsets.view(shape)
+        return torch.where(offsets < 0, -1, begins[0, :, None] + offsets), found.scores.view(shape)
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
+        """See VectorIndex.retrieve."""
+        if is_decode(batch, options):
+            return self._graphs.retrieve(slab, batch, options, groups)
+        asked = _asked(slab, batch, groups, options)
+        found, located = launch.found_for(asked), launch.located_for(asked)
+        launch.search(slab, asked, found)
+        launch.locate(slab, asked, found, located)
+        num_rows = int(located.row_splits[-1])
+        shape = (*batch.queries.shape[:2], batch.top_k)
+        return Hits(
+            row_splits=located.row_splits,
+            positions=located.positions[:num_rows],
+            index=located.index.view(*shape, options.window),
+            scores=None if options.omit_scores else found.scores.view(shape),
+            arrays={name: _gathered(slab, name, located, num_rows) for name in options.arrays},
+        )
+
+    def close(self) -> None:
+        """Lets go of the graphs, and with them of what they work on."""
+        self._graphs = DecodeGraphs()
+
+
+def _gathered(slab: Slab, name: str, located: Located, num_rows: int) -> torch.Tensor:
+    source = slab.array(name)
+    rows = torch.empty((num_rows, *source.shape[1:]), dtype=source.dtype, device=slab.device)
+    launch.gather(slab, name, located, rows)
+    return rows
+
+
+def _asked(slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], options: RetrieveOptions | None) -> Asked:
+    """options: None where no windows are wanted."""
+    shape = scan_shape(slab.dim, slab.keys.dtype, batch.queries.dtype, max(batch.counts, default=0))
+    sizes, flat = tables(slab, batch, groups, shape.queries)
+    return Asked(
+        queries=batch.queries.flatten(0, 1).contiguous(),
+        tables=sizes.split(torch.from_numpy(flat).to(slab.device, non_blocking=True)),
+        sizes=sizes,
+        shape=shape,
+        top_k=batch.top_k,
+        num_supers=launch.num_supers_of(slab, batch.ends),
+        window_before=0 if options is None else options.window_before,
+        window=0 if options is None else options.window,
+    )

@@ -1,0 +1,104 @@
+"""What a batch asks, as tables of numbers that cross to the device in one copy.
+
+rings        one sequence in one layer: RING columns, in the order of the reply
+blocks       queries of one ring that are scanned for together: BLOCK columns, in the order of the queries
+query_rings  the ring of each query
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from memstore import ring
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memstore.index.base import SearchBatch
+    from memstore.slab import Slab
+
+
+class Ring(IntEnum):
+    """The cell of slot 0; the slot of the newest position that is seen, how many are seen, the first of them."""
+
+    FIRST_CELL = 0
+    LAST_SLOT = 1
+    NUM_SEEN = 2
+    BEGIN = 3
+
+
+class Block(IntEnum):
+    """What the scan needs to know of the ring, the first query of the block, how many are left, and the ring itself."""
+
+    FIRST_CELL = 0
+    LAST_SLOT = 1
+    NUM_SEEN = 2
+    FIRST_QUERY = 3
+    NUM_QUERIES = 4
+    RING = 5
+
+
+class Tables(NamedTuple):
+    """All int64: rings (R, 4), blocks (B, 6), query_rings (Q,)."""
+
+    rings: torch.Tensor
+    blocks: torch.Tensor
+    query_rings: torch.Tensor
+
+
+class TableSizes(NamedTuple):
+    """How many of each a batch has."""
+
+    num_rings: int
+    num_blocks: int
+    num_queries: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of all tables."""
+        return self.num_rings * len(Ring) + self.num_blocks * len(Block) + self.num_queries
+
+    def split(self, flat: torch.Tensor) -> Tables:
+        """The tables of a (size,) int64 tensor, in which they lie one behind the other."""
+        of_rings, of_blocks = self.num_rings * len(Ring), self.num_blocks * len(Block)
+        rings, blocks, query_rings = torch.split_with_sizes(flat, [of_rings, of_blocks, self.num_queries])
+        return Tables(rings.view(-1, len(Ring)), blocks.view(-1, len(Block)), query_rings)
+
+
+def tables(
+    slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], block: int
+) -> tuple[TableSizes, NDArray[np.int64]]:
+    """The tables of a batch, one behind the other. groups: (L, S), each ring's place in the reply."""
+    counts = np.tile(np.array(batch.counts, np.int64), len(batch.layers))
+    rings = rings_of(slab, batch)
+    order = groups.reshape(-1)
+    in_order = np.empty_like(rings)
+    in_order[order] = rings
+
+    num_blocks = -(-counts // block)
+    owner = np.repeat(np.arange(len(counts)), num_blocks)
+    before = (np.arange(len(owner)) - np.repeat(num_blocks.cumsum() - num_blocks, num_blocks)) * block
+    first_query = counts.cumsum() - counts
+    blocks = np.empty((len(owner), len(Block)), np.int64)
+    blocks[:, : Block.FIRST_QUERY] = rings[owner, : Ring.BEGIN]
+    blocks[:, Block.FIRST_QUERY] = first_query[owner] + before
+    blocks[:, Block.NUM_QUERIES] = counts[owner] - before
+    blocks[:, Block.RING] = order[owner]
+
+    sizes = TableSizes(len(rings), len(blocks), int(counts.sum()))
+    return sizes, np.concatenate((in_order.reshape(-1), blocks.reshape(-1), np.repeat(order, counts)))
+
+
+def rings_of(slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
+    """(L * S, 4), layer by layer: not yet in the order of the reply."""
+    begins, ends = np.array(batch.begins, np.int64), np.array(batch.ends, np.int64)
+    rings = np.empty((len(batch.layers), len(batch.places), len(Ring)), np.int64)
+    rings[..., Ring.FIRST_CELL] = slab.first_cells(batch.layers, batch.places)
+    rings[..., Ring.LAST_SLOT] = ring.slot_of(np.maximum(ends - 1, 0), slab.capacity)
+    rings[..., Ring.NUM_SEEN] = np.maximum(ends - begins, 0)
+    rings[..., Ring.BEGIN] = begins
+    return rings.reshape(-1, len(Ring))

@@ -1,0 +1,85 @@
+"""The tables of a batch, and the room of a reply: what the GPU path does before anything is on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from memstore.gpu.rings import Block, Ring, tables
+from memstore.gpu.room import ALIGNMENT, Field, ReplyRoom
+from memstore.gpu.tuning import scan_shape
+from memstore.index.base import SearchBatch
+from memstore.slab import Slab
+from memstore.types import MemorySpec
+
+SPEC = MemorySpec(name="m", dim=8, capacity=100, max_sequences=4, num_layers=2)
+
+
+def batch(counts: tuple[int, ...]) -> SearchBatch:
+    return SearchBatch(
+        queries=torch.zeros(2, sum(counts), 8),
+        layers=(1, 0),
+        places=(3, 0, 2)[: len(counts)],
+        counts=counts,
+        begins=(0, 50, 10)[: len(counts)],
+        ends=(0, 150, 20)[: len(counts)],
+        top_k=4,
+    )
+
+
+def test_rings_stand_in_the_order_of_the_reply_and_blocks_in_that_of_the_queries() -> None:
+    slab = Slab(SPEC, torch.device("cpu"))
+    groups = np.array([[5, 0, 3], [1, 2, 4]])
+    sizes, flat = tables(slab, batch((3, 0, 5)), groups, block=2)
+    of = sizes.split(torch.from_numpy(flat))
+    assert (sizes.num_rings, sizes.num_blocks, sizes.num_queries) == (6, 10, 16)
+    first_cells = slab.first_cells((1, 0), (3, 0, 2))
+    for layer in range(2):
+        for sequence, (last, seen, begin) in enumerate([(0, 0, 0), (49, 100, 50), (19, 10, 10)]):
+            ring = of.rings[groups[layer, sequence]].tolist()
+            assert ring == [first_cells[layer, sequence], last, seen, begin]
+    assert of.query_rings.tolist() == [5] * 3 + [3] * 5 + [1] * 3 + [4] * 5
+    firsts = [0, 2, 3, 5, 7, 8, 10, 11, 13, 15]
+    assert of.blocks[:, Block.FIRST_QUERY].tolist() == firsts
+    assert of.blocks[:, Block.NUM_QUERIES].tolist() == [3, 1, 5, 3, 1] * 2
+    assert of.blocks[:, Block.RING].tolist() == [5, 5, 3, 3, 3, 1, 1, 4, 4, 4]
+    for block in of.blocks:
+        assert block[: Ring.BEGIN].tolist() == of.rings[block[Block.RING], : Ring.BEGIN].tolist()
+
+
+def test_a_batch_without_queries_has_no_blocks() -> None:
+    sizes, flat = tables(Slab(SPEC, torch.device("cpu")), batch((0, 0)), np.array([[0, 1], [2, 3]]), block=16)
+    assert sizes == (4, 0, 0)
+    assert len(flat) == sizes.size
+
+
+def test_fields_of_a_reply_do_not_meet_and_are_aligned() -> None:
+    fields = {"a": Field(torch.int64, (3,)), "b": Field(torch.float16, (5, 7)), "c": Field(torch.int32, (1, 4))}
+    room = ReplyRoom(fields)
+    flat = torch.zeros(room.num_bytes, dtype=torch.uint8)
+    for name, field in fields.items():
+        view = room.view(flat, name)
+        assert (view.dtype, tuple(view.shape)) == field
+        assert (view.data_ptr() - flat.data_ptr()) % ALIGNMENT == 0
+    room.view(flat, "a").fill_(-1)
+    assert not room.view(flat, "b").any()
+    assert room.view(flat.clone(), "a").tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("dim", [1, 8, 16, 24, 64, 100, 256, 257, 512, 4096])
+@pytest.mark.parametrize("most", [0, 1, 16, 17, 64, 100, 128, 129, 5000])
+@pytest.mark.parametrize("rows", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("queries", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_scan_has_the_shape_that_its_kernel_needs(
+    dim: int, most: int, rows: torch.dtype, queries: torch.dtype
+) -> None:
+    shape = scan_shape(dim, rows, queries, most)
+    assert shape.queries >= 16
+    assert shape.dims >= 16
+    assert shape.dims & (shape.dims - 1) == 0
+    assert shape.slots % 64 == 0
+    assert 512 % shape.slots == 0
+    part_bytes = rows.itemsize * shape.dims
+    in_shared_memory = part_bytes * (shape.queries * max(shape.parts, 1) + shape.slots * shape.stages)
+    assert in_shared_memory <= 227 << 10
