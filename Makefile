@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEXT ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check bench goals stubs install clean
+.PHONY: demo test soak check bench bench-gpu goals stubs install clean
 
 install: $(STAMP)
 
@@ -37,6 +37,11 @@ stubs: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu_search
+	$(BIN)/python -m benchmarks.planes
+	$(BIN)/python -m benchmarks.large
 
 goals: install
 	$(BIN)/python -m benchmarks.goals

@@ -26,8 +26,8 @@ from benchmarks.report import RESULTS, Report
 from memstore.gpu import launch
 from memstore.gpu.rings import tables
 from memstore.gpu.tuning import scan_shape
-from memstore.index.base import SearchBatch
 from memstore.memory import Memory
+from memstore.search import SearchBatch
 from memstore.slab import Slab
 from memstore.types import KEY, MemorySpec, RetrieveOptions, SequencePart, StepBatch
 

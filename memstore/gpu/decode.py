@@ -23,7 +23,7 @@ from memstore.types import Hits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memstore.index.base import SearchBatch
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import RetrieveOptions
 

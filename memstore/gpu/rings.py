@@ -18,7 +18,7 @@ from memstore import ring
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memstore.index.base import SearchBatch
+    from memstore.search import SearchBatch
     from memstore.slab import Slab
 
 

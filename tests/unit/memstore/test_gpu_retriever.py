@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from memstore.index.base import SearchBatch
 from memstore.index.exact import ExactIndex
 from memstore.index.staged import staged_retrieve
+from memstore.search import SearchBatch
 from memstore.slab import Slab
 from memstore.types import KEY, Hits, MemorySpec, Metric, PayloadSpec, RetrieveOptions
 

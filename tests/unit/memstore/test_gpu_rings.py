@@ -9,7 +9,7 @@ import torch
 from memstore.gpu.rings import Block, Ring, tables
 from memstore.gpu.room import ALIGNMENT, Field, ReplyRoom
 from memstore.gpu.tuning import scan_shape
-from memstore.index.base import SearchBatch
+from memstore.search import SearchBatch
 from memstore.slab import Slab
 from memstore.types import MemorySpec
 
