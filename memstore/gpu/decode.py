@@ -10,17 +10,17 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from memstore.gpu import launch
 from memstore.gpu.launch import Asked, Found, Located
-from memstore.gpu.rings import Block, Ring, TableSizes, rings_of
+from memstore.gpu.rings import TableSizes, alike_rings, lay_alike, rings_of
 from memstore.gpu.room import Field, ReplyRoom
 from memstore.gpu.tuning import scan_shape
 from memstore.types import Hits
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from memstore.search import SearchBatch
@@ -96,7 +96,7 @@ class _Graph:
         """Raises torch.OutOfMemoryError, and then nothing is kept."""
         sizes = TableSizes(kind.num_rings, kind.num_rings, kind.num_rings * kind.num_queries)
         self._kind = kind
-        self._tables_on_host = _tables_of_nothing(sizes, kind.num_queries)
+        self._tables_on_host = alike_rings(sizes).pin_memory()
         self._tables = self._tables_on_host.to(slab.device)
         self._asked = Asked(
             queries=torch.zeros((sizes.num_queries, slab.dim), dtype=kind.dtype, device=slab.device),
@@ -120,7 +120,7 @@ class _Graph:
 
     def retrieve(self, slab: Slab, batch: SearchBatch, groups: NDArray[np.int64]) -> Hits:
         """See VectorIndex.retrieve."""
-        self._lay_tables(rings_of(slab, batch), groups.reshape(-1))
+        lay_alike(self._asked.sizes.split(self._tables_on_host), rings_of(slab, batch), groups.reshape(-1))
         num_layers, num_queries, _ = batch.queries.shape
         self._asked.queries[: num_layers * num_queries].copy_(batch.queries.flatten(0, 1))
         self._graph.replay()
@@ -136,18 +136,6 @@ class _Graph:
             scores=scores,
             arrays={name: self._reply.view(flat, name)[:num_rows] for name in self._kind.options.arrays},
         )
-
-    def _lay_tables(self, rings: NDArray[np.int64], order: NDArray[np.int64]) -> None:
-        """Writes the tables of a batch. rings: as `rings_of` gives them; order: the place of each in the reply."""
-        num_rings, of = len(rings), self._asked.sizes.split(self._tables_on_host)
-        blocks, query_rings = of.blocks.numpy(), of.query_rings.numpy().reshape(-1, self._kind.num_queries)
-        of.rings.numpy()[order] = rings
-        of.rings.numpy()[num_rings:] = 0
-        blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
-        blocks[num_rings:, : Block.FIRST_QUERY] = 0
-        blocks[:num_rings, Block.RING] = order
-        blocks[num_rings:, Block.RING] = np.arange(num_rings, len(blocks))
-        query_rings[:] = blocks[:, Block.RING, None]
 
     def _run(self, slab: Slab) -> None:
         self._tables.copy_(self._tables_on_host, non_blocking=True)
@@ -167,18 +155,6 @@ class _Graph:
             found._replace(scores=scores),
             replace(located, row_splits=row_splits, positions=positions, index=index),
         )
-
-
-def _tables_of_nothing(sizes: TableSizes, num_queries: int) -> torch.Tensor:
-    """One block a ring, in pinned memory; no ring sees anything."""
-    flat = torch.zeros(sizes.size, dtype=torch.int64, pin_memory=True)
-    of = sizes.split(flat)
-    rings = torch.arange(sizes.num_rings)
-    of.blocks[:, Block.FIRST_QUERY] = rings * num_queries
-    of.blocks[:, Block.NUM_QUERIES] = num_queries
-    of.blocks[:, Block.RING] = rings
-    of.query_rings.copy_(rings.repeat_interleave(num_queries))
-    return flat
 
 
 def _power_of_two(number: int) -> int:

@@ -93,6 +93,33 @@ def tables(
     return sizes, np.concatenate((in_order.reshape(-1), blocks.reshape(-1), np.repeat(order, counts)))
 
 
+def alike_rings(sizes: TableSizes) -> torch.Tensor:
+    """Tables, one behind the other, of rings that see nothing and have equally many queries, one block each."""
+    flat = torch.zeros(sizes.size, dtype=torch.int64)
+    of, rings = sizes.split(flat), torch.arange(sizes.num_rings)
+    num_queries = sizes.num_queries // sizes.num_rings
+    of.blocks[:, Block.FIRST_QUERY] = rings * num_queries
+    of.blocks[:, Block.NUM_QUERIES] = num_queries
+    of.blocks[:, Block.RING] = rings
+    of.query_rings.copy_(rings.repeat_interleave(num_queries))
+    return flat
+
+
+def lay_alike(of: Tables, rings: NDArray[np.int64], order: NDArray[np.int64]) -> None:
+    """Lays the rings of a batch into such tables, on the host; those that are left over see nothing.
+
+    rings: as `rings_of` gives them. order: the place of each in the reply.
+    """
+    num_rings, blocks = len(rings), of.blocks.numpy()
+    of.rings.numpy()[order] = rings
+    of.rings.numpy()[num_rings:] = 0
+    blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
+    blocks[num_rings:, : Block.FIRST_QUERY] = 0
+    blocks[:num_rings, Block.RING] = order
+    blocks[num_rings:, Block.RING] = np.arange(num_rings, len(blocks))
+    of.query_rings.numpy().reshape(len(blocks), -1)[:] = blocks[:, Block.RING, None]
+
+
 def rings_of(slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
     """(L * S, 4), layer by layer: not yet in the order of the reply."""
     begins, ends = np.array(batch.begins, np.int64), np.array(batch.ends, np.int64)

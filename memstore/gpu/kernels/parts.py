@@ -55,7 +55,7 @@ def is_seen(slots, low, last, high, capacity):
 @triton.jit
 def has_seen(first, end, low, last, high, capacity):
     """Whether any of the slots [first, end) is seen."""
-    return ((first <= last) & (end > low)) | ((end > high) & (first < capacity))
+    return ((low <= last) & (first <= last) & (end > low)) | ((high < capacity) & (end > high) & (first < capacity))
 
 
 @triton.jit

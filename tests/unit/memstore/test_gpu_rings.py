@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from memstore.gpu.rings import Block, Ring, tables
+from memstore.gpu.rings import Block, Ring, TableSizes, alike_rings, lay_alike, rings_of, tables
 from memstore.gpu.room import ALIGNMENT, Field, ReplyRoom
 from memstore.gpu.tuning import scan_shape
 from memstore.search import SearchBatch
@@ -52,6 +52,29 @@ def test_a_batch_without_queries_has_no_blocks() -> None:
     sizes, flat = tables(Slab(SPEC, torch.device("cpu")), batch((0, 0)), np.array([[0, 1], [2, 3]]), block=16)
     assert sizes == (4, 0, 0)
     assert len(flat) == sizes.size
+
+
+def test_rings_that_are_alike_are_laid_as_any_others_and_the_rest_see_nothing() -> None:
+    """Batch after batch into the same tables, with fewer rings and other places than the one before."""
+    slab = Slab(SPEC, torch.device("cpu"))
+    sizes = TableSizes(8, 8, 16)
+    flat = alike_rings(sizes)
+    of = sizes.split(flat)
+    for number in (3, 1, 2):
+        asked = batch((2,) * number)
+        groups = np.random.default_rng(number).permutation(2 * number).reshape(2, number)
+        lay_alike(of, rings_of(slab, asked), groups.reshape(-1))
+        want_sizes, want_flat = tables(slab, asked, groups, block=16)
+        want = want_sizes.split(torch.from_numpy(want_flat))
+        assert torch.equal(of.rings[: 2 * number], want.rings)
+        assert torch.equal(of.blocks[: 2 * number], want.blocks)
+        assert torch.equal(of.query_rings[: 4 * number], want.query_rings)
+        assert not of.rings[2 * number :].any()
+        left = torch.arange(2 * number, 8)
+        assert not of.blocks[2 * number :, : Block.FIRST_QUERY].any()
+        assert torch.equal(of.blocks[2 * number :, Block.FIRST_QUERY], left * 2)
+        assert torch.equal(of.blocks[2 * number :, Block.RING], left)
+        assert torch.equal(of.query_rings[4 * number :], left.repeat_interleave(2))
 
 
 def test_fields_of_a_reply_do_not_meet_and_are_aligned() -> None:
