@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DIM = 256
 OPTIONS = RetrieveOptions(top_k=16, window_after=1)
+MOST_ROWS_OF_NEUROCACHE = 600_000
 ROUNDS = 9
 WARM_UP = 3
 OURS, ON_DEVICE = "memstore", "memstore, on the device"
@@ -232,8 +233,8 @@ def neurocache_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[],
     """The package's own retrieval over the same rows."""
     from neurocache.cache import OnDeviceCache
 
-    if len(rows) * queries.shape[1] > len(rows):
-        raise ImportError("left out for many queries, which take it seconds")
+    if queries.shape[1] > 1 or rows.shape[0] * rows.shape[1] > MOST_ROWS_OF_NEUROCACHE:
+        raise ImportError("left out, as it takes it seconds")
     cache = OnDeviceCache(len(rows), rows.shape[1], key_features=DIM)
     cache.key_db = rows
     asked = queries.transpose(0, 1)
