@@ -147,7 +147,7 @@ class Registry:
         loaded = self._loaded.get(memory)
         if loaded is None:
             if memory in self._damaged:
-                raise self._damaged[memory]
+                raise self._damage(memory)
             if self.state is State.LOADING:
                 raise NotReady("memories are being loaded")
             raise NotFound(f"no memory {name!r}", memory=name)
@@ -194,7 +194,7 @@ class Registry:
             how = "an equal" if existing.spec == spec else "another"
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
         if memory in self._damaged:
-            raise self._damaged[memory]
+            raise self._damage(memory)
         if len(self._loaded) >= self._max_memories:
             raise QuotaExceeded(f"{self._max_memories} memories exist, as many as this server may have")
         self._store.check(spec)
@@ -225,6 +225,10 @@ class Registry:
             self._discard(loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
+
+    def _damage(self, memory: MemoryId) -> MemstoreError:
+        """What kept a memory from being loaded, without the frames, and requests, of those who were told before."""
+        return self._damaged[memory].with_traceback(None)
 
     def _list(self, tenant: str, prefix: str) -> list[Loaded | MemorySpec]:
         found: dict[MemoryId, Loaded | MemorySpec] = {}

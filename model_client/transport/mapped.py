@@ -145,7 +145,7 @@ class MappedTransport:
     def _begin(self, method: str, request: Message, timeout_s: float) -> Future[Message]:
         engine = self._engine
         if self._refusal is not None and self._wish.plane != "auto" and isinstance(request, pb.StepRequest):
-            return _failed(self._refusal)
+            return _failed(self._refusal.with_traceback(None))  # which would keep the frames of every step
         self._num_under_way += 1
         if engine is not None and _is_holders(request):
             self._stats.add("orphaned_steps" if self._is_orphaned else "mapped_steps")

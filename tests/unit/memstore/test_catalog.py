@@ -268,6 +268,19 @@ def test_an_untrue_entry_is_left_out_and_the_others_serve(
     assert "memory not loaded" in caplog.text
 
 
+def test_a_memory_that_cannot_be_loaded_keeps_nothing_of_those_who_ask(benches: list[Bench]) -> None:
+    catalog = FileCatalog(FOLDER, FakeDisk())
+    catalog.put(NOTES, next(iter(LIES.values())))
+    benches.append(Bench(catalog))
+    registry = benches[0].loaded()
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(Corrupt) as caught:
+            registry.find("t", "notes")
+        lengths.append(len(caught.traceback))
+    assert len(set(lengths)) == 1, "the frames of earlier callers, with their requests, are kept alive"
+
+
 def test_redis_entries_that_are_not_even_text_do_no_harm(valkey: ValkeyServer, benches: list[Bench]) -> None:
     with valkey.client() as raw:
         raw.hset("odd:memories", mapping={b"\xff\xfe/\x00": b"\x80\x04", b"no slash": b"{}"})
