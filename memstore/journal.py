@@ -127,6 +127,7 @@ class Journal:
         self._syncer = syncer
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
+        self._writing = threading.Lock()  # the file is not closed while it is held
         self._retired: list[AppendFile] = []
         self._retired_bytes = self._retired_changes = self._changes = 0
         self._waiting: deque[tuple[int, Callable[[ReadOnly | None], None]]] = deque()
@@ -159,18 +160,19 @@ class Journal:
         return self._failure
 
     def write(self, changes: Sequence[Change], rows: StagedRows | None) -> None:
-        if self._failure:
-            raise ReadOnly(self._failure)
         kept = codec.encode(changes)
         padding = -(4 + len(kept)) % ALIGNMENT
         body: list[Buffer] = [len(kept).to_bytes(4, "little") + kept + bytes(padding)]
         body += [] if rows is None else self._format.encode(rows)
         parts = frame(STEP, self._next, self._synced, body)
-        try:
-            self._file.write(parts)
-        except OSError as error:
-            self._is_refusing = True
-            self._take_back(error)
+        with self._writing:
+            if self._failure:
+                raise ReadOnly(self._failure)
+            try:
+                self._file.write(parts)
+            except OSError as error:
+                self._is_refusing = True
+                self._take_back(error)
         self._is_refusing = False
         self._end = self._file.size
         with self._lock:
@@ -182,15 +184,18 @@ class Journal:
             self._syncer.ask(self)
 
     def settle(self, answer: Callable[[ReadOnly | None], None]) -> None:
+        problem = ""
         if self.durability is Durability.ALWAYS:
             with self._lock:
-                must_wait = self._synced < self._next and not self._failure
+                is_safe = self._synced >= self._next
+                problem = "" if is_safe else self._failure
+                must_wait = not (is_safe or problem)
                 if must_wait:
                     self._waiting.append((self._next, answer))
             if must_wait:
                 self._syncer.ask(self)
                 return
-        answer(None)
+        answer(ReadOnly(problem) if problem else None)
 
     def sync(self) -> None:
         """Makes all that is written safe, and answers those who wait for it. Never raises."""
@@ -254,7 +259,7 @@ class Journal:
     def close(self, why: str) -> None:
         """Syncs, answers those who wait, and gives the file back; nothing is written any more, for this reason."""
         self.sync()
-        with self._syncing, self._lock:
+        with self._syncing, self._writing:  # a dropped memory may be appended to at this moment
             self._failure = self._failure or why
             self._file.close()
 

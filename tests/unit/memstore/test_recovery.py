@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 from random import Random
 
@@ -13,7 +14,7 @@ from memstore.errors import Corrupt, EpochChanged, ReadOnly
 from memstore.memory import Memory
 from memstore.sequence import REPLAY_WINDOW
 from memstore.types import Durability, MemorySpec, Metric, PayloadSpec, StepResult
-from tests.fakes import Diligent, FakeDisk
+from tests.fakes import Diligent, FakeAppendFile, FakeDisk
 from tests.lives import FOLDER, SPEC, Life, batch, found
 
 INTERVAL = replace(SPEC, durability=Durability.INTERVAL)
@@ -204,6 +205,43 @@ def test_a_failed_sync_is_said_and_nothing_is_changed_any_more() -> None:
     with pytest.raises(ReadOnly):
         life.append("a", 1, 1)
     assert found(life.memory, "a").sequences[0].as_of == 1
+
+
+def test_what_was_written_while_a_sync_failed_is_not_acknowledged() -> None:
+    life = Life(FakeDisk(), is_new=True, syncer=Diligent(waits=True))
+    answered: list[object] = []
+    life.append("a", 1, 0)
+    life.disk.cannot_sync = True
+    life.archive.journal.sync()
+    life.memory.settle(answered.append)
+    assert isinstance(answered[0], ReadOnly)
+
+
+def test_a_log_is_not_closed_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptor may be another file's by then."""
+    life = Life(FakeDisk(), is_new=True)
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def write(file: FakeAppendFile, parts: object) -> None:
+        begun.set()
+        go_on.wait()
+        done.append("written")
+
+    monkeypatch.setattr(FakeAppendFile, "write", write)
+    monkeypatch.setattr(FakeAppendFile, "close", lambda file: done.append("closed"))
+    writing = threading.Thread(target=lambda: life.append("a", 1, 0))
+    closing = threading.Thread(target=lambda: life.archive.journal.close("the memory is dropped"))
+    writing.start()
+    begun.wait()
+    closing.start()
+    closing.join(0.05)
+    go_on.set()
+    writing.join()
+    closing.join()
+    assert done == ["written", "closed"]
+    with pytest.raises(ReadOnly, match="dropped"):
+        life.append("a", 1, 1)
 
 
 @pytest.mark.parametrize("seed", range(30))
