@@ -125,7 +125,7 @@ class ControlBlock:
                 break
         else:
             raise Corrupt("the holder of a lease never stops writing")
-        if epoch < 0 or not 0 <= end < MAX_POSITION or not 0 <= floor < MAX_POSITION or not 0 <= appended:
+        if epoch < 0 or not all(0 <= counter < MAX_POSITION for counter in (end, floor, appended)):
             raise Corrupt("the holder of a lease has written counters that cannot be")
         return Progress(epoch, end, min(floor, end), appended)
 

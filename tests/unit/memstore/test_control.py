@@ -70,7 +70,9 @@ def test_a_holder_that_never_stops_does_not_hold_up_a_reader(
             read()
 
 
-@pytest.mark.parametrize("row", [(-1, 0, 0, 0), (1, -1, 0, 0), (1, 1 << 60, 0, 0), (1, 0, -1, 0), (1, 0, 0, -1)])
+@pytest.mark.parametrize(
+    "row", [(-1, 0, 0, 0), (1, -1, 0, 0), (1, 1 << 60, 0, 0), (1, 0, -1, 0), (1, 0, 0, -1), (1, 0, 0, 1 << 60)]
+)
 def test_counters_that_cannot_be_are_noticed(block: ControlBlock, row: tuple[int, ...]) -> None:
     block.publish(np.array([row] * 3))
     with pytest.raises(Corrupt):
