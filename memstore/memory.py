@@ -158,7 +158,7 @@ class Memory:
         ]
         self._do(changes)
         self._table.publish(known)
-        return [self._epoch(name) for name in names]
+        return [self._table.epoch(name) for name in names]
 
     def fork(self, source: str, target: str, as_of: int | None, epoch: int) -> SequenceResult:
         """Gives a new sequence the live positions of another below `as_of`, by copying: its place is reserved anyway.
@@ -373,7 +373,7 @@ class Memory:
     def _result(self, plan: BatchPlan, hits: Hits | None) -> StepResult:
         sequences = [
             SequenceResult(
-                epoch=self._epoch(part.part.sequence),
+                epoch=self._table.epoch(part.part.sequence),
                 as_of=part.as_of,
                 live_begin=part.begin,
                 first_position=part.first_position,
@@ -383,10 +383,6 @@ class Memory:
             for part in plan.parts
         ]
         return StepResult(sequences=tuple(sequences), hits=hits)
-
-    def _epoch(self, name: str) -> int:
-        sequence = self._table.get(name)
-        return 0 if sequence is None else sequence.epoch
 
 
 def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan]:

@@ -151,6 +151,11 @@ class SequenceTable:
             return sequence if sequence.epoch else None
         return sequence
 
+    def epoch(self, name: str) -> int:
+        """The epoch of the sequence of that name as `get` saw it last; 0 where there is none. Cannot fail."""
+        sequence = self._by_name.get(name)
+        return 0 if sequence is None else sequence.epoch
+
     def loan(self, name: str) -> Loan | None:
         """Who has the sequence of that name, if it is lent; it need not exist for that."""
         sequence = self._by_name.get(name)

@@ -293,6 +293,22 @@ def test_answers_that_do_not_fit_what_was_published_are_left(lent: Lent) -> None
     assert not append(lent.server, "a", [4]).sequences[0].is_replay
 
 
+def test_nonsense_that_comes_late_spoils_no_append_beside_it(lent: Lent) -> None:
+    append(lent.server, "a", [1])
+    lent.lend("a")
+    part = SequencePart(sequence="a", num_rows=1)
+    look = StepBatch(parts=(part,), layers=(0, 1), keys=torch.zeros(2, 1, 2), retrieve=EVERYTHING)
+
+    def carry(at: int, hits: object) -> None:
+        table = lent.block.table()
+        table[0, 1] = -5
+        lent.block.publish(table)
+
+    _, beside = lent.server.step([look, batch("c", [4])], carry)
+    assert isinstance(beside, StepResult)
+    assert content(lent.server, "c") == {0: 4}
+
+
 def test_a_dropped_memory_ends_its_leases(lent: Lent) -> None:
     lease = lent.lend("a")
     lent.server.free()
