@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ class Link:
         self._buffer = bytearray(MAX_PACKET_BYTES + 1)
         self._descriptors: list[int] = []
         self._is_closed = False
+        self._sending = threading.Lock()  # nothing is sent to whoever has the descriptor next
         loop.add_reader(connection.fileno(), self._receive)
 
     def send(self, packet: bytes, descriptors: Sequence[int] = ()) -> bool:
@@ -77,11 +79,12 @@ class Link:
         False where the other end has gone or does not read: the link is closed then.
         """
         try:
-            if descriptors:  # socket.send_fds takes flags and forgets them
-                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-                self._connection.sendmsg([packet], [rights], _SEND_FLAGS)
-            else:
-                self._connection.send(packet, _SEND_FLAGS)
+            with self._sending:
+                if descriptors:  # socket.send_fds takes flags and forgets them
+                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+                    self._connection.sendmsg([packet], [rights], _SEND_FLAGS)
+                else:
+                    self._connection.send(packet, _SEND_FLAGS)
         except OSError:
             self._loop.call_soon_threadsafe(self.close)
             return False
@@ -93,7 +96,8 @@ class Link:
             return
         self._is_closed = True
         self._loop.remove_reader(self._connection.fileno())
-        self._connection.close()
+        with self._sending:
+            self._connection.close()
         self.on_close()
 
     def take_descriptors(self) -> list[int]:
@@ -164,11 +168,14 @@ class Handover:
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
-    def offer(self, claim: Callable[[Link, pb.ClaimRequest], None]) -> bytes:
-        """A token; `claim` is called in the loop with the connection of the first who presents it in time, and how."""
+    def offer(self, claim: Callable[[Link, pb.ClaimRequest], None], lapse: Callable[[], None]) -> bytes:
+        """A token; `claim` is called in the loop with the connection of the first who presents it in time, and how.
+
+        lapse: is called instead where nobody did.
+        """
         token = secrets.token_bytes(TOKEN_BYTES)
         self._offers[token] = claim
-        self._loop.call_later(OFFER_S, self._offers.pop, token, None)
+        self._loop.call_later(OFFER_S, self._lapse, token, lapse)
         return token
 
     def close(self) -> None:
@@ -209,6 +216,10 @@ class Handover:
 
         self._strangers.add(link)
         link.on_packet, link.on_close = present, forget
+
+    def _lapse(self, token: bytes, lapse: Callable[[], None]) -> None:
+        if self._offers.pop(token, None) is not None:
+            lapse()
 
     def _resume(self) -> None:
         if self._socket.fileno() >= 0:

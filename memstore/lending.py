@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from memstore.registry import Loaded, Registry
 
 MAX_LEASES = 256
-"""Leases that one server has given out at once; each takes two descriptors and a control block."""
+"""Leases that one server has given out, or offered, at once; each takes two descriptors and a control block."""
+MAX_LENT = 8192
+"""Sequences of all of them: a control block has 32 KiB for each, which no memory reserves."""
 SETTLE_S = 1.0
 """How long a GPU may still be writing for a process whose connection has ended."""
 _log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Lending:
 
     def __init__(self, registry: Registry, handover: Handover, loop: asyncio.AbstractEventLoop) -> None:
         self.holders: set[Holder] = set()
+        """Those that have a lease or its token."""
         self.loop = loop
         self.registry = registry
         self._handover = handover
@@ -58,8 +61,11 @@ class Lending:
             raise NotAllowed(f"plane: the memory lies in {pb.Plane.Name(self.plane)}")
         if len(self.holders) >= MAX_LEASES:
             raise QuotaExceeded(f"{MAX_LEASES} leases are given out, as many as may be")
+        if sum(holder.num_sequences for holder in self.holders) + len(request.sequences) > MAX_LENT:
+            raise QuotaExceeded(f"sequences: no more than {MAX_LENT:,} are lent at once")
         holder = Holder(self, loaded, request)
-        token = self._handover.offer(holder.claimed)
+        self.holders.add(holder)
+        token = self._handover.offer(holder.claimed, holder.let_go)
         return pb.OpenPlaneResponse(socket_path=self._handover.path, token=token)
 
     def close(self) -> None:
@@ -78,18 +84,18 @@ class Holder:
         self._request = request
         self._link: Link | None = None
         self._lease: Lease | None = None
+        self.num_sequences = len(request.sequences)
 
     def claimed(self, link: Link, claim: pb.ClaimRequest) -> None:
         """The token was presented."""
         self._link = link
-        self._lending.holders.add(self)
         link.on_packet, link.on_close = self._heard, self._gone
         remains = claim.remains if claim.HasField("remains") else None
         descriptors = link.take_descriptors()
         self._in_device_thread(lambda: self._grant(link, remains, descriptors))
 
     def let_go(self) -> None:
-        """Forgets the process, which keeps its lease."""
+        """Forgets the process, which keeps its lease, if it has one."""
         self._lending.holders.discard(self)
         if self._link is not None:
             self._link.on_packet, self._link.on_close = _nobody, _nothing

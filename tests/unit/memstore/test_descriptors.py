@@ -55,8 +55,43 @@ class Host:
             link.on_close = lambda: self.gone.set_result(None)
             link.send(response.SerializeToString(), handed)
 
-        token = self.run(lambda: self.handover.offer(claimed))
+        token = self.run(lambda: self.handover.offer(claimed, lambda: None))
         return pb.OpenPlaneResponse(socket_path=self.handover.path, token=token)  # type: ignore[arg-type]
+
+
+def test_nothing_is_sent_on_a_descriptor_that_is_another_ones_by_then() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    class Connection:
+        def fileno(self) -> int:
+            return 0
+
+        def send(self, packet: bytes, flags: int) -> None:
+            begun.set()
+            go_on.wait()
+            done.append("sent")
+
+        def close(self) -> None:
+            done.append("closed")
+
+    class Loop:
+        def add_reader(self, *_: object) -> None:
+            pass
+
+        def remove_reader(self, *_: object) -> None:
+            pass
+
+    link = Link(Connection(), Loop())  # type: ignore[arg-type]
+    sending, closing = threading.Thread(target=link.send, args=(b"x",)), threading.Thread(target=link.close)
+    sending.start()
+    begun.wait()
+    closing.start()
+    closing.join(0.05)
+    go_on.set()
+    sending.join()
+    closing.join()
+    assert done == ["sent", "closed"]
 
 
 @pytest.fixture

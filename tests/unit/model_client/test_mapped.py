@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from memstore import lending
+from memstore import descriptors, lending
 from memstore.auth import parse_tokens
 from memstore.catalog import FileCatalog
 from memstore.grpc_front import is_local
@@ -279,6 +279,26 @@ def test_leases_are_bounded(server: Serving, monkeypatch: pytest.MonkeyPatch) ->
         for _ in range(5):
             second.append(rows(1), [1])
         assert second.plane == "inline"
+
+
+@pytest.mark.parametrize(("limit", "names"), [("MAX_LEASES", ["b"]), ("MAX_LENT", ["b", "c"])])
+def test_offers_count_as_leases_until_they_lapse(
+    server: Serving, monkeypatch: pytest.MonkeyPatch, limit: str, names: list[str]
+) -> None:
+    monkeypatch.setattr(lending, limit, {"MAX_LEASES": 1, "MAX_LENT": 2}[limit])
+    monkeypatch.setattr(descriptors, "OFFER_S", 0.3)
+    with client_of(server, "inline") as client:
+        create(client)
+
+        def ask(sequences: list[str]) -> Exception | None:
+            wanted = pb.OpenPlaneRequest(memory="m", sequences=sequences, writer="w")
+            error = client._transport.call("OpenPlane", wanted, 10.0).exception(10)
+            assert error is None or isinstance(error, errors.QuotaExceeded)
+            return error
+
+        assert ask(["a"]) is None
+        assert ask(names) is not None
+        until(lambda: ask(names) is None)
 
 
 def test_a_claim_that_is_not_for_this_host_comes_to_nothing(server: Serving) -> None:
