@@ -217,12 +217,12 @@ class SessionCore:
         names = [part.sequence for part in parts if part.start_of_sequence and not self._numbering.epoch(part.sequence)]
         if not names:
             return
-        request = pb.RetrieveRequest(memory=self.memory, retrieve=pb.RetrieveOptions(top_k=1, omit_scores=True))
+        plane, nothing = self._core.transport.plane, wire.Retrieval(top_k=1, arrays=(), scores=False)
+        empty = wire.StepRows(keys=wire.empty_like(step.request.keys), payloads={})
+        request = wire.step_request(plane, self.memory, empty, nothing, False, "")
         request.sequences.extend(pb.SequencePart(sequence=name) for name in names)
-        self._core.transport.plane.write(wire.empty_like(step.request.keys), request.keys)
-        exchange = OneCall(self._core.transport, "Retrieve", request)
-        reply = expect((yield from self._core.attempts(exchange, until)), pb.RetrieveResponse)
-        self._core.transport.plane.discard(reply)
+        reply = expect((yield from self._core.attempts(Step(self._core, request, empty), until)), pb.StepResponse)
+        plane.discard(reply)
         for name, result in zip(names, reply.sequences, strict=True):
             self._numbering.adopt(name, result.epoch)
 

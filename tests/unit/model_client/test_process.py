@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,8 @@ from model_client.transport.process import ProcessTransport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from google.protobuf.message import Message
 
     from memstore.plane import ProcessPlane
 
@@ -69,6 +72,25 @@ def test_what_nobody_waits_for_is_let_go_of(client: MemoryClient, handed: Proces
     gc.collect()
     session.append(torch.ones(2, 4), [2], payloads=TOKENS)  # the device answers in order: the others are answered
     assert len(handed) == 0
+
+
+def test_a_start_whose_question_is_refused_for_now_asks_again(
+    client: MemoryClient, transport: ProcessTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a refused call handed over is gone."""
+    call, refusals = transport.call, [errors.NotReady("not now")]
+
+    def not_yet(method: str, request: Message, timeout_s: float) -> Future[Message]:
+        if not refusals:
+            return call(method, request, timeout_s)
+        transport.plane.discard(request)
+        answer: Future[Message] = Future()
+        answer.set_exception(refusals.pop())
+        return answer
+
+    monkeypatch.setattr(transport, "call", not_yet)
+    session = client.session("m", ["a"])
+    assert session.append(torch.ones(2, 4), [2], payloads=TOKENS, start_of_sequence=True).sequences[0].num_appended == 2
 
 
 def test_a_child_process_is_told_that_the_engine_is_not_there(
