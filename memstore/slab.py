@@ -3,6 +3,8 @@
     keys      (layers, places, capacity, dim)      the searched vectors in the memory's dtype
     norms     (layers, places, capacity) float32   |row|^2 for l2, 1 / |row| for cosine (0 for a zero row), none for ip
     payloads  name -> (layers, places, capacity, *shape)
+    codes     (layers, places, capacity, bytes)    the vectors in few bits, where the memory has a first pass over codes
+    terms     (layers, places, capacity, 2) float32, see codes.py
 
 A place holds one sequence. Everything here is addressed by place and slot; positions are the ring's. The tensors are
 private, or lie one behind the other in a region that other processes may map.
@@ -12,13 +14,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from memstore.codes import BITS, NUM_TERMS, code_bytes, encode
 from memstore.errors import DeviceMemoryFull
 from memstore.region import make_region, padded
 from memstore.region.base import array
@@ -37,11 +40,15 @@ _ALIGNED = 4096
 
 @dataclass(frozen=True, slots=True)
 class StagedRows:
-    """Rows as the slab stores them: keys (layers, n, dim), norms (layers, n), payloads (layers, n, *shape)."""
+    """Rows as the slab stores them: keys (layers, n, dim), norms (layers, n), payloads (layers, n, *shape).
+
+    coded: codes and terms, see codes.py; left out where they are still to be made.
+    """
 
     keys: torch.Tensor
     norms: torch.Tensor | None
     payloads: Mapping[str, torch.Tensor]
+    coded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to(self, device: torch.device | str) -> StagedRows:
         """The same rows on a device."""
@@ -52,7 +59,7 @@ class StagedRows:
         return self._each(lambda array: array[:, chosen])
 
     def put(self, places: torch.Tensor, rows: StagedRows) -> None:
-        """Overwrites rows here with those of another. places: (m,) int64."""
+        """Overwrites rows here, which are not coded yet, with those of another. places: (m,) int64."""
         self.keys[:, places] = rows.keys
         if self.norms is not None and rows.norms is not None:
             self.norms[:, places] = rows.norms
@@ -87,6 +94,9 @@ class Slab:
             raise DeviceMemoryFull(f"no room for {bytes_needed(spec)} bytes on {device}") from error
         self.keys = tensors.pop(0)
         self.norms = None if spec.metric is Metric.INNER_PRODUCT else tensors.pop(0)
+        self.first_pass = spec.first_pass
+        self.terms = tensors.pop() if BITS[spec.first_pass] else None
+        self.codes = tensors.pop() if BITS[spec.first_pass] else None
         self.payloads = {payload.name: tensor for payload, tensor in zip(spec.payloads, tensors, strict=True)}
 
     def _arrays(self, formats: Sequence[_Format]) -> list[torch.Tensor]:
@@ -106,15 +116,25 @@ class Slab:
         """
         stored = _rounded(keys, self.keys.dtype).contiguous()
         converted = {name: payloads[name].to(slab.dtype).contiguous() for name, slab in self.payloads.items()}
-        return StagedRows(stored, None if self.norms is None else _norms(stored, self.metric), converted)
+        return self._coded(StagedRows(stored, None if self.norms is None else _norms(stored, self.metric), converted))
+
+    def _coded(self, rows: StagedRows) -> StagedRows:
+        """Rows with their codes, where this slab has codes."""
+        if self.codes is None or rows.coded is not None:
+            return rows
+        return replace(rows, coded=encode(rows.keys, rows.norms, self.metric, self.first_pass))
 
     def write(self, rows: StagedRows, cells: torch.Tensor) -> None:
-        """Overwrites cells, as `in_all_layers` gives them, all different. Takes no memory."""
+        """Overwrites cells, as `in_all_layers` gives them, all different. Takes no memory for staged rows."""
+        coded = self._coded(rows).coded
         self.keys.flatten(0, 2).index_copy_(0, cells, rows.keys.flatten(0, 1))
         if self.norms is not None and rows.norms is not None:
             self.norms.flatten().index_copy_(0, cells, rows.norms.flatten())
         for name, slab in self.payloads.items():
             slab.flatten(0, 2).index_copy_(0, cells, rows.payloads[name].flatten(0, 1))
+        if coded is not None and self.codes is not None and self.terms is not None:
+            self.codes.flatten(0, 2).index_copy_(0, cells, coded[0].flatten(0, 1))
+            self.terms.flatten(0, 2).index_copy_(0, cells, coded[1].flatten(0, 1))
 
     @property
     def num_cells(self) -> int:
@@ -164,12 +184,13 @@ class Slab:
                 self.region.populate(ring.data_ptr() - base, ring.numel() * ring.element_size())
 
     def _tensors(self) -> list[torch.Tensor]:
-        return [self.keys, *([] if self.norms is None else [self.norms]), *self.payloads.values()]
+        some = [self.keys, self.norms, *self.payloads.values(), self.codes, self.terms]
+        return [tensor for tensor in some if tensor is not None]
 
     def free(self) -> None:
         """Gives the storage back; the slab is of no use afterwards."""
         empty = torch.empty(0)
-        self.keys, self.norms, self.payloads = empty, None, {}
+        self.keys, self.norms, self.payloads, self.codes, self.terms = empty, None, {}, None, None
         if self.region is not None:
             self.region.close()
         if self.device.type == "cuda":
@@ -204,11 +225,13 @@ class _Format:
 
 
 def _formats(spec: MemorySpec) -> list[_Format]:
-    """The arrays in their order: keys, norms where the metric has some, payloads."""
+    """The arrays in their order: keys, norms where the metric has some, payloads, codes with their terms."""
     places = (spec.num_layers, spec.max_sequences, spec.capacity)
     norms = [] if spec.metric is Metric.INNER_PRODUCT else [_Format(places, torch.float32)]
     payloads = [_Format((*places, *payload.shape), payload.dtype) for payload in spec.payloads]
-    return [_Format((*places, spec.dim), spec.dtype), *norms, *payloads]
+    codes = _Format((*places, code_bytes(spec.first_pass, spec.dim)), torch.uint8)
+    coded = [codes, _Format((*places, NUM_TERMS), torch.float32)] if BITS[spec.first_pass] else []
+    return [_Format((*places, spec.dim), spec.dtype), *norms, *payloads, *coded]
 
 
 def _offsets(formats: Sequence[_Format]) -> list[int]:

@@ -54,6 +54,14 @@ class IndexSettings:
     itopk: int = 0
 
 
+class FirstPass(Enum):
+    """What a search reads of every row: the row, or a code of it, whose best are then ranked by their rows."""
+
+    ROWS = "rows"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class Durability(Enum):
     """What survives a stop of the server."""
 
@@ -83,6 +91,7 @@ class MemorySpec:
     dtype: torch.dtype = torch.float16
     metric: Metric = Metric.L2
     index: IndexKind = IndexKind.EXACT
+    first_pass: FirstPass = FirstPass.ROWS
     index_settings: IndexSettings | None = None
     durability: Durability = Durability.VOLATILE
     payloads: tuple[PayloadSpec, ...] = ()

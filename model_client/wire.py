@@ -37,6 +37,11 @@ _TO_WIRE = {
 _FROM_WIRE = {code: dtype for dtype, code in _TO_WIRE.items()}
 
 _METRICS = {"l2": pb.METRIC_L2, "ip": pb.METRIC_INNER_PRODUCT, "cosine": pb.METRIC_COSINE}
+_FIRST_PASSES = {
+    "rows": pb.FIRST_PASS_ROWS,
+    "int8": pb.FIRST_PASS_INT8,
+    "int4": pb.FIRST_PASS_INT4,
+}
 _DURABILITIES = {
     "volatile": pb.DURABILITY_VOLATILE,
     "interval": pb.DURABILITY_INTERVAL,
@@ -76,6 +81,8 @@ class MemoryOptions(TypedDict, total=False):
     """"exact" (if not given), "faiss_flat", "faiss_ivf_flat", "faiss_ivf_pq" or "faiss_cagra"."""
     index_settings: Mapping[str, int]
     """What the last three are built and searched with, such as nprobe; chosen by the server where not given."""
+    first_pass: str
+    """What a search reads of every row: "rows" (if not given), or codes, "int8" or "int4", which may miss rows."""
     durability: str
     """What survives a stop of the server: nothing with "volatile" (if not given); with "interval" all, but for the last
     second before the machine went down; all with "always"."""
@@ -196,6 +203,9 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
     for setting in settings:
         if setting not in _SETTINGS:
             raise InvalidRequest(f"index_settings: {setting!r} is none of {_SETTINGS}")
+    first_pass = options.get("first_pass", "rows")
+    if first_pass not in _FIRST_PASSES:
+        raise InvalidRequest(f"first_pass: {first_pass!r} is none of {sorted(_FIRST_PASSES)}")
     if durability not in _DURABILITIES:
         raise InvalidRequest(f"durability: {durability!r} is none of {sorted(_DURABILITIES)}")
     return pb.MemorySpec(
@@ -208,6 +218,7 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
         metric=_METRICS[metric],
         index=_INDEXES[index],
         index_settings=pb.IndexSettings(**settings) if settings else None,
+        first_pass=_FIRST_PASSES[first_pass],
         durability=_DURABILITIES[durability],
         payloads=[
             pb.PayloadSpec(name=each, dtype=wire_dtype(dtype), shape=shape)

@@ -70,6 +70,12 @@ SPECS: list[tuple[str, pb.MemorySpec, str]] = [
     ("an unknown metric", spec(metric=99), "spec.metric"),
     ("an unknown index", spec(index=99), "spec.index"),
     ("too much capacity for a large index", spec(capacity=134_217_729, index=IVF), "spec.capacity"),
+    (
+        "codes of an index without",
+        spec(index=pb.INDEX_KIND_FAISS_FLAT, first_pass=pb.FIRST_PASS_INT8),
+        "spec.first_pass",
+    ),
+    ("an unknown first pass", spec(first_pass=9), "spec.first_pass"),
     ("settings of an exact index", _settings(pb.INDEX_KIND_EXACT, nprobe=1), "spec.index_settings.nprobe"),
     ("links of lists", _settings(IVF, graph_degree=8), "spec.index_settings.graph_degree"),
     ("lists of a graph", _settings(GRAPH, nlist=8), "spec.index_settings.nlist"),

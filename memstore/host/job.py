@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from memstore.host.coded import Coded
 from memstore.host.compiling import kernel
 from memstore.host.scoring import Rows
 from memstore.host.tiles import PANEL
@@ -17,16 +18,17 @@ from memstore.host.tiles import PANEL
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-HEADER = 14
+HEADER = 15
 (
     NEXT,  # the next piece to be done
     NUM_CUT,  # pieces that there are
     MOST_PIECES,  # pieces, lists and panels that there is room for
     MOST_LISTS,
     MOST_PANELS,
-    TOP_K,
+    TOP_K,  # candidates of a query
     KIND,  # of KINDS
     METRIC,  # of METRICS
+    BITS,  # of the codes of a first pass, 0 for none
     FEW_QUERIES,  # up to so many queries a ring, its rows are read for them; for more they are multiplied
     LONGEST_READ,  # rows of a piece that is read
     LONGEST_MULTIPLIED,  # rows of one that is multiplied
@@ -61,31 +63,68 @@ class Job(NamedTuple):
     bars: NDArray[np.float32]
     lists: Lists
     panels: NDArray[np.float32]
+    coded: Coded
 
 
-def empty_job(header: tuple[int, ...], num_queries: int, dim: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The two arrays of a job that compiled code fills in, header and all, and unpacks again."""
-    most_pieces, most_lists, top_k = header[MOST_PIECES], header[MOST_LISTS], header[TOP_K]
-    integers = np.empty(HEADER + most_pieces * PIECE_COLUMNS + most_lists * (1 + top_k), np.int64)
-    return integers, np.empty(num_queries + most_lists * top_k + header[MOST_PANELS] * dim * PANEL, np.float32)
+class Scratch(NamedTuple):
+    """The arrays of a job that compiled code fills in, header and all, and unpacks again."""
+
+    integers: NDArray[np.int64]
+    floats: NDArray[np.float32]
+    numbers: NDArray[np.int8]
+
+
+def empty_job(header: tuple[int, ...], num_queries: int, dim: int) -> Scratch:
+    """Room for a job."""
+    most_pieces, most_lists, top_k, bits = (header[at] for at in (MOST_PIECES, MOST_LISTS, TOP_K, BITS))
+    num_coded = num_queries if bits else 0
+    num_integers = HEADER + most_pieces * PIECE_COLUMNS + most_lists * (1 + top_k) + num_coded
+    num_floats = num_queries + num_coded + most_lists * top_k + header[MOST_PANELS] * dim * PANEL
+    width = dim + dim % 2 if bits == 4 else dim
+    return Scratch(
+        np.empty(num_integers, np.int64), np.empty(num_floats, np.float32), np.empty((num_coded, width), np.int8)
+    )
+
+
+def copied(scratch: Scratch, header: tuple[int, ...]) -> Scratch:
+    """A job as it is now, while others write to it: where a piece is done in the copy, its lists are whole."""
+    first_list = HEADER + header[MOST_PIECES] * PIECE_COLUMNS
+    pieces = scratch.integers[:first_list].copy()  # before the lists
+    copies = Scratch(scratch.integers.copy(), scratch.floats.copy(), scratch.numbers.copy())
+    copies.integers[:first_list] = pieces
+    return copies
 
 
 @kernel
 def unpacked(
-    integers: NDArray[Any], floats: NDArray[Any], keys: NDArray[Any], norms: NDArray[Any], queries: NDArray[Any]
+    integers: NDArray[Any],
+    floats: NDArray[Any],
+    numbers: NDArray[Any],
+    keys: NDArray[Any],
+    norms: NDArray[Any],
+    codes: NDArray[Any],
+    terms: NDArray[Any],
+    queries: NDArray[Any],
 ) -> Job:
-    """A job out of its arguments: the arrays of `empty_job`, keys and norms as Rows has them, queries (L, N, dim)."""
+    """A job out of its arguments: its scratch; keys and norms as Rows has them, codes and terms as Coded has them.
+
+    queries: (L, N, dim).
+    """
     most_pieces, most_lists, top_k = integers[MOST_PIECES], integers[MOST_LISTS], integers[TOP_K]
     asked = queries.reshape(-1, queries.shape[2])
     first_count = HEADER + most_pieces * PIECE_COLUMNS
-    first_position, first_score = first_count + most_lists, len(asked)
+    first_position = first_count + most_lists
+    first_shift = first_position + most_lists * top_k
+    first_score = len(asked) + len(numbers)
     first_panel = first_score + most_lists * top_k
     lists = Lists(
         floats[first_score:first_panel].reshape(most_lists, top_k),
-        integers[first_position:].reshape(most_lists, top_k),
+        integers[first_position:first_shift].reshape(most_lists, top_k),
         integers[first_count:first_position],
     )
     pieces = integers[HEADER:first_count].reshape(most_pieces, PIECE_COLUMNS)
     rows = Rows(keys, norms, integers[KIND], integers[METRIC])
     panels = floats[first_panel:].reshape(integers[MOST_PANELS], asked.shape[1], PANEL)
-    return Job(integers[:HEADER], pieces, rows, asked, floats[:first_score], lists, panels)
+    scales, shifts = floats[len(asked) : first_score], integers[first_shift:]
+    coded = Coded(integers[BITS], codes, terms, numbers, scales, shifts)
+    return Job(integers[:HEADER], pieces, rows, asked, floats[: len(asked)], lists, panels, coded)

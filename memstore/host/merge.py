@@ -24,8 +24,11 @@ def find(
     rings: NDArray[Any],
     integers: NDArray[Any],
     floats: NDArray[Any],
+    coded: NDArray[Any],
     keys: NDArray[Any],
     norms: NDArray[Any],
+    codes: NDArray[Any],
+    terms: NDArray[Any],
     queries: NDArray[Any],
     scores: NDArray[Any],
     positions: NDArray[Any],
@@ -36,7 +39,7 @@ def find(
     """
     integers[:HEADER] = numbers[:HEADER]
     capacity = fill(rings, numbers[HEADER:])
-    job = unpacked(integers, floats, keys, norms, queries)
+    job = unpacked(integers, floats, coded, keys, norms, codes, terms, queries)
     is_done = scan(job, rings, capacity, bells)
     if is_done:
         _merge(job, rings, capacity, scores, positions)
@@ -49,14 +52,17 @@ def find_again(
     capacity: int,
     integers: NDArray[Any],
     floats: NDArray[Any],
+    coded: NDArray[Any],
     keys: NDArray[Any],
     norms: NDArray[Any],
+    codes: NDArray[Any],
+    terms: NDArray[Any],
     queries: NDArray[Any],
     scores: NDArray[Any],
     positions: NDArray[Any],
 ) -> None:
     """What `find` has not done. integers, floats: copies, to which nobody writes any more."""
-    job = unpacked(integers, floats, keys, norms, queries)
+    job = unpacked(integers, floats, coded, keys, norms, codes, terms, queries)
     scan_again(job)
     _merge(job, rings, capacity, scores, positions)
 

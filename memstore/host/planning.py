@@ -29,6 +29,9 @@ LIST_ITEM = 12
 LIST_BYTES = 32 << 20
 """Bytes of a candidate, and of all of them; more only where those of one ring need it."""
 
+CANDIDATES_A_HIT, FEWEST_CANDIDATES = 4, 64
+"""How many of the best of a first pass over codes are ranked by their rows."""
+
 PATIENCE = 200_000
 """Looks at what others have not done, about twice as long as a piece takes, before it is done again."""
 
@@ -48,15 +51,20 @@ class _Room(NamedTuple):
     panels: int
 
 
-def plan(batch: SearchBatch, rows: Rows, num_threads: int) -> Plan:
-    """One job, or several where the candidates of all rings would take too much."""
-    row_bytes, num_layers = rows.keys.shape[1], len(batch.layers)
+def plan(batch: SearchBatch, rows: Rows, num_threads: int, coded: tuple[int, int] = (0, 0)) -> Plan:
+    """One job, or several where the candidates of all rings would take too much.
+
+    coded: bits and bytes of a code, where there is a first pass over codes.
+    """
+    bits, num_layers = coded[0], len(batch.layers)
+    row_bytes = coded[1] or rows.keys.shape[1]
+    num_candidates = max(CANDIDATES_A_HIT * batch.top_k, FEWEST_CANDIDATES) if bits else batch.top_k
     work, num_multiplied, least = 0, 0, 0
     for begin, end, count in zip(batch.begins, batch.ends, batch.counts, strict=True):
         if count > FEW_QUERIES:
             num_multiplied += max(end - begin, 0)
             work += max(end - begin, 0) * count * batch.queries.shape[2] // 16
-            least = max(least, (end - begin) * count * LIST_ITEM * batch.top_k // LIST_BYTES)
+            least = max(least, (end - begin) * count * LIST_ITEM * num_candidates // LIST_BYTES)
         elif count:
             work += max(end - begin, 0) * row_bytes
     num_helpers = num_threads - 1 if num_layers * work >= WORTH_A_HELPER else 0
@@ -71,8 +79,8 @@ def plan(batch: SearchBatch, rows: Rows, num_threads: int) -> Plan:
         _room(end - begin, count, longest)
         for begin, end, count in zip(batch.begins, batch.ends, batch.counts, strict=True)
     ]
-    fixed = batch.top_k, rows.kind, rows.metric, FEW_QUERIES, *longest
-    spans = _spans(rooms * num_layers, LIST_BYTES // (LIST_ITEM * batch.top_k))
+    fixed = num_candidates, rows.kind, rows.metric, bits, FEW_QUERIES, *longest
+    spans = _spans(rooms * num_layers, LIST_BYTES // (LIST_ITEM * num_candidates))
     return Plan([(0, 0, *room, *fixed, *span, PATIENCE) for room, span in spans], num_helpers)
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from memstore.codes import BITS, NUM_TERMS
 from memstore.host import rings as columns
 from memstore.host.helpers import Helpers
-from memstore.host.job import empty_job
+from memstore.host.job import copied, empty_job
 from memstore.host.merge import find, find_again, rank_all
 from memstore.host.planning import plan
 from memstore.host.scan import help_scan
@@ -42,7 +43,8 @@ class _View:
         self._arrays = {KEY: slab.keys, **slab.payloads}
         self._bytes = {name: _as_bytes(array) for name, array in self._arrays.items()}
         self.rows = Rows(self._bytes[KEY], norms, KINDS[slab.keys.dtype], METRICS[slab.metric])
-        self.row_bytes = slab.dim * slab.keys.itemsize
+        self.code_terms = _codes_of(slab)
+        self.coded = BITS[slab.first_pass], self.code_terms[0].shape[1]
 
     def gathered(self, name: str, cells: NDArray[np.int64]) -> torch.Tensor:
         """Rows of the keys or a payload."""
@@ -100,17 +102,23 @@ class HostRetriever:
             np.empty((num_layers, num_queries, batch.top_k), np.float32),
             np.empty((num_layers, num_queries, batch.top_k), np.int64),
         )
-        headers, num_helpers = plan(batch, view.rows, torch.get_num_threads())
+        headers, num_helpers = plan(batch, view.rows, torch.get_num_threads(), view.coded)
         for header in headers:
             numbers = columns.numbers_of(header, slab, batch)
-            integers, floats = empty_job(header, num_layers * num_queries, dim)
-            job = integers, floats, view.rows.keys, view.rows.norms, queries
+            scratch = empty_job(header, num_layers * num_queries, dim)
+            job = *scratch, view.rows.keys, view.rows.norms, *view.code_terms, queries
             bells = self._helpers.tell(num_helpers, help_scan, *job)
             if not find(numbers, bells, found.rings, *job, found.scores, found.positions):
-                # pieces before lists: what is done by now is whole in the copy
-                copies = integers.copy(), floats.copy()
-                find_again(found.rings, slab.capacity, *copies, *job[2:], found.scores, found.positions)
+                copies = copied(scratch, header)
+                find_again(found.rings, slab.capacity, *copies, *job[3:], found.scores, found.positions)
         return found
+
+
+def _codes_of(slab: Slab) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Codes and terms of all cells; none where the slab has none."""
+    if slab.codes is None or slab.terms is None:
+        return np.empty((0, 0), np.uint8), np.empty((0, NUM_TERMS), np.float32)
+    return slab.codes.flatten(0, 2).numpy(), slab.terms.flatten(0, 2).numpy()
 
 
 def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memstore.host.best import offer
+from memstore.host.coded import code_query, score_codes
 from memstore.host.compiling import kernel
 from memstore.host.job import (
     END_RING,
@@ -47,6 +48,8 @@ def scan(job: Job, rings: NDArray[Any], capacity: int, bells: NDArray[Any]) -> b
     job.bars[:] = -np.inf
     cut(job, rings, capacity)
     pack(job, rings)
+    for query in range(len(job.coded.numbers)):
+        code_query(job.coded, query, job.queries[query])
     for bell in bells:
         ring_bell(bell)
     _draw_pieces(job)
@@ -61,10 +64,17 @@ def scan(job: Job, rings: NDArray[Any], capacity: int, bells: NDArray[Any]) -> b
 
 @kernel
 def help_scan(
-    integers: NDArray[Any], floats: NDArray[Any], keys: NDArray[Any], norms: NDArray[Any], queries: NDArray[Any]
+    integers: NDArray[Any],
+    floats: NDArray[Any],
+    numbers: NDArray[Any],
+    keys: NDArray[Any],
+    norms: NDArray[Any],
+    codes: NDArray[Any],
+    terms: NDArray[Any],
+    queries: NDArray[Any],
 ) -> None:
     """Does pieces of a job until none is left to begin."""
-    _draw_pieces(unpacked(integers, floats, keys, norms, queries))
+    _draw_pieces(unpacked(integers, floats, numbers, keys, norms, codes, terms, queries))
 
 
 @kernel
@@ -126,15 +136,18 @@ def cut(job: Job, rings: NDArray[Any], capacity: int) -> None:
 def _scan_piece(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
     """By reading its rows, once for all queries."""
     rows, lists, num_queries = job.rows, job.lists, piece[PIECE_QUERIES]
-    scores = np.empty(BLOCK, np.float32)
+    is_widened = num_queries > 1 and not job.coded.bits
+    scores, products = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
     lists.counts[piece[PIECE_LIST] : piece[PIECE_LIST] + num_queries] = 0
     for first in range(0, piece[NUM_ROWS], BLOCK):
         cell, length = piece[PIECE_CELL] + first, min(BLOCK, piece[NUM_ROWS] - first)
-        if num_queries > 1:
+        if is_widened:
             widen(rows, cell, block[:length])
         for at in range(num_queries):
             query, place = piece[PIECE_QUERY] + at, piece[PIECE_LIST] + at
-            if num_queries > 1:
+            if job.coded.bits:
+                score_codes(job.coded, cell, query, products[:length], scores[:length])
+            elif is_widened:
                 score_wide(block[:length], rows, cell, job.queries[query], scores[:length])
             else:
                 score(rows, cell, job.queries[query], scores[:length])

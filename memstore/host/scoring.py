@@ -76,7 +76,7 @@ def widen(rows: Rows, cell: int, wide: NDArray[Any]) -> None:
 def _widen(keys: NDArray[Any], wide: NDArray[Any]) -> None:
     num_rows, dim = wide.shape
     for row in range(num_rows):
-        _ask_ahead(keys, row)
+        ask_ahead(keys, row, 1)
         for at in range(dim):
             wide[row, at] = widened(keys[row, at])
 
@@ -86,7 +86,7 @@ def _compare(keys: NDArray[Any], metric: int, query: NDArray[Any], scores: NDArr
     """-|row - query|^2 of each row for l2, else its inner product with the query. keys: (n, dim), see `widened`."""
     dim = keys.shape[1]
     for row in range(len(scores)):
-        _ask_ahead(keys, row)
+        ask_ahead(keys, row, 1)
         total = np.float32(0)
         if metric == L2:
             for at in range(dim):
@@ -99,15 +99,15 @@ def _compare(keys: NDArray[Any], metric: int, query: NDArray[Any], scores: NDArr
 
 
 @kernel
-def _ask_ahead(keys: NDArray[Any], row: int) -> None:
-    """Asks memory for what will be read AHEAD_BYTES after a row.
+def ask_ahead(keys: NDArray[Any], row: int, num_rows: int) -> None:
+    """Asks memory for what will be read AHEAD_BYTES after some rows.
 
     Not for float32: its rows are so long that the processor does that as well by itself.
     """
     if keys.itemsize < 4:
         dim, line = keys.shape[1], LINE_BYTES // keys.itemsize
         first = row * dim + AHEAD_BYTES // keys.itemsize
-        for element in range(first, first + dim, line):
+        for element in range(first, first + num_rows * dim, line):
             prefetch(keys, element)
 
 

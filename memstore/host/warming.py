@@ -59,8 +59,9 @@ def _retrieve() -> None:
 
 
 def _help() -> None:
-    rows = np.empty((0, 4), np.uint8), np.empty(0, np.float32), np.empty((1, 0, 1), np.float32)
-    job = (*empty_job((0,) * HEADER, 0, 1), *rows)
+    rows = np.empty((0, 4), np.uint8), np.empty(0, np.float32)
+    codes = np.empty((0, 1), np.uint8), np.empty((0, 2), np.float32)
+    job = (*empty_job((0,) * HEADER, 0, 1), *rows, *codes, np.empty((1, 0, 1), np.float32))
     job[0][:] = 0
     help_scan(*job)
     nothing = np.empty((1, 0, 0), np.float32), np.empty((1, 0, 0), np.int64)

@@ -100,6 +100,34 @@ METRIC_COSINE: Metric.ValueType  # 3
 """Score = the cosine of the angle between query and row; 0 for a zero vector."""
 Global___Metric: _TypeAlias = Metric  # noqa: Y015
 
+class _FirstPass:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FirstPassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FirstPass.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIRST_PASS_UNSPECIFIED: _FirstPass.ValueType  # 0
+    """Not given: ROWS."""
+    FIRST_PASS_ROWS: _FirstPass.ValueType  # 1
+    """The rows themselves: exact."""
+    FIRST_PASS_INT8: _FirstPass.ValueType  # 2
+    """Codes of 8 bits an element, kept beside the rows; the best of them are ranked by their rows. May miss rows."""
+    FIRST_PASS_INT4: _FirstPass.ValueType  # 3
+    """The same with 4 bits an element."""
+
+class FirstPass(_FirstPass, metaclass=_FirstPassEnumTypeWrapper):
+    """What a search with few queries reads of every row."""
+
+FIRST_PASS_UNSPECIFIED: FirstPass.ValueType  # 0
+"""Not given: ROWS."""
+FIRST_PASS_ROWS: FirstPass.ValueType  # 1
+"""The rows themselves: exact."""
+FIRST_PASS_INT8: FirstPass.ValueType  # 2
+"""Codes of 8 bits an element, kept beside the rows; the best of them are ranked by their rows. May miss rows."""
+FIRST_PASS_INT4: FirstPass.ValueType  # 3
+"""The same with 4 bits an element."""
+Global___FirstPass: _TypeAlias = FirstPass  # noqa: Y015
+
 class _IndexKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -457,6 +485,7 @@ class MemorySpec(_message.Message):
     PAYLOADS_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     INDEX_SETTINGS_FIELD_NUMBER: _builtins.int
+    FIRST_PASS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 128 characters of [A-Za-z0-9._-], beginning with a letter or digit; INVALID_ARGUMENT otherwise."""
     dim: _builtins.int
@@ -477,6 +506,8 @@ class MemorySpec(_message.Message):
     """What leaves when a sequence is full. Default FIFO."""
     durability: Global___Durability.ValueType
     """What survives a stop. Default VOLATILE."""
+    first_pass: Global___FirstPass.ValueType
+    """What a search reads of every row. Default ROWS; INVALID_ARGUMENT for another one unless the index is EXACT."""
     @_builtins.property
     def payloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___PayloadSpec]:
         """Arrays kept beside the key, at most 8."""
@@ -505,10 +536,11 @@ class MemorySpec(_message.Message):
         payloads: _abc.Iterable[Global___PayloadSpec] | None = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         index_settings: Global___IndexSettings | None = ...,
+        first_pass: Global___FirstPass.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["index_settings", b"index_settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "dim", b"dim", "dtype", b"dtype", "durability", b"durability", "index", b"index", "index_settings", b"index_settings", "max_sequences", b"max_sequences", "metric", b"metric", "name", b"name", "num_layers", b"num_layers", "payloads", b"payloads", "policy", b"policy", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "dim", b"dim", "dtype", b"dtype", "durability", b"durability", "first_pass", b"first_pass", "index", b"index", "index_settings", b"index_settings", "max_sequences", b"max_sequences", "metric", b"metric", "name", b"name", "num_layers", b"num_layers", "payloads", b"payloads", "policy", b"policy", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from memstore.errors import InvalidRequest
 from memstore.index.settings import SETTINGS
 from memstore.plane import DATA_TYPES, DTYPES
-from memstore.types import Durability, IndexKind, MemorySpec, Metric, PayloadSpec
+from memstore.types import Durability, FirstPass, IndexKind, MemorySpec, Metric, PayloadSpec
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import fields, limits
 from memstore.wire.index_settings import decode_settings, encode_index_status, encode_settings
@@ -43,6 +43,17 @@ _KEY_DTYPES: dict[int, torch.dtype] = {
     pb.DATA_TYPE_BF16: torch.bfloat16,
 }
 _PAYLOAD_DTYPES: dict[int, torch.dtype] = dict(DTYPES.items())
+_FIRST_PASSES: dict[int, FirstPass] = {
+    pb.FIRST_PASS_UNSPECIFIED: FirstPass.ROWS,
+    pb.FIRST_PASS_ROWS: FirstPass.ROWS,
+    pb.FIRST_PASS_INT8: FirstPass.INT8,
+    pb.FIRST_PASS_INT4: FirstPass.INT4,
+}
+_FIRST_PASS_NUMBERS = {
+    FirstPass.ROWS: pb.FIRST_PASS_ROWS,
+    FirstPass.INT8: pb.FIRST_PASS_INT8,
+    FirstPass.INT4: pb.FIRST_PASS_INT4,
+}
 _POLICIES: dict[int, str] = {pb.EVICTION_POLICY_UNSPECIFIED: "fifo", pb.EVICTION_POLICY_FIFO: "fifo"}
 _DURABILITIES: dict[int, Durability] = {
     pb.DURABILITY_UNSPECIFIED: Durability.VOLATILE,
@@ -85,11 +96,19 @@ def decode_spec(spec: pb.MemorySpec) -> MemorySpec:
         dtype=_choice(_KEY_DTYPES, spec.dtype, "spec.dtype"),
         metric=_choice(_METRICS, spec.metric, "spec.metric"),
         index=index,
+        first_pass=_first_pass(spec, index),
         index_settings=decode_settings(spec.index_settings, index, capacity, dim),
         durability=_choice(_DURABILITIES, spec.durability, "spec.durability"),
         payloads=_payloads(spec),
         tags=_tags(spec.tags),
     )
+
+
+def _first_pass(spec: pb.MemorySpec, index: IndexKind) -> FirstPass:
+    first_pass = _choice(_FIRST_PASSES, spec.first_pass, "spec.first_pass")
+    if first_pass is not FirstPass.ROWS and index is not IndexKind.EXACT:
+        raise InvalidRequest("spec.first_pass", f"{index.value} reads no codes of {first_pass.value}")
+    return first_pass
 
 
 def _choice(choices: Mapping[int, T], value: int, field: str) -> T:
@@ -145,6 +164,7 @@ def encode_spec(spec: MemorySpec) -> pb.MemorySpec:
         dtype=DATA_TYPES[spec.dtype],
         metric=_METRIC_NUMBERS[spec.metric],
         index=_INDEX_NUMBERS[spec.index],
+        first_pass=_FIRST_PASS_NUMBERS[spec.first_pass],
         index_settings=encode_settings(spec.index_settings),
         policy=pb.EVICTION_POLICY_FIFO,
         durability=DURABILITY_NUMBERS[spec.durability],

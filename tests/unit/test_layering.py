@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = """
     v1 types errors config seams logs
     descriptors
-    ring window region slab control lease search host gpu index sequence lent lender
+    ring window codes region slab control lease search host gpu index sequence lent lender
     retrieval appending row_bytes changes log journal ledger still memory
     folder snapshot recovery archive
     admission capacity catalog store device plane replies
@@ -40,7 +40,12 @@ FOREIGN = {
     },
     "redis": {"memstore/catalog.py"},
     "faiss": {f"memstore/index/{name}.py" for name in ("device_parts", "faiss_flat", "host_parts")},
-    "numba": {"memstore/host/compiling.py", "memstore/host/lowering.py", "memstore/host/tiles.py"},
+    "numba": {
+        "memstore/host/compiling.py",
+        "memstore/host/dots.py",
+        "memstore/host/lowering.py",
+        "memstore/host/tiles.py",
+    },
     "prometheus_client": {"memstore/metrics.py"},
     "triton": {
         "memstore/gpu/launch.py",
