@@ -18,7 +18,7 @@ from memstore.types import KEY, Hits, MemorySpec, Metric, PayloadSpec, RetrieveO
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 PAYLOAD = PayloadSpec(name="value", dtype=torch.bfloat16, shape=(3, 5))
 SPEC = MemorySpec(name="m", dim=40, capacity=1500, max_sequences=6, num_layers=2, payloads=(PAYLOAD,))
