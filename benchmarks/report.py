@@ -64,7 +64,7 @@ class Report:
         content = {
             "commit": revision(),
             "machine": machine(),
-            "command": " ".join(["python", "-m", f"benchmarks.{self.name.replace('-', '_')}", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
             "rows": [asdict(row) for row in self.rows],
         }
         path.write_text(json.dumps(content, indent=1) + "\n")

@@ -36,6 +36,9 @@ MOST_ROWS = 16_384
 MOST_GRAPHS = 16
 """Graphs that are kept; the one that was not used for longest goes first."""
 
+CAPTURE_ERRORS = range(900, 910)
+"""cudaErrorStreamCaptureUnsupported and those after it, the codes of a capture that did not come about."""
+
 ROW_SPLITS, POSITIONS, INDEX, SCORES = ":row_splits", ":positions", ":index", ":scores"
 """Fields of a reply beside its arrays, none of which has a colon in its name."""
 
@@ -77,16 +80,28 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
-        """See VectorIndex.retrieve."""
+    def retrieve(
+        self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]
+    ) -> Hits | None:
+        """See VectorIndex.retrieve. None where no graph could be captured this time."""
         kind = _Kind.of(slab, batch, options)
-        graph = self._graphs.get(kind)
+        graph = self._graphs.get(kind) or self._captured(slab, kind)
         if graph is None:
-            while len(self._graphs) >= MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-            graph = self._graphs[kind] = _Graph(slab, kind)
+            return None
         self._graphs.move_to_end(kind)
         return graph.retrieve(slab, batch, groups)
+
+    def _captured(self, slab: Slab, kind: _Kind) -> _Graph | None:
+        """A new graph; None where something else in this process has spoilt the capture, which harms nothing."""
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        try:
+            graph = self._graphs[kind] = _Graph(slab, kind)
+        except torch.AcceleratorError as error:
+            if getattr(error, "error_code", None) not in CAPTURE_ERRORS:
+                raise
+            return None
+        return graph
 
 
 class _Graph:
@@ -115,7 +130,8 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         self._run(slab)  # what has to be compiled cannot be captured
         torch.cuda.current_stream(slab.device).synchronize()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # relaxed: a collected object of another index may give memory back meanwhile, which other modes forbid
+        with torch.cuda.graph(self._graph, capture_error_mode="relaxed"):
             self._run(slab)
 
     def retrieve(self, slab: Slab, batch: SearchBatch, groups: NDArray[np.int64]) -> Hits:

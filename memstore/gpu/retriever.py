@@ -41,8 +41,8 @@ class GpuRetriever:
 
     def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
         """See VectorIndex.retrieve."""
-        if is_decode(batch, options):
-            return self._graphs.retrieve(slab, batch, options, groups)
+        if is_decode(batch, options) and (hits := self._graphs.retrieve(slab, batch, options, groups)):
+            return hits
         asked = _asked(slab, batch, groups, options)
         found, located = launch.found_for(asked), launch.located_for(asked)
         launch.search(slab, asked, found)

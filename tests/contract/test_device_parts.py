@@ -73,7 +73,7 @@ class Text:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
 def test_steps_go_on_while_generations_are_built(kind: IndexKind, gpu: torch.device) -> None:
-    text = Text(spec_of(kind), gpu)
+    text = Text(dataclasses.replace(spec_of(kind), max_sequences=2), gpu)
     for _ in range(12):
         text.append(1000)
         assert text.recall() >= LEAST_RECALL

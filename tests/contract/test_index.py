@@ -239,7 +239,9 @@ def test_both_indexes_give_the_same(device: torch.device) -> None:
         batch = asked(slab, (1, 40, 3), (WRAPPED, FULL, (2, 80)))
         scanned, flat = (INDEXES[kind]().search(slab, batch) for kind in INDEXES)
         assert torch.equal(scanned[0], flat[0])
-        assert torch.equal(scanned[1], flat[1])
+        # on the host all indexes rank by the same code; on a GPU sums are in another order
+        tolerance = 0.0 if device.type == "cpu" else 1e-5
+        torch.testing.assert_close(scanned[1], flat[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("num_slots", [1, 31, 32, 129, 1000, 4096])

@@ -89,7 +89,8 @@ def test_few_of_the_best_are_missed_and_scores_are_those_of_the_rows(
         is_found = (positions[..., None] == best[..., None, :]).any(-1)
         assert is_found.float().mean() >= LEAST_RECALL, seen
         same = positions == best
-        assert torch.equal(scores[same], best_scores[same])
+        tolerance = 0.0 if device.type == "cpu" else 1e-5  # on a GPU sums are in another order
+        torch.testing.assert_close(scores[same], best_scores[same], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.INNER_PRODUCT], ids=lambda metric: metric.value)

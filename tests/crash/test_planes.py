@@ -91,6 +91,8 @@ def test_a_killed_client_leaves_what_it_published(servers: Servers, device: torc
                 holder.send_signal(signal.SIGKILL)
                 said = holder.stdout.read().split()
                 done = max([done, *(int(word) for word in said)])
+                # on a GPU an append is answered when it is under way, and published once the device has written it
+                done -= device.type == "cuda"
             ends = {}
             for name, count in zip(NAMES, COUNTS, strict=True):
                 positions = read(client, name)
