@@ -92,7 +92,9 @@ class Holder:
         link.on_packet, link.on_close = self._heard, self._gone
         remains = claim.remains if claim.HasField("remains") else None
         descriptors = link.take_descriptors()
-        self._in_device_thread(lambda: self._grant(link, remains, descriptors))
+        if not self._in_device_thread(lambda: self._grant(link, remains, descriptors)):
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def let_go(self) -> None:
         """Forgets the process, which keeps its lease, if it has one."""
@@ -188,11 +190,14 @@ class Holder:
         if self._link is not None:
             self._lending.loop.call_soon_threadsafe(self._link.close)
 
-    def _in_device_thread(self, run: Callable[[], None]) -> None:
+    def _in_device_thread(self, run: Callable[[], None]) -> bool:
+        """False where it takes no more: it stops, and the memory with it."""
         try:
             self._lending.registry.worker.control(run).add_done_callback(self._done)
-        except MemstoreError as error:  # it stops, and the memory with it
+        except MemstoreError as error:
             trouble(_log, "lease not settled", error)
+            return False
+        return True
 
     def _done(self, future: Future[None]) -> None:
         error = future.exception()

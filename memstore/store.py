@@ -103,7 +103,7 @@ class FileStore:
     def check(self, spec: MemorySpec) -> None:
         needed = disk_bytes(spec)
         left = self._quota_bytes - self.used_bytes
-        if self._quota_bytes and needed > left:
+        if self._quota_bytes and needed > max(left, 0):
             raise QuotaExceeded(
                 f"the memory may take {needed} bytes of disk, {left} of {self._quota_bytes} are left",
                 needed_bytes=needed,

@@ -181,6 +181,17 @@ def test_a_disk_quota_refuses_a_memory_that_would_not_fit() -> None:
         server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec("second", durability=INTERVAL)))
 
 
+def test_a_volatile_memory_has_room_on_a_disk_that_is_beyond_its_quota() -> None:
+    """As after a start with a smaller quota than before."""
+    disk = FakeDisk()
+    with serving(_setting(disk)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
+    with serving(_setting(disk, 1)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec("volatile")))
+        error = fails(server, "CreateMemory", pb.CreateMemoryRequest(spec=spec("second", durability=INTERVAL)))
+    assert isinstance(error, QuotaExceeded)
+
+
 def test_a_server_that_keeps_nothing_takes_no_durable_memory() -> None:
     with serving() as server:
         error = fails(server, "CreateMemory", pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))

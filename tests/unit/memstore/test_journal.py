@@ -180,3 +180,18 @@ def test_a_snapshot_is_due_when_the_log_is_old_or_long(monkeypatch: pytest.Monke
     assert not snapshotter._is_due(registry)  # type: ignore[arg-type]  # not before the interval is over
     clock.advance(100.0)
     assert snapshotter._is_due(registry)  # type: ignore[arg-type]
+
+
+def test_a_bug_in_one_snapshot_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    life = Life(FakeDisk(), is_new=True)
+    registry = _Registry(life)
+    snapshotter = Snapshotter(registry, clock, 100.0, Unwatched())  # type: ignore[arg-type]
+    snapshotter.close()
+    life.append("a", 1, 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(life.archive, "snapshot", lambda *_: {}["a bug"])
+        snapshotter.finish()
+    assert life.archive.journal.num_kept == 1
+    snapshotter.finish()
+    assert life.archive.journal.num_kept == 0
