@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import grpc
@@ -58,8 +59,11 @@ def test_a_server_stops_in_order_and_comes_back_with_its_memories(tmp_path: Path
     assert first.channel is not None
     watch = health_pb2_grpc.HealthStub(first.channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-    first.tell(signal.SIGTERM)
-    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with ThreadPoolExecutor(1) as pool:
+        # who does not wait yet when a stream ends is told of its end, and not of its last message
+        last_word = pool.submit(next, watch)
+        first.tell(signal.SIGTERM)
+        assert last_word.result().status == health_pb2.HealthCheckResponse.NOT_SERVING
     with pytest.raises(grpc.RpcError) as caught:
         next(stream)
     assert isinstance(failure(caught.value), NotReady)
