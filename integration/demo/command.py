@@ -118,12 +118,12 @@ class Demo:
             with self._attached(client, "own") as memory:
                 own = self._pass("with its own memory", self.tokens, memory, self.read_map)
                 lost = memory.stats.steps_without_memory
+                transport = client.transport  # as it is while sequences may be lent
             with self._attached(client, "other") as memory:
                 self._pass("filling the other memory", self.other_tokens, memory)
                 memory.read_only = True
                 other = self._pass("with the other memory", self.tokens, memory)
                 lost += memory.stats.steps_without_memory
-            transport = client.transport
         return Readings(none=none, memory=own, other=other), transport, lost
 
     @contextlib.contextmanager

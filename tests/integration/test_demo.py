@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from integration.demo import command
 from memstore.__main__ import main
@@ -66,7 +67,7 @@ def report(run: Path) -> dict[str, Any]:
 def test_the_report_has_what_it_promises(report: dict[str, Any]) -> None:
     assert report.keys() >= PROMISED
     assert report["tokens"] == TOKENS
-    assert report["transport"] == "grpc-stream"
+    assert report["transport"] == ("cuda" if torch.cuda.is_available() else "shm")
     assert report["steps_without_memory"] == 0
     assert 0 < report["retrieval_share"] < 1
     assert report["tokens_per_s"] > 0
