@@ -92,9 +92,10 @@ def client(request: pytest.FixtureRequest, server: Serving, kind: str) -> Iterat
             yield awaited
             _drop_all(awaited)
             awaited.close()
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(timeout=10)
-        assert not thread.is_alive(), f"{thread.name} outlives the client"
+    while left := set(threading.enumerate()) - threads:  # the test's own time limit ends it otherwise
+        for thread in left:
+            if thread.ident is not None:  # it has begun
+                thread.join(timeout=0.1)
 
 
 def _drop_all(client: Any) -> None:
@@ -297,6 +298,7 @@ def test_a_client_that_is_let_go_of_leaves_no_threads(server: Serving, kind: str
     client.drop_memory("m")
     del client, session
     gc.collect()
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(timeout=10)
-        assert not thread.is_alive(), f"{thread.name} outlives the client"
+    while left := set(threading.enumerate()) - threads:  # the test's own time limit ends it otherwise
+        for thread in left:
+            if thread.ident is not None:  # it has begun
+                thread.join(timeout=0.1)
