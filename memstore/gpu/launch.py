@@ -14,7 +14,7 @@ import triton
 from memstore.gpu.kernels.rows import count_kernel, gather_kernel, locate_kernel
 from memstore.gpu.kernels.scan import scan_kernel
 from memstore.gpu.kernels.select import choose_kernel, finish_kernel, score_kernel
-from memstore.gpu.rings import Block
+from memstore.gpu.rings import FANOUT, SUPER_SLOTS, WORDS_OF_SUPER, Block
 from memstore.types import Metric
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from memstore.gpu.tuning import ScanShape
     from memstore.slab import Slab
 
-SUPER_SLOTS, LEAVES_OF_SUPER, ROWS_OF_LEAF, WORDS_OF_SUPER = 512, 64, 8, 16
+LEAVES_OF_SUPER = FANOUT * FANOUT
 METRICS = {Metric.INNER_PRODUCT: 0, Metric.L2: 1, Metric.COSINE: 2}
 COUNT_BLOCK, LOCATE_BLOCK, CHOOSE_BLOCK = 4096, 512, 256
 GATHER_BLOCK, GATHER_WIDTH = 4096, 256
@@ -237,7 +237,7 @@ def _select(slab: Slab, asked: Asked, piece: _Piece, leaves: torch.Tensor, super
     num_queries, chained = piece.num_queries, chaining(slab)
     top = max(triton.next_power_of_2(asked.top_k), 2)
     chosen = torch.empty((num_queries, top), dtype=torch.int32, device=slab.device)
-    scores = torch.empty((num_queries, top * ROWS_OF_LEAF), device=slab.device)
+    scores = torch.empty((num_queries, top * FANOUT), device=slab.device)
     tables = (asked.tables.rings, asked.tables.query_rings)
     block = max(min(triton.next_power_of_2(asked.num_supers), CHOOSE_BLOCK), top)
     choose_kernel[(num_queries,)](

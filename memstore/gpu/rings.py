@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from memstore.slab import Slab
 
 
+FANOUT, SUPER_SLOTS, WORDS_OF_SUPER = 8, 512, 16
+"""How rings are cut, see kernels/parts.py: tiles of a super, leaves of a tile, slots of a leaf; slots of a super; and
+words of a bitmap with a bit for each of them.
+"""
+
+
 class Ring(IntEnum):
     """The cell of slot 0; the slot of the newest position that is seen, how many are seen, the first of them."""
 

@@ -11,14 +11,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from memstore.gpu import rings
 from memstore.gpu.rings import Block, Ring
 
-FANOUT = tl.constexpr(8)
-"""Tiles of a super, leaves of a tile, slots of a leaf."""
-
-SUPER_SLOTS = tl.constexpr(512)
-WORDS_OF_SUPER = tl.constexpr(16)
-"""Words of a bitmap that has a bit for each of as many positions."""
+FANOUT = tl.constexpr(rings.FANOUT)
+SUPER_SLOTS, WORDS_OF_SUPER = tl.constexpr(rings.SUPER_SLOTS), tl.constexpr(rings.WORDS_OF_SUPER)
 
 INNER_PRODUCT, L2, COSINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
