@@ -98,6 +98,8 @@ class Ledger:
 
 def changes_of(plan: BatchPlan, new_epoch: Callable[[], int]) -> list[Appended]:
     """What a batch will change, with the epochs of what it begins."""
+    if not plan.batch.append and not any(part.part.start_of_sequence for part in plan.parts):
+        return []
     changes = [_change(plan.batch, part, new_epoch) for part in plan.parts]
     return [change for change in changes if change is not None]
 

@@ -371,14 +371,15 @@ class Memory:
                 self._slab.copy_place(source, target, run.slot, run.length)
 
     def _result(self, plan: BatchPlan, hits: Hits | None) -> StepResult:
+        append, epoch = plan.batch.append, self._table.epoch
         sequences = [
             SequenceResult(
-                epoch=self._table.epoch(part.part.sequence),
-                as_of=part.as_of,
-                live_begin=part.begin,
-                first_position=part.first_position,
-                num_appended=part.part.num_rows if plan.batch.append else 0,
-                is_replay=part.is_replay,
+                epoch(part.part.sequence),
+                part.as_of,
+                part.begin,
+                part.first_position,
+                part.part.num_rows if append else 0,
+                part.is_replay,
             )
             for part in plan.parts
         ]

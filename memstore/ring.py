@@ -34,11 +34,6 @@ def slot_of(position: Positions, capacity: int) -> Positions:
     return position % capacity
 
 
-def live_begin(next_position: int, capacity: int) -> int:
-    """The first live position of a ring that will write `next_position` next."""
-    return max(next_position - capacity, 0)
-
-
 def runs(begin: int, end: int, capacity: int) -> tuple[Run, ...]:
     """The runs of slots, at most two, in which positions [begin, end) lie, oldest first.
 

@@ -14,9 +14,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import neg
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from memstore import ring
 from memstore.errors import AlreadyExists, EpochChanged, PositionExpired, QuotaExceeded, SequenceGap
 
 if TYPE_CHECKING:
@@ -90,7 +89,8 @@ class Sequence:
 
     def begin(self, capacity: int) -> int:
         """The first live position."""
-        return max(ring.live_begin(self.next_position, capacity), self.floor)
+        oldest = self.next_position - capacity
+        return oldest if oldest > self.floor else self.floor
 
     def restart(self, epoch: int) -> None:
         """Forgets everything; positions begin at 0 again."""
@@ -185,9 +185,8 @@ class SequenceTable:
         insort(self._free_places, self._by_name.pop(name).place, key=neg)  # the lowest last
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartPlan:
-    """What one part of a batch will do, decided before anything is changed.
+class PartPlan(NamedTuple):
+    """What one part of a batch will do, decided before anything is changed. A tuple: a step makes many.
 
     sequence: None where it does not exist yet. begin, as_of: the range its retrieval sees. first_position: where its
     rows go, or went at the first arrival where this is a replay.
@@ -227,17 +226,11 @@ def plan_part(
 
     Raises EpochChanged, SequenceGap, PositionExpired, AlreadyExists; nothing is changed in any case.
     """
-    replay = _find_replay(part, sequence, writer, fingerprint)
-    if sequence is not None and replay is not None:
-        return PartPlan(
-            part=part,
-            sequence=sequence,
-            fingerprint=fingerprint,
-            begin=min(sequence.begin(capacity), replay.as_of),
-            as_of=replay.as_of,
-            first_position=replay.first_position,
-            is_replay=True,
-        )
+    if writer:
+        replay = _find_replay(part, sequence, writer, fingerprint)
+        if sequence is not None and replay is not None:
+            begin = min(sequence.begin(capacity), replay.as_of)
+            return PartPlan(part, sequence, fingerprint, begin, replay.as_of, replay.first_position, is_replay=True)
     epoch = 0 if sequence is None else sequence.epoch
     if part.epoch not in (0, epoch):
         raise EpochChanged(part.sequence, part.epoch, epoch)
@@ -249,19 +242,12 @@ def plan_part(
     as_of = published if part.as_of is None else part.as_of
     if not 0 <= as_of <= published:
         raise PositionExpired(f"sequences[{part.sequence!r}].as_of: {as_of} given, {published} published")
-    return PartPlan(
-        part=part,
-        sequence=sequence,
-        fingerprint=fingerprint,
-        begin=min(begin, as_of),
-        as_of=as_of,
-        first_position=published,
-    )
+    return PartPlan(part, sequence, fingerprint, min(begin, as_of), as_of, published)
 
 
-def _find_replay(part: SequencePart, sequence: Sequence | None, writer: str | None, fingerprint: int) -> Reply | None:
+def _find_replay(part: SequencePart, sequence: Sequence | None, writer: str, fingerprint: int) -> Reply | None:
     """The first answer to this append, if it is remembered."""
-    known = sequence.writers.get(writer) if sequence is not None and writer else None
+    known = None if sequence is None else sequence.writers.get(writer)
     reply = None if known is None else known.replies.get(part.seq)
     if sequence is None or known is None or reply is None:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -98,9 +98,8 @@ class MemorySpec:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequencePart:
-    """One sequence's part of a ragged batch; see SequencePart of the wire contract."""
+class SequencePart(NamedTuple):
+    """One sequence's part of a ragged batch; see SequencePart of the wire contract. A tuple: a step has many."""
 
     sequence: str
     num_rows: int
@@ -147,9 +146,8 @@ class StepBatch:
     fingerprints: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceResult:
-    """What happened to one sequence; see SequenceResult of the wire contract."""
+class SequenceResult(NamedTuple):
+    """What happened to one sequence; see SequenceResult of the wire contract. A tuple: a step gives many."""
 
     epoch: int
     as_of: int

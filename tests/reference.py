@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -219,7 +219,7 @@ class ReferenceMemory:
             sequence.writers.move_to_end(batch.writer)
             if len(sequence.writers) > 64:
                 sequence.writers.popitem(last=False)
-        return replace(result, epoch=sequence.epoch)
+        return result._replace(epoch=sequence.epoch)
 
     def _stored(self, batch: StepBatch, layer: int, column: int) -> Row:
         limit = torch.finfo(self.spec.dtype).max

@@ -14,7 +14,7 @@ import torch
 
 from memstore.gpu import launch
 from memstore.gpu.launch import Asked, Found, Located
-from memstore.gpu.rings import TableSizes, alike_rings, lay_alike, rings_of
+from memstore.gpu.rings import AlikeRings, TableSizes
 from memstore.gpu.room import Field, ReplyRoom
 from memstore.gpu.tuning import scan_shape
 from memstore.types import Hits
@@ -111,8 +111,8 @@ class _Graph:
         """Raises torch.OutOfMemoryError, and then nothing is kept."""
         sizes = TableSizes(kind.num_rings, kind.num_rings, kind.num_rings * kind.num_queries)
         self._kind = kind
-        self._tables_on_host = alike_rings(sizes).pin_memory()
-        self._tables = self._tables_on_host.to(slab.device)
+        self._tables_on_host = AlikeRings(sizes)
+        self._tables = self._tables_on_host.flat.to(slab.device)
         self._asked = Asked(
             queries=torch.zeros((sizes.num_queries, slab.dim), dtype=kind.dtype, device=slab.device),
             tables=sizes.split(self._tables),
@@ -126,6 +126,8 @@ class _Graph:
         self._reply = ReplyRoom(_fields(slab, self._asked, kind.options))
         self._flat = torch.zeros(self._reply.num_bytes, dtype=torch.uint8, device=slab.device)
         self._num_rows = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self._num_rows_on_host = self._num_rows.numpy()
+        self._row_shapes = {name: tuple(slab.array(name).shape[1:]) for name in kind.options.arrays}
         self._found, self._located = self._targets()
         self._graph = torch.cuda.CUDAGraph()
         self._run(slab)  # what has to be compiled cannot be captured
@@ -136,25 +138,33 @@ class _Graph:
 
     def retrieve(self, slab: Slab, batch: SearchBatch, groups: NDArray[np.int64]) -> Hits:
         """See VectorIndex.retrieve."""
-        lay_alike(self._asked.sizes.split(self._tables_on_host), rings_of(slab, batch), groups.reshape(-1))
-        num_layers, num_queries, _ = batch.queries.shape
-        self._asked.queries[: num_layers * num_queries].copy_(batch.queries.flatten(0, 1))
+        self._tables_on_host.lay(slab, batch, groups.reshape(-1))
+        num_layers, num_queries, dim = batch.queries.shape
+        asked = self._asked.queries
+        if len(asked) != num_layers * num_queries:
+            asked = asked[: num_layers * num_queries]
+        asked.view(num_layers, num_queries, dim).copy_(batch.queries)
         self._graph.replay()
         flat = self._flat.clone()
-        torch.cuda.current_stream(slab.device).synchronize()
-        num_rows, asked = int(self._num_rows), slice(num_layers * num_queries)
-        shape = (num_layers, num_queries, batch.top_k)
-        scores = None if self._kind.options.omit_scores else self._reply.view(flat, SCORES)[asked].view(shape)
+        torch.cuda.current_stream(slab.device.index).synchronize()
+        num_rows, hits = int(self._num_rows_on_host[0]), (num_layers, num_queries, batch.top_k)
+        options = self._kind.options
+        shapes = {ROW_SPLITS: (groups.size + 1,), POSITIONS: (num_rows,), INDEX: (*hits, options.window), SCORES: hits}
+        for name in options.arrays:
+            shapes[name] = (num_rows, *self._row_shapes[name])
+        if options.omit_scores:
+            del shapes[SCORES]
+        found = self._reply.begins(flat, shapes)
         return Hits(
-            row_splits=self._reply.view(flat, ROW_SPLITS)[: groups.size + 1],
-            positions=self._reply.view(flat, POSITIONS)[:num_rows],
-            index=self._reply.view(flat, INDEX)[asked].view(*shape, -1),
-            scores=scores,
-            arrays={name: self._reply.view(flat, name)[:num_rows] for name in self._kind.options.arrays},
+            row_splits=found[ROW_SPLITS],
+            positions=found[POSITIONS],
+            index=found[INDEX],
+            scores=found.get(SCORES),
+            arrays={name: found[name] for name in options.arrays},
         )
 
     def _run(self, slab: Slab) -> None:
-        self._tables.copy_(self._tables_on_host, non_blocking=True)
+        self._tables.copy_(self._tables_on_host.flat, non_blocking=True)
         launch.search(slab, self._asked, self._found, is_clearing=True)
         launch.locate(slab, self._asked, self._found, self._located)
         for name in self._kind.options.arrays:

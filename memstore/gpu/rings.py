@@ -111,26 +111,40 @@ def alike_rings(sizes: TableSizes) -> torch.Tensor:
     return flat
 
 
-def lay_alike(of: Tables, rings: NDArray[np.int64], order: NDArray[np.int64]) -> None:
-    """Lays the rings of a batch into such tables, on the host; those that are left over see nothing.
+class AlikeRings:
+    """Tables on the host of rings that have equally many queries, one block each; those left over see nothing."""
 
-    rings: as `rings_of` gives them. order: the place of each in the reply.
-    """
-    num_rings, blocks = len(rings), of.blocks.numpy()
-    of.rings.numpy()[order] = rings
-    of.rings.numpy()[num_rings:] = 0
-    blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
-    blocks[num_rings:, : Block.FIRST_QUERY] = 0
-    blocks[:num_rings, Block.RING] = order
-    blocks[num_rings:, Block.RING] = np.arange(num_rings, len(blocks))
-    of.query_rings.numpy().reshape(len(blocks), -1)[:] = blocks[:, Block.RING, None]
+    def __init__(self, sizes: TableSizes) -> None:
+        """flat: (size,) int64, page-locked where there is a GPU."""
+        flat = alike_rings(sizes)
+        self.flat = flat.pin_memory() if torch.cuda.is_available() else flat
+        of = sizes.split(self.flat)
+        self._rings, self._blocks = of.rings.numpy(), of.blocks.numpy()
+        self._query_rings = of.query_rings.numpy().reshape(sizes.num_rings, -1)
+        self._order = np.arange(sizes.num_rings)
+        self._num_laid = 0
+
+    def lay(self, slab: Slab, batch: SearchBatch, order: NDArray[np.int64]) -> None:
+        """Lays the rings of a batch. order: the place of each in the reply."""
+        rings, num_rings = rings_of(slab, batch), len(order)
+        self._rings[order] = rings
+        self._blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
+        if num_rings < self._num_laid:
+            self._rings[num_rings : self._num_laid] = 0
+            self._blocks[num_rings : self._num_laid, : Block.FIRST_QUERY] = 0
+        if not np.array_equal(order, self._order[:num_rings]) or num_rings < self._num_laid:
+            self._order[:num_rings], self._order[num_rings:] = order, np.arange(num_rings, len(self._order))
+            self._blocks[:, Block.RING] = self._order
+            self._query_rings[:] = self._order[:, None]
+        self._num_laid = num_rings
 
 
 def rings_of(slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
     """(L * S, 4), layer by layer: not yet in the order of the reply."""
-    begins, ends = np.array(batch.begins, np.int64), np.array(batch.ends, np.int64)
-    rings = np.empty((len(batch.layers), len(batch.places), len(Ring)), np.int64)
-    rings[..., Ring.FIRST_CELL] = slab.first_cells(batch.layers, batch.places)
+    seen = np.array((batch.places, batch.begins, batch.ends), np.int64)
+    places, begins, ends = seen
+    rings = np.empty((len(batch.layers), len(places), len(Ring)), np.int64)
+    rings[..., Ring.FIRST_CELL] = slab.first_cells(batch.layers, places)
     rings[..., Ring.LAST_SLOT] = ring.slot_of(np.maximum(ends - 1, 0), slab.capacity)
     rings[..., Ring.NUM_SEEN] = np.maximum(ends - begins, 0)
     rings[..., Ring.BEGIN] = begins

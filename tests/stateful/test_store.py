@@ -282,7 +282,7 @@ class Store(RuleBasedStateMachine):
         request = wire.step_request(wire.InlinePlane(), "m", rows, retrieval, batch.append, batch.writer)
         request.layers.extend(batch.layers)
         for part in batch.parts:
-            request.sequences.add(**dataclasses.asdict(part))
+            request.sequences.add(**part._asdict())
         return request
 
     def call(self, request: pb.StepRequest, which: int = 0) -> wire.StepResult:
@@ -315,7 +315,7 @@ class Store(RuleBasedStateMachine):
         for part, result, expected in zip(batch.parts, got.sequences, want.sequences, strict=True):
             if expected.epoch < 0:
                 self.learn(part.sequence, result.epoch, expected.epoch)
-                expected = dataclasses.replace(expected, epoch=result.epoch)
+                expected = expected._replace(epoch=result.epoch)
             results.append(expected)
         return ReferenceResult(results, want.hits)
 

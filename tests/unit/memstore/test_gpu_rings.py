@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from memstore.gpu.rings import Block, Ring, TableSizes, alike_rings, lay_alike, rings_of, tables
+from memstore.gpu.rings import AlikeRings, Block, Ring, TableSizes, tables
 from memstore.gpu.room import ALIGNMENT, Field, ReplyRoom
 from memstore.gpu.tuning import scan_shape
 from memstore.search import SearchBatch
@@ -58,12 +58,12 @@ def test_rings_that_are_alike_are_laid_as_any_others_and_the_rest_see_nothing() 
     """Batch after batch into the same tables, with fewer rings and other places than the one before."""
     slab = Slab(SPEC, torch.device("cpu"))
     sizes = TableSizes(8, 8, 16)
-    flat = alike_rings(sizes)
-    of = sizes.split(flat)
-    for number in (3, 1, 2):
+    alike = AlikeRings(sizes)
+    of = sizes.split(alike.flat)
+    for number in (3, 1, 2, 3):
         asked = batch((2,) * number)
         groups = np.random.default_rng(number).permutation(2 * number).reshape(2, number)
-        lay_alike(of, rings_of(slab, asked), groups.reshape(-1))
+        alike.lay(slab, asked, groups.reshape(-1))
         want_sizes, want_flat = tables(slab, asked, groups, block=16)
         want = want_sizes.split(torch.from_numpy(want_flat))
         assert torch.equal(of.rings[: 2 * number], want.rings)
@@ -88,6 +88,12 @@ def test_fields_of_a_reply_do_not_meet_and_are_aligned() -> None:
     room.view(flat, "a").fill_(-1)
     assert not room.view(flat, "b").any()
     assert room.view(flat.clone(), "a").tolist() == [-1, -1, -1]
+    room.view(flat, "b").copy_(torch.arange(35).view(5, 7))
+    begins = room.begins(flat, {"a": (2,), "b": (2, 7), "c": (0, 4)})
+    assert begins["a"].tolist() == [-1, -1]
+    assert begins["b"].tolist() == torch.arange(14.0).view(2, 7).tolist()
+    assert begins["c"].shape == (0, 4)
+    assert all(begins[name].is_contiguous() for name in fields)
 
 
 @pytest.mark.parametrize("dim", [1, 8, 16, 24, 64, 100, 256, 257, 512, 4096])

@@ -113,7 +113,7 @@ def test_the_last_256_replies_survive() -> None:
     again = life.again()
     for seq in range(20, REPLAY_WINDOW + 20):
         answer = again.append("a", 1, seq)
-        assert answer == replace(answers[seq], is_replay=True, live_begin=answer.live_begin)
+        assert answer == answers[seq]._replace(is_replay=True, live_begin=answer.live_begin)
     assert again.memory.counts().appended_rows == REPLAY_WINDOW + 20
 
 

@@ -13,7 +13,7 @@ from memstore import ring
 @pytest.mark.parametrize("capacity", [1, 2, 7])
 def test_runs_are_the_live_positions_in_order_and_at_most_two(capacity: int) -> None:
     for end in range(3 * capacity + 1):
-        for begin in range(ring.live_begin(end, capacity), end + 1):
+        for begin in range(max(end - capacity, 0), end + 1):
             runs = ring.runs(begin, end, capacity)
             assert len(runs) <= 2
             positions = [run.position + at for run in runs for at in range(run.length)]
@@ -30,10 +30,6 @@ def test_an_empty_or_inverted_range_has_no_runs() -> None:
 def test_more_positions_than_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="4 positions in a ring of 3"):
         ring.runs(0, 4, 3)
-
-
-def test_the_last_capacity_positions_are_live() -> None:
-    assert [ring.live_begin(end, 3) for end in range(6)] == [0, 0, 0, 0, 1, 2]
 
 
 def test_slots_of_tensors_are_those_of_numbers() -> None:
