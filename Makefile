@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEXT ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check bench bench-gpu goals stubs install clean
+.PHONY: demo test soak seeded check bench bench-gpu goals stubs install clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ test: install
 # Hours: 100,000 seeds of the simulation, and thousands of killed servers.
 soak: install
 	SIMULATION_SEEDS=100000 KILLS=3000 $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 86400 tests/sim tests/crash
+
+# Plants every bug of tests/seeded/bugs.toml into a copy of the tree; fails where the tests do not notice one.
+seeded: install
+	$(BIN)/python -m tests.seeded.seeding
 
 check: install
 	$(BIN)/ruff check .

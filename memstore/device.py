@@ -33,16 +33,20 @@ T_co = TypeVar("T_co", covariant=True)
 _log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
+class Settling(Protocol):
+    """What says when an answer may leave."""
+
+    def settle(self, answer: Callable[[MemstoreError | None], None]) -> None:
+        """See Memory.settle."""
+
+
+class Engine(Settling, Protocol):
     """What the worker needs of a memory."""
 
     def step(
         self, batches: Sequence[StepBatch], carry: Callable[[int, Hits], None]
     ) -> list[StepResult | MemstoreError]:
         """See Memory.step."""
-
-    def settle(self, answer: Callable[[MemstoreError | None], None]) -> None:
-        """See Memory.settle."""
 
 
 class Reply(Protocol[T_co]):
@@ -93,10 +97,10 @@ class Job(Generic[T]):
 class CallJob(Job[T]):
     """Anything that must run in the device thread by itself. Steps before it are done first, steps after it later.
 
-    engine: the memory that it changes, which says when the answer may leave; None where it changes nothing.
+    engine: what it changes or shows, which says when the answer may leave; None where that is at once.
     """
 
-    def __init__(self, ticket: Ticket, run: Callable[[], T], engine: Engine | None = None) -> None:
+    def __init__(self, ticket: Ticket, run: Callable[[], T], engine: Settling | None = None) -> None:
         super().__init__(ticket)
         self.run = run
         self.engine = engine
@@ -199,9 +203,9 @@ class DeviceWorker:
         self.admission.admit(job.ticket.tenant, job.ticket.num_bytes)
         return self._enqueue(job)
 
-    def control(self, run: Callable[[], T]) -> Future[T]:
-        """Queues the server's own work, past admission."""
-        return self._enqueue(CallJob(_CONTROL, run))
+    def control(self, run: Callable[[], T], engine: Settling | None = None) -> Future[T]:
+        """Queues the server's own work, past admission. engine: see CallJob."""
+        return self._enqueue(CallJob(_CONTROL, run, engine))
 
     def close(self) -> None:
         """Serves what is queued, refuses what comes after, and ends the thread."""

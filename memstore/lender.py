@@ -158,8 +158,7 @@ class Lender:
         appended, evicted, num_vacant = self.appended_rows, self.evicted_rows, 0
         for sequence in (self._table[name] for lease in self._leases for name in lease.names):
             if sequence.loan is not None:
-                sequence.refresh()
-                added, left = self._moved(sequence, sequence.loan)
+                added, left = self._counted(sequence, sequence.loan)
                 appended, evicted = appended + added, evicted + left
                 num_vacant += sequence.epoch == 0
         return appended, evicted, num_vacant
@@ -182,6 +181,15 @@ class Lender:
             self.appended_rows += sequence.num_live(self._slab.capacity) * self._slab.num_layers
             num_found += 1
         return num_found
+
+    def _counted(self, sequence: Stream, loan: Loan) -> tuple[int, int]:
+        """See _moved. Of a holder that has written what cannot be, all that it was lent; its lease is recalled."""
+        try:
+            sequence.refresh()
+            return self._moved(sequence, loan)
+        except Corrupt:
+            loan.lease.ask_back()
+            return 0, loan.num_live * self._slab.num_layers
 
     def _settle(self, name: str, sequence: Stream, loan: Loan, left: LentState | None) -> None:
         try:

@@ -17,7 +17,7 @@ from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
     import torch
@@ -33,6 +33,19 @@ MAX_LENT = 8192
 SETTLE_S = 1.0
 """How long a GPU may still be writing for a process whose connection has ended."""
 _log = logging.getLogger(__name__)
+
+
+def _nobody(_: bytes) -> None:
+    """A packet that nobody waits for."""
+
+
+def _nothing() -> None:
+    """Nobody needs to know."""
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 class Lending:
@@ -92,9 +105,7 @@ class Holder:
         link.on_packet, link.on_close = self._heard, self._gone
         remains = claim.remains if claim.HasField("remains") else None
         descriptors = link.take_descriptors()
-        if not self._in_device_thread(lambda: self._grant(link, remains, descriptors)):
-            for descriptor in descriptors:
-                os.close(descriptor)
+        self._in_device_thread(lambda: self._grant(link, remains, descriptors), lambda: _close_all(descriptors))
 
     def let_go(self) -> None:
         """Forgets the process, which keeps its lease, if it has one."""
@@ -104,7 +115,7 @@ class Holder:
             self._link.close()
 
     def _grant(self, link: Link, remains: pb.MappedMemory | None, descriptors: list[int]) -> None:
-        """Makes the lease and hands it over. Runs in the device thread."""
+        """Makes the lease and hands it over; the descriptors are still the caller's. Runs in the device thread."""
         lender = self._loaded.engine.lender
         try:
             if remains is not None:
@@ -117,9 +128,6 @@ class Holder:
             link.send(pb.ClaimResponse(failure=failure).SerializeToString())
             self._lending.loop.call_soon_threadsafe(link.close)
             return
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
         self._lease = lease
         wire.leave_states(lease.block, lender.states(lease))
         response = pb.ClaimResponse(mapped=describe(self._loaded, lease))
@@ -190,14 +198,16 @@ class Holder:
         if self._link is not None:
             self._lending.loop.call_soon_threadsafe(self._link.close)
 
-    def _in_device_thread(self, run: Callable[[], None]) -> bool:
-        """False where it takes no more: it stops, and the memory with it."""
+    def _in_device_thread(self, run: Callable[[], None], after: Callable[[], None] = _nothing) -> None:
+        """Runs something there, then `after` whatever came of it; that alone where it takes no more, as it stops."""
         try:
-            self._lending.registry.worker.control(run).add_done_callback(self._done)
+            future = self._lending.registry.worker.control(run)
         except MemstoreError as error:
             trouble(_log, "lease not settled", error)
-            return False
-        return True
+            after()
+            return
+        future.add_done_callback(lambda _: after())
+        future.add_done_callback(self._done)
 
     def _done(self, future: Future[None]) -> None:
         error = future.exception()
@@ -224,11 +234,3 @@ def describe(loaded: Loaded, lease: Lease) -> pb.MappedMemory:
         block_bytes=lease.block.size_bytes,
         device=device_name(engine.device),
     )
-
-
-def _nobody(_: bytes) -> None:
-    """A packet that nobody waits for."""
-
-
-def _nothing() -> None:
-    """Nobody needs to know."""

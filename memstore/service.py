@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from memstore import wire
 from memstore.catalog import MemoryId
-from memstore.device import CallJob, Engine, StepJob, Ticket
+from memstore.device import CallJob, Engine, Settling, StepJob, Ticket
 from memstore.errors import InvalidRequest, MemstoreError, NotAllowed
 from memstore.plane import tensor_bytes
 from memstore.sequence import REPLAY_WINDOW
@@ -115,7 +116,8 @@ class Service:
         listed = self.registry.listing(caller.tenant, request.name_prefix)
 
         def describe(memories: list[Loaded | MemorySpec]) -> Future[Message]:
-            every = self._worker.control(lambda: [self._description(memory) for memory in memories])
+            shown = _Shown([memory.engine for memory in memories if not isinstance(memory, MemorySpec)])
+            every = self._worker.control(lambda: [self._description(memory) for memory in memories], shown)
             return _then(every, lambda found: _done(pb.ListMemoriesResponse(memories=found)))
 
         return _then(listed, describe)
@@ -145,7 +147,7 @@ class Service:
         raise NotAllowed("plane: nothing is lent to this caller; it goes on inline")
 
     def _described(self, loaded: Loaded) -> Future[pb.MemoryDescription]:
-        return self._worker.control(lambda: self._description(loaded))
+        return self._worker.control(lambda: self._description(loaded), _Shown([loaded.engine]))
 
     def _description(self, memory: Loaded | MemorySpec) -> pb.MemoryDescription:
         """Runs in the device thread."""
@@ -153,6 +155,29 @@ class Service:
             return pb.MemoryDescription(spec=wire.encode_spec(memory))
         counts = memory.engine.counts()
         return wire.encode_description(memory.spec, counts, memory.created_at, str(self._worker.device))
+
+
+class _Shown:
+    """Memories that an answer tells about: it leaves once what it counts is as safe as promised, or never can be."""
+
+    def __init__(self, engines: Sequence[Settling]) -> None:
+        self._engines = engines
+        self._lock = threading.Lock()
+        self._num_left = len(engines) + 1
+
+    def settle(self, answer: Callable[[MemstoreError | None], None]) -> None:
+        """What cannot be kept any more is told nevertheless, as to any retrieval."""
+
+        def count(_: MemstoreError | None) -> None:
+            with self._lock:
+                self._num_left -= 1
+                is_last = self._num_left == 0
+            if is_last:
+                answer(None)
+
+        for engine in self._engines:
+            engine.settle(count)
+        count(None)
 
 
 def step_job(request: wire.StepLike, caller: Caller, spec: MemorySpec, engine: Engine) -> StepJob[Message]:

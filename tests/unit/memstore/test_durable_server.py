@@ -12,15 +12,18 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from memstore.auth import DEFAULT_TENANT
 from memstore.catalog import FileCatalog
 from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, NotReady, QuotaExceeded
-from memstore.store import PROGRESS_S, Progress, disk_bytes
+from memstore.plane import InlinePlane
+from memstore.service import Caller
+from memstore.store import PROGRESS_S, FileStore, Progress, Syncers, disk_bytes
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
 from tests.calling import fails, failure
-from tests.fakes import FakeClock, FakeDisk
+from tests.fakes import Diligent, FakeClock, FakeDisk
 from tests.processes import Process
-from tests.serving import Setting, file_store, serving, spec, step
+from tests.serving import Setting, Unwatched, file_store, serving, spec, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,6 +170,28 @@ def test_names_of_tenants_and_memories_never_leave_their_folder(tmp_path: Path) 
         assert path.resolve() == path
         assert all(part.isascii() and "/" not in part for part in path.parts[-2:])
     assert len({path_of(tmp_path, name, "m") for name in ("..", "%2E.", ".%2E", "%2e.")}) == 4
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_what_is_told_of_a_memory_is_synced_first_or_never_can_be(has_failed: bool) -> None:
+    disk, syncer = FakeDisk(), Diligent(waits=True)
+    store = FileStore(DATA, disk, FakeClock(), 0, Unwatched(), Syncers(syncer, syncer))
+    with serving(Setting(catalog=FileCatalog(DATA, disk), store=store)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec("beside")))
+        service, caller = server.front._service, Caller(tenant=DEFAULT_TENANT, plane=InlinePlane(1 << 20))
+        appended = service.call("Step", step(retrieve=None), caller)
+        described = service.call("DescribeMemory", pb.DescribeMemoryRequest(name="notes"), caller)
+        listed = service.call("ListMemories", pb.ListMemoriesRequest(), caller)
+        server.registry._admin.submit(lambda: None).result()
+        server.registry.worker.control(lambda: None).result()
+        assert not any(each.done() for each in (appended, described, listed))
+        disk.cannot_sync = has_failed
+        syncer.sync()
+        assert described.result(10).memory.status.num_rows == 1  # type: ignore[attr-defined]
+        assert [each.status.num_rows for each in listed.result(10).memories] == [0, 1]  # type: ignore[attr-defined]
+        assert (appended.exception(10) is not None) == has_failed
+        disk.cannot_sync = False
 
 
 def test_a_disk_quota_refuses_a_memory_that_would_not_fit() -> None:

@@ -263,3 +263,22 @@ def test_every_method_wants_a_token_and_tenants_do_not_meet() -> None:
         with pytest.raises(grpc.RpcError) as caught:  # names are for those who have a token
             health.Check(health_pb2.HealthCheckRequest(service="memory/notes"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_tenant_is_that_of_the_credential_whatever_the_call_says() -> None:
+    names = ("tenant", "tenant-id", "x-tenant", "x-tenant-id", "x-memstore-tenant", "memstore-tenant", "user", "x-user")
+    claims = tuple((name, "red") for name in names)
+    tokens = parse_tokens(f"{hashed('r', 'red')}\n{hashed('b', 'blue')}")
+    with serving(Setting(authenticator=tokens)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=bearer("r"))
+        metadata = (*bearer("b"), *claims)
+        assert isinstance(fails(server, "Step", step(), metadata=metadata), NotFound)
+        assert isinstance(
+            fails(server, "DescribeMemory", pb.DescribeMemoryRequest(name="notes"), metadata=metadata), NotFound
+        )
+        assert len(server.stub.ListMemories(pb.ListMemoriesRequest(), metadata=metadata).memories) == 0
+        asked = iter([pb.StepStreamRequest(call_id=1, step=step())])
+        (reply,) = server.stub.StepStream(asked, metadata=metadata)
+        assert reply.failure.reason == "NOT_FOUND"
+        for name in ("red/notes", "../red/notes", "notes@red"):
+            assert isinstance(fails(server, "Step", step(memory=name), metadata=metadata), InvalidRequest | NotFound)

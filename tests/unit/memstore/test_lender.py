@@ -271,6 +271,20 @@ def test_a_holder_that_writes_nonsense_loses_the_sequence(lent: Lent) -> None:
     assert counts(lent.server)[:2] == (2, 2)
 
 
+def test_nonsense_of_a_holder_is_counted_as_what_is_lost_and_asked_back(lent: Lent) -> None:
+    append(lent.server, "a", [1, 2])
+    append(lent.server, "c", [9])
+    lease = lent.lend("a", "b")
+    append(lent.holder, "b", [3])
+    table = lent.block.table()
+    table[0, 1] = -5
+    lent.block.publish(table)
+    assert counts(lent.server) == (3, 4, 8, 4)
+    assert lent.recalled == [lease.number]
+    lent.server.lender.take_back(lease)
+    assert counts(lent.server) == (3, 4, 8, 4)
+
+
 @pytest.mark.parametrize("changes", [{"as_of": 4}, {"first_position": 3}, {"num_rows": 4}, {"as_of": 1 << 50}])
 def test_an_answer_about_what_was_never_published_is_refused(lent: Lent, changes: dict[str, int]) -> None:
     lent.lend("a")

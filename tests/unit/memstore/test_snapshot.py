@@ -125,6 +125,32 @@ def test_a_snapshot_that_fails_leaves_what_was_there() -> None:
     assert life.again().picture() == before
 
 
+class SpoilingDisk(FakeDisk):
+    """Has something else of a snapshot's rows than what was written."""
+
+    is_spoiling = False
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        rows = target / "rows.bin"
+        if self.is_spoiling:
+            self.files[rows] = bytes([self.files[rows][0] ^ 1]) + self.files[rows][1:]
+
+
+def test_a_snapshot_that_cannot_be_read_back_replaces_nothing() -> None:
+    disk = SpoilingDisk()
+    life = Life(disk, is_new=True)
+    _fill(life)
+    assert life.snapshot()
+    life.append("a", 1, 5)
+    before = life.picture()
+    disk.is_spoiling = True
+    with pytest.raises(Corrupt):
+        life.snapshot()
+    assert life.archive.has_failed
+    assert life.again().picture() == before
+
+
 def test_a_disk_that_fills_up_while_a_snapshot_is_written_gets_its_room_back() -> None:
     life = Life(FakeDisk(), is_new=True)
     _fill(life)

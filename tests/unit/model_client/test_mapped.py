@@ -301,6 +301,38 @@ def test_offers_count_as_leases_until_they_lapse(
         until(lambda: ask(names) is None)
 
 
+def open_memfds(name: str) -> int:
+    """Descriptors of this process that stand for memory of this name."""
+    return sum(f"memfd:{name}" in link for link in map(link_of, os.listdir("/proc/self/fd")))
+
+
+def link_of(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:  # it was that of the listing
+        return ""
+
+
+@pytest.mark.parametrize("state", ["sick", "well"])
+def test_what_a_claim_brings_is_closed_whatever_becomes_of_it(server: Serving, state: str) -> None:
+    with client_of(server, "inline") as client, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+        create(client)
+        wanted = pb.OpenPlaneRequest(memory="m", sequences=["a"], writer="w")
+        offer = client._transport.call("OpenPlane", wanted, 10.0).result()
+        assert isinstance(offer, pb.OpenPlaneResponse)
+        server.registry.worker.is_sick = state == "sick"
+        link.connect(offer.socket_path)
+        claim = pb.ClaimRequest(token=offer.token, remains=pb.MappedMemory(num_sequences=1))
+        brought = [os.memfd_create("brought") for _ in range(2)]
+        socket.send_fds(link, [claim.SerializeToString()], brought)
+        answer = link.recv(1 << 16)
+        assert (answer == b"") == (state == "sick")
+        until(lambda: open_memfds("brought") == len(brought))
+        for descriptor in brought:
+            os.close(descriptor)
+        server.registry.worker.is_sick = False
+
+
 def test_a_claim_that_is_not_for_this_host_comes_to_nothing(server: Serving) -> None:
     """A server behind a proxy: its socket is not here."""
     with client_of(server, "auto") as client:
