@@ -1,4 +1,4 @@
-"""The command line: memstore serve | ls | describe | drop | healthcheck, and the commands that other packages add."""
+"""The command line: memstore serve, ls, describe, drop, healthcheck, verify, restore, token, and what others add."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memstore import config, console
+from memstore import config, console, issuing
+from memstore.seams import SystemClock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _serve(options)
         if options.command in ("verify", "restore"):
             return _offline(options)
+        if options.command == "token":
+            return issuing.run(options, SystemClock())
         return console.run(options, os.environ)
+    except OSError as error:
+        return _complain(options.command, f"{error.filename or 'system'}: {error.strerror or error}", FAILURE)
     except config.ConfigError as error:
         return _complain(options.command, str(error), USAGE)
     except console.CommandFailed as error:
@@ -53,6 +58,7 @@ def _parser(added: Sequence[str]) -> argparse.ArgumentParser:
     )
     config.add_flags(serve)
     console.add_commands(commands)
+    issuing.add_command(commands)
     verify = commands.add_parser("verify", help="read a data folder, and check every checksum; exit with 1 for damage")
     verify.add_argument("folder", type=Path, help="of a server that is stopped, or a copy of it")
     restore = commands.add_parser("restore", help="verify a backup, and copy it to a new data folder")
@@ -76,8 +82,6 @@ def _serve(options: argparse.Namespace) -> int:
         return server.run(settings)
     except MemstoreError as error:
         return _complain("serve", error.message, FAILURE)
-    except OSError as error:
-        return _complain("serve", f"{error.filename or 'system'}: {error.strerror or error}", FAILURE)
 
 
 def _offline(options: argparse.Namespace) -> int:
@@ -90,8 +94,6 @@ def _offline(options: argparse.Namespace) -> int:
         return backup.run(options, SystemDisk())
     except MemstoreError as error:
         return _complain(options.command, error.message, FAILURE)
-    except OSError as error:
-        return _complain(options.command, f"{error.filename or 'system'}: {error.strerror or error}", FAILURE)
 
 
 def _complain(command: str, text: str, code: int) -> int:

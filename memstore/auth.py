@@ -1,81 +1,140 @@
-"""Auth: who may listen where, and the way from a credential to a tenant."""
+"""Auth: who may listen where, and the way from what a call carries to who calls."""
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
-import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from memstore.access import Identity
 from memstore.config import Config, ConfigError
 from memstore.errors import NotAuthenticated
+from memstore.followed import Followed
+from memstore.tokens import Quota, TokenFile, hash_of, is_tenant, parse_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from memstore.seams import Clock
 
 DEFAULT_TENANT = "default"
-_LINE = re.compile(r"sha256:([0-9a-f]{64})\s+([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
+FOLLOW_S = 1.0
+"""How often a token file is looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """What a call carries. token_hash: of its bearer token. common_names: of its certificate, verified by TLS."""
+
+    token_hash: bytes | None = None
+    common_names: Sequence[str] = ()
+
+    @staticmethod
+    def of(metadata: Mapping[str, str], common_names: Sequence[str] = ()) -> Credentials:
+        """Those of a call with this metadata (lower-case keys)."""
+        scheme, _, token = metadata.get("authorization", "").partition(" ")
+        token_hash = hash_of(token) if scheme.lower() == "bearer" else None
+        return Credentials(token_hash=token_hash, common_names=common_names)
 
 
 class Authenticator(Protocol):
-    """Turns what a call carries into its tenant."""
+    """Turns what a call carries into who calls. Any thread may ask; quick, since every step asks."""
 
-    def tenant(self, metadata: Mapping[str, str]) -> str:
-        """The tenant of a call with this metadata (lower-case keys). Raises NotAuthenticated."""
+    @property
+    def has_tenants(self) -> bool:
+        """True where not everyone is the same tenant."""
+
+    @property
+    def wants_names(self) -> bool:
+        """True where the names in certificates matter."""
+
+    def identify(self, credentials: Credentials) -> Identity:
+        """Who calls. Raises NotAuthenticated, also once the credential has expired or was taken away."""
+
+    def quota(self, tenant: str) -> Quota | None:
+        """What the tenant may take, as far as the credentials' file says it; None where it does not."""
 
 
 class Open:
     """Lets everyone in as one tenant: for loopback, Unix sockets and mutual TLS."""
 
-    def tenant(self, metadata: Mapping[str, str]) -> str:
-        del metadata
-        return DEFAULT_TENANT
+    has_tenants = False
+    wants_names = False
+    _identity = Identity(tenant=DEFAULT_TENANT)
+
+    def identify(self, credentials: Credentials) -> Identity:
+        del credentials
+        return self._identity
+
+    def quota(self, tenant: str) -> Quota | None:
+        del tenant
+        return None
+
+
+class Certificates:
+    """Lets in whom mutual TLS has let in; the common name of the certificate is the tenant."""
+
+    has_tenants = True
+    wants_names = True
+
+    def identify(self, credentials: Credentials) -> Identity:
+        if len(credentials.common_names) != 1 or not is_tenant(credentials.common_names[0]):
+            raise NotAuthenticated("a certificate is needed whose common name is a tenant")
+        return Identity(tenant=credentials.common_names[0])
+
+    def quota(self, tenant: str) -> Quota | None:
+        del tenant
+        return None
 
 
 class Tokens:
-    """Lets in who carries `authorization: Bearer TOKEN` with the hash of a known token.
+    """Lets in who carries `authorization: Bearer TOKEN` with the hash of a known token, until that expires.
 
     A tenant may have several tokens, so that a new one can be handed out before the old one is taken away.
     """
 
-    def __init__(self, entries: Sequence[tuple[bytes, str]]) -> None:
-        """entries: SHA-256 of a token, and its tenant."""
-        self._entries = tuple(entries)
+    has_tenants = True
+    wants_names = False
 
-    def tenant(self, metadata: Mapping[str, str]) -> str:
-        """Compares with every entry in constant time, so that the time taken says nothing about any of them."""
-        scheme, _, token = metadata.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(token.encode()).digest()
-        found = [tenant for known, tenant in self._entries if hmac.compare_digest(known, digest)]
-        if scheme.lower() != "bearer" or not found:
+    def __init__(self, file: Followed[TokenFile], clock: Clock) -> None:
+        """clock: its wall time says what has expired."""
+        self._file = file
+        self._clock = clock
+
+    def identify(self, credentials: Credentials) -> Identity:
+        """Compares with every token in constant time, so that the time taken says nothing about any of them."""
+        given, found = credentials.token_hash or b"", None
+        for known, identity in self._file.now().identities.items():
+            if hmac.compare_digest(known, given):
+                found = identity
+        if found is None:
             raise NotAuthenticated("a valid token is needed: authorization: Bearer TOKEN")
-        return found[0]
+        if self._clock.wall() >= found.expires_at:
+            raise NotAuthenticated("the token has expired")
+        return found
+
+    def quota(self, tenant: str) -> Quota | None:
+        return self._file.now().quotas.get(tenant)
 
 
-def parse_tokens(text: str) -> Tokens:
-    """The tokens of a file: lines `sha256:HEX TENANT`; empty lines and those beginning with # are passed over."""
-    entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = _LINE.fullmatch(line.strip())
-        if match is None:
-            raise ConfigError(f"--token-file: line {number} is not `sha256:HEX TENANT`")
-        entries.append((bytes.fromhex(match[1]), match[2]))
-    if not entries:
-        raise ConfigError("--token-file: no token in it")
-    return Tokens(entries)
-
-
-def authenticator_of(config: Config) -> Authenticator:
-    """The tokens of the configured file, or Open without one."""
-    if config.token_file is None:
-        return Open()
+def authenticator_of(config: Config, clock: Clock) -> Authenticator:
+    """The tokens of the configured file, the names in certificates, or Open. ConfigError."""
+    path = config.token_file
+    if path is None:
+        return Certificates() if config.tls_tenant == "cn" else Open()
     try:
-        return parse_tokens(config.token_file.read_text())
+        return Tokens(Followed([path], lambda: _read(path), clock, FOLLOW_S), clock)
     except OSError as error:
-        raise ConfigError(f"--token-file={config.token_file}: {error.strerror}") from error
+        raise ConfigError(f"--token-file={path}: {error.strerror}") from error
+
+
+def _read(path: Path) -> TokenFile:
+    try:
+        return parse_tokens(path.read_text())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--token-file={path}: not text") from error
 
 
 def is_loopback(host: str) -> bool:

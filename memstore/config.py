@@ -96,10 +96,15 @@ class Config:
     port: int = setting(whole(0, 65535), 7077, "port to listen on; 0 for any free one")
     unix_socket: Path | None = setting(path, None, "listen on this Unix socket instead of host and port")
     insecure_bind: bool = setting(switch, False, "listen beyond loopback without TLS or tokens")
-    token_file: Path | None = setting(path, None, "file of lines `sha256:HEX TENANT`, the tokens that are let in")
+    token_file: Path | None = setting(path, None, "file of the tokens that are let in; see `memstore token`")
     tls_cert: Path | None = setting(path, None, "PEM certificate chain of the server")
     tls_key: Path | None = setting(path, None, "PEM key of the server")
     tls_client_ca: Path | None = setting(path, None, "PEM certificates that clients must be signed by (mutual TLS)")
+    tls_tenant: str = setting(
+        one_of("default", "cn"),
+        "default",
+        "tenant under mutual TLS: cn for the common name in the certificate",
+    )
     device: str = setting(str, "auto", "cpu, cuda, cuda:N, or auto for the first GPU if there is one")
     capacity: int = setting(size, 0, "bytes that memories may reserve, such as 8G; 0 for 0.8 of what is free")
     threads: int = setting(whole(0, 1024), 0, "CPU threads of the search; 0 for torch's own choice")
@@ -177,6 +182,8 @@ def _check(config: Config) -> None:
         raise ConfigError("--tls-cert and --tls-key belong together")
     if config.tls_client_ca is not None and config.tls_cert is None:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    if config.tls_tenant == "cn" and (config.tls_client_ca is None or config.token_file is not None):
+        raise ConfigError("--tls-tenant=cn needs --tls-client-ca, and no --token-file: that names tenants itself")
     if not re.fullmatch(r"file|none|(rediss?|unix)://\S+", config.catalog):
         raise ConfigError(f"--catalog={config.catalog}: file, none, or a redis:// rediss:// unix:// URL")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):

@@ -17,6 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
 from memstore import status, wire
+from memstore.auth import Credentials
 from memstore.errors import Expired, InvalidRequest, MemstoreError, NotReady, Overloaded
 from memstore.logs import trouble
 from memstore.replies import Reader, ReplyBudget, ReplyPlane
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import MethodDescriptor
 
     from memstore.auth import Authenticator
+    from memstore.gate import Gate
     from memstore.lending import Lending
     from memstore.metrics import Metrics
     from memstore.seams import Clock
@@ -81,11 +83,18 @@ class _Flight:
 
 
 class _Talk:
-    """One stream: its caller, whose plane is that of no step, who takes its answers, and the steps on their way."""
+    """One stream: what its caller carries, who takes its answers, and the steps on their way.
 
-    def __init__(self, context: Context, caller: Caller, reader: Reader) -> None:
+    deadline: of the stream, in monotonic seconds.
+    """
+
+    def __init__(
+        self, context: Context, credentials: Credentials, request_id: str, deadline: float | None, reader: Reader
+    ) -> None:
         self.context = context
-        self.caller = caller
+        self.credentials = credentials
+        self.request_id = request_id
+        self.deadline = deadline
         self.reader = reader
         self.flights: asyncio.Queue[_Flight | None] = asyncio.Queue()
         self.current: _Flight | None = None
@@ -124,7 +133,7 @@ class GrpcFront:
     def __init__(
         self,
         service: Service,
-        authenticator: Authenticator,
+        gate: Gate,
         metrics: Metrics,
         clock: Clock,
         limits: FrontLimits,
@@ -137,7 +146,7 @@ class GrpcFront:
         self._lending = lending
         self._limits = limits
         self._service = service
-        self._authenticator = authenticator
+        self._gate = gate
         self._metrics = metrics
         self._clock = clock
         self._readers: set[asyncio.Task[None]] = set()
@@ -164,16 +173,21 @@ class GrpcFront:
 
     async def _unary(self, method: str, request: Message | Malformed, context: Context) -> Message:
         began = self._clock.monotonic()
-        metadata = _metadata(context)
+        metadata = metadata_of(context)
         request_id = _request_id(metadata)
         plane = ReplyPlane(Reader(self.replies), self.max_reply_bytes)
         try:
-            caller = self._caller(metadata, request_id, plane, _deadline(began, context.time_remaining()))
+            path = _path(method)
+            identity = self._gate.enter(path, credentials_of(metadata, context, self._gate.authenticator))
+            whole = _whole(request)
+            self._gate.admit(path, identity, whole)
+            deadline = _deadline(began, context.time_remaining())
+            caller = Caller(tenant=identity.tenant, plane=plane, deadline=deadline, request_id=request_id)
             lending = self._lending if is_local(context.peer()) else None
-            if lending is not None and isinstance(request, pb.OpenPlaneRequest):
-                reply: Message = lending.offer(request, caller.tenant)
+            if lending is not None and isinstance(whole, pb.OpenPlaneRequest):
+                reply: Message = lending.offer(whole, caller.tenant)
             else:
-                reply = await asyncio.wrap_future(self._service.call(method, _whole(request), caller))
+                reply = await asyncio.wrap_future(self._service.call(method, whole, caller))
             if lending is not None and isinstance(reply, pb.ServerInfoResponse):
                 reply.planes.append(lending.plane)
         except asyncio.CancelledError:
@@ -192,15 +206,16 @@ class GrpcFront:
         raise AssertionError("abort raises")
 
     async def _stream(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], context: Context) -> None:
-        metadata = _metadata(context)
+        metadata = metadata_of(context)
         request_id = _request_id(metadata)
         began = self._clock.monotonic()
         reader = Reader(self.replies)
         try:
-            plane = ReplyPlane(reader, self.max_reply_bytes)
-            caller = self._caller(metadata, request_id, plane, _deadline(began, context.time_remaining()))
+            credentials = credentials_of(metadata, context, self._gate.authenticator)
+            self._gate.enter(STREAM, credentials)
+            talk = _Talk(context, credentials, request_id, _deadline(began, context.time_remaining()), reader)
             with self._metrics.stream():
-                await self._converse(requests, _Talk(context, caller, reader))
+                await self._converse(requests, talk)
             if not self._is_draining:
                 context.set_trailing_metadata(((REQUEST_ID, request_id),))
                 return
@@ -220,7 +235,7 @@ class GrpcFront:
         self._readers.add(reading)
         try:
             while (flight := await talk.next()) is not None:
-                for frame in await self._settle(flight, talk.caller.request_id):
+                for frame in await self._settle(flight, talk.request_id):
                     await self._write(frame, talk)
                 flight.plane.release()
                 talk.taken.set()
@@ -265,18 +280,20 @@ class GrpcFront:
             talk.flights.put_nowait(None)
 
     def _begin(self, request: pb.StepStreamRequest, talk: _Talk) -> _Flight:
+        """Sends a step on its way. NotAuthenticated, which ends the stream, once its credential is good no more."""
+        identity = self._gate.enter(STREAM, talk.credentials)
         began = self._clock.monotonic()
         timeout_s = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
-        ends = [end for end in (talk.caller.deadline, _deadline(began, timeout_s)) if end is not None]
+        ends = [end for end in (talk.deadline, _deadline(began, timeout_s)) if end is not None]
         deadline = min(ends, default=None)
         plane = ReplyPlane(talk.reader, self.max_reply_bytes, request.call_id if request.max_piece_bytes else None)
-        of = talk.caller
-        caller = Caller(tenant=of.tenant, plane=plane, deadline=deadline, request_id=of.request_id)
+        caller = Caller(tenant=identity.tenant, plane=plane, deadline=deadline, request_id=talk.request_id)
         future: Future[Message] = Future()
+        piece_bytes = 0
         try:
+            self._gate.admit(STREAM, identity, request.step)
             piece_bytes = wire.piece_bytes(request.max_piece_bytes)
-        except InvalidRequest as error:
-            piece_bytes = 0
+        except MemstoreError as error:
             future.set_exception(error)
         else:
             future = self._service.call("Step", request.step, caller)
@@ -297,10 +314,6 @@ class GrpcFront:
             self._count("StepStream", grpc.StatusCode.OK, flight.began)
             return wire.answer_frames(flight.call_id, reply, flight.plane, flight.piece_bytes)
         return (wire.failure_frame(flight.call_id, status.to_failure(failure)),)
-
-    def _caller(self, metadata: dict[str, str], request_id: str, plane: ReplyPlane, deadline: float | None) -> Caller:
-        tenant = self._authenticator.tenant(metadata)
-        return Caller(tenant=tenant, plane=plane, deadline=deadline, request_id=request_id)
 
     def _failure(self, method: str, error: Exception, request_id: str, began: float) -> status.Answer:
         if not isinstance(error, MemstoreError):
@@ -344,8 +357,27 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def _metadata(context: Context) -> dict[str, str]:
+def metadata_of(context: Context) -> dict[str, str]:
+    """The metadata of a call that is text, by lower-case keys."""
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _path(method: str) -> str:
+    return f"/{SERVICE.full_name}/{method}"
+
+
+STREAM = _path("StepStream")
+
+
+def credentials_of(metadata: dict[str, str], context: Context, authenticator: Authenticator) -> Credentials:
+    """What a call carries, in its metadata and its certificate."""
+    return Credentials.of(metadata, _common_names(context) if authenticator.wants_names else ())
+
+
+def _common_names(context: Context) -> tuple[str, ...]:
+    """Those of the caller's certificate, which TLS has verified; none without one."""
+    names = context.auth_context().get("x509_common_name", ())
+    return tuple(name.decode(errors="replace") for name in names)
 
 
 def is_local(peer: str) -> bool:

@@ -1,16 +1,19 @@
-"""Listen: where the gRPC server is bound, with which credentials and options; one server to an address."""
+"""Listen: where the gRPC server is bound, with which credentials and options, and which methods it has at all."""
 
 from __future__ import annotations
 
 import os
+import ssl
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_reflection.v1alpha import reflection
 
+from memstore.access import SCOPES
 from memstore.auth import is_loopback
 from memstore.config import ConfigError
+from memstore.followed import Followed
 from memstore.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from memstore.config import Config
-    from memstore.seams import Disk
+    from memstore.seams import Clock, Disk
 
 SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.so_reuseport", 0),  # or a second server would take every other connection, without an error
@@ -49,9 +52,9 @@ def _lock_path(socket: Path) -> Path:
     return socket.with_name(f"{socket.name}.lock")
 
 
-def bind(server: grpc.aio.Server, config: Config) -> str:
+def bind(server: grpc.aio.Server, config: Config, clock: Clock) -> str:
     """Binds, and gives the address that clients use. ConfigError names what is in the way."""
-    credentials = _credentials(config)
+    credentials = _credentials(config, clock)
     if config.unix_socket is not None:
         return _bind_socket(server, config.unix_socket, credentials)
     host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
@@ -76,15 +79,49 @@ def _bind_socket(server: grpc.aio.Server, path: Path, credentials: grpc.ServerCr
     return address
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials | None:
-    if config.tls_cert is None or config.tls_key is None:
+def _credentials(config: Config, clock: Clock) -> grpc.ServerCredentials | None:
+    """TLS with certificates that are read again when they change, at the next connection; None without TLS."""
+    cert, key, ca = config.tls_cert, config.tls_key, config.tls_client_ca
+    if cert is None or key is None:
         return None
+    paths = [path for path in (cert, key, ca) if path is not None]
+    files = Followed(paths, lambda: _certificates(cert, key, ca), clock, 0.0)
+    return grpc.dynamic_ssl_server_credentials(files.now(), files.now, require_client_authentication=ca is not None)
+
+
+def _certificates(cert: Path, key: Path, ca: Path | None) -> Any:
+    """What a handshake needs. ConfigError where a file cannot be read, or key and certificate are no pair."""
     try:
-        pair = (config.tls_key.read_bytes(), config.tls_cert.read_bytes())
-        roots = None if config.tls_client_ca is None else config.tls_client_ca.read_bytes()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        if ca is not None:
+            context.load_verify_locations(ca)
+        pair = (key.read_bytes(), cert.read_bytes())
+        roots = None if ca is None else ca.read_bytes()
+    except ssl.SSLError as error:
+        names = ", ".join(str(path) for path in (cert, key, ca) if path is not None)
+        raise ConfigError(f"TLS: {names}: {error.reason or error}") from error
     except OSError as error:
-        raise ConfigError(f"TLS: {error.filename}: {error.strerror}") from error
-    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
+        raise ConfigError(f"TLS: {_missing(cert, key, ca) or cert}: {error.strerror}") from error
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
+
+
+def _missing(*paths: Path | None) -> Path | None:
+    return next((path for path in paths if path is not None and not path.is_file()), None)
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """Refuses every method that has no row in access.py, whoever added it to the server."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """The handler of a method; one that refuses for all others."""
+        if handler_call_details.method in SCOPES:
+            return await continuation(handler_call_details)
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+
+async def _refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no credential reaches this method")
 
 
 def add_reflection(server: grpc.aio.Server, config: Config, services: Sequence[str]) -> None:

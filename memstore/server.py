@@ -25,6 +25,7 @@ from memstore.catalog import Catalog, FileCatalog, NoCatalog, RedisCatalog
 from memstore.config import Config, ConfigError
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
+from memstore.gate import Gate
 from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
 from memstore.journal import INTERVAL_S, Syncer
@@ -73,7 +74,7 @@ class Server:
         self._disk = disk
         self._stack = stack
         self._clock = SystemClock()
-        self._authenticator = authenticator_of(config)
+        self._authenticator = authenticator_of(config, self._clock)
         stack.enter_context(listen.address_lock(config, disk))
         self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, config.metrics_memories)
         self._registry = self._make_registry()
@@ -180,15 +181,15 @@ class Server:
     async def _listen(self, lending: Lending | None) -> tuple[grpc.aio.Server, GrpcFront, Health, str]:
         """Bound before anything is loaded, so that health can say so."""
         config = self._config
-        server = grpc.aio.server(options=listen.SERVER_OPTIONS)
+        server = grpc.aio.server(options=listen.SERVER_OPTIONS, interceptors=(listen.Door(),))
         service = Service(self._registry, self._clock.wall())
         limits = FrontLimits(stream_in_flight=config.stream_in_flight, reply_bytes=config.reply_bytes)
-        front = GrpcFront(service, self._authenticator, self._metrics, self._clock, limits, lending=lending)
-        health = Health(self._registry)
+        front = GrpcFront(service, Gate(self._authenticator), self._metrics, self._clock, limits, lending=lending)
+        health = Health(self._registry, self._authenticator)
         server.add_generic_rpc_handlers((front.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         listen.add_reflection(server, config, (SERVICE.full_name, "grpc.health.v1.Health"))
-        address = listen.bind(server, config)
+        address = listen.bind(server, config, self._clock)
         await server.start()
         event(_log, logging.INFO, "listening", address=address, device=str(self._registry.worker.device))
         return server, front, health, address

@@ -11,6 +11,10 @@ import pytest
 from grpc_status import rpc_status
 
 from memstore import status
+from memstore.auth import Tokens
+from memstore.followed import Followed
+from memstore.seams import SystemClock
+from memstore.tokens import parse_tokens
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from memstore.errors import (
         MemstoreError,
     )
+    from memstore.seams import Clock
     from tests.serving import Serving
 
 
@@ -80,6 +85,17 @@ class Conversation:
         self._outgoing.put(None)
 
 
-def hashed(token: str, tenant: str) -> str:
+def hashed(token: str, tenant: str, *fields: str) -> str:
     """A line of a token file."""
-    return f"sha256:{hashlib.sha256(token.encode()).hexdigest()} {tenant}"
+    return " ".join((f"sha256:{hashlib.sha256(token.encode()).hexdigest()}", tenant, *fields))
+
+
+def tokens(*lines: str, clock: Clock | None = None) -> Tokens:
+    """Those of a token file with these lines, which does not change."""
+    made = clock or SystemClock()
+    return Tokens(Followed((), lambda: parse_tokens("\n".join(lines)), made, 0.0), made)
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Metadata with a token."""
+    return (("authorization", f"Bearer {token}"),)

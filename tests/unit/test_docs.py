@@ -26,7 +26,7 @@ from integration.training import command as training
 from integration.training.adapt import AdaptOptions
 from memstore import __main__ as command_line
 from memstore import config, errors, status
-from memstore.auth import parse_tokens
+from memstore.tokens import hash_of, parse_tokens
 from memstore.wire import limits
 from tests.unit.test_layering import ORDER
 
@@ -189,8 +189,8 @@ def test_the_line_that_makes_a_token_file_makes_one(tmp_path: Path) -> None:
     (line,) = (line for block in blocks(README, "sh") for line in block.splitlines() if "sha256sum" in line)
     environment = {"TOKEN": "a secret", "PATH": os.environ["PATH"]}
     subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, check=True)
-    tokens = parse_tokens((tmp_path / "tokens").read_text())
-    assert tokens.tenant({"authorization": "Bearer a secret"}) == "team-a"
+    (known,) = parse_tokens((tmp_path / "tokens").read_text()).identities.items()
+    assert (known[0], known[1].tenant) == (hash_of("a secret"), "team-a")
 
 
 def test_every_setting_that_is_named_exists() -> None:

@@ -17,9 +17,9 @@ ORDER = """
     retrieval appending row_bytes changes log journal ledger still memory
     folder snapshot recovery archive
     admission capacity catalog store device plane replies
-    wire status auth registry snapshotter metrics service
+    wire status access followed tokens auth gate registry snapshotter metrics service
     embedded mapped lending listen grpc_front health
-    server console backup __main__
+    server console issuing backup __main__
 """.split()
 PACKAGES = ("memstore", "model_client", "integration")
 # The one lazy import of an upper package: the client's in-process transport runs the server's own code.

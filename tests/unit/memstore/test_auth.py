@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from memstore.auth import DEFAULT_TENANT, Open, authenticator_of, check_bind, parse_tokens
+from memstore.access import ALL, Scope
+from memstore.auth import (
+    DEFAULT_TENANT,
+    FOLLOW_S,
+    Certificates,
+    Credentials,
+    Open,
+    authenticator_of,
+    check_bind,
+)
 from memstore.config import Config, ConfigError
 from memstore.errors import NotAuthenticated
-from tests.calling import hashed
+from tests.calling import hashed, tokens
+from tests.fakes import FakeClock
 
-TOKENS = parse_tokens(f"# ours\n\n{hashed('old', 'red')}\n  {hashed('new', 'red')}  \n{hashed('other', 'blue')}\n")
+KNOWN = tokens("# ours", "", hashed("old", "red"), f"  {hashed('new', 'red')}  ", hashed("other", "blue"))
+
+
+def carrying(token: str) -> Credentials:
+    """The credentials of a call with a token."""
+    return Credentials.of({"authorization": f"Bearer {token}"})
 
 
 @pytest.mark.parametrize(("token", "tenant"), [("old", "red"), ("new", "red"), ("other", "blue")])
 def test_a_known_token_has_its_tenant(token: str, tenant: str) -> None:
-    assert TOKENS.tenant({"authorization": f"Bearer {token}"}) == tenant
-    assert TOKENS.tenant({"authorization": f"bearer {token}"}) == tenant
+    assert KNOWN.identify(carrying(token)).tenant == tenant
+    assert KNOWN.identify(Credentials.of({"authorization": f"bearer {token}"})).tenant == tenant
 
 
 @pytest.mark.parametrize(
@@ -37,39 +53,111 @@ def test_a_known_token_has_its_tenant(token: str, tenant: str) -> None:
 )
 def test_anything_else_is_refused_without_saying_why(metadata: dict[str, str]) -> None:
     with pytest.raises(NotAuthenticated) as caught:
-        TOKENS.tenant(metadata)
+        KNOWN.identify(Credentials.of(metadata))
     assert str(caught.value) == "a valid token is needed: authorization: Bearer TOKEN"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "# nothing\n",
-        "old red\n",
-        "sha256:abc red\n",
-        hashed("old", ""),
-        hashed("old", "two words"),
-        hashed("old", "../red"),
-    ],
-    ids=["empty", "comments", "a bare token", "a short hash", "no tenant", "two words", "a path"],
-)
-def test_a_token_file_that_cannot_be_right_stops_the_start(text: str) -> None:
-    with pytest.raises(ConfigError, match="--token-file"):
-        parse_tokens(text)
+def test_every_known_token_is_compared_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However early one fits: time says nothing about which, or whether."""
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(known: bytes, given: bytes) -> bool:
+        compared.append((known, given))
+        return known == given
+
+    monkeypatch.setattr("memstore.auth.hmac.compare_digest", compare)
+    for token in ("old", "other"):
+        compared.clear()
+        KNOWN.identify(carrying(token))
+        assert len(compared) == 3
+        assert len({given for _, given in compared}) == 1
+
+
+def test_a_token_is_good_until_it_expires() -> None:
+    clock = FakeClock()
+    known = tokens(hashed("t", "red", "expires=1970-01-01T00:16:50Z"), hashed("u", "red"), clock=clock)
+    clock.now = 1009.9
+    assert known.identify(carrying("t")).tenant == "red"
+    clock.now = 1010.0
+    with pytest.raises(NotAuthenticated, match="expired"):
+        known.identify(carrying("t"))
+    assert known.identify(carrying("u")).scopes == ALL
 
 
 def test_tokens_come_from_the_configured_file(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
-    path.write_text(hashed("new", "red"))
-    assert authenticator_of(Config(token_file=path)).tenant({"authorization": "Bearer new"}) == "red"
+    path.write_text(hashed("new", "red", "scopes=read"))
+    identity = authenticator_of(Config(token_file=path), FakeClock()).identify(carrying("new"))
+    assert (identity.tenant, identity.scopes) == ("red", {Scope.READ})
     with pytest.raises(ConfigError, match="No such file"):
-        authenticator_of(Config(token_file=tmp_path / "none"))
+        authenticator_of(Config(token_file=tmp_path / "none"), FakeClock())
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not text"):
+        authenticator_of(Config(token_file=path), FakeClock())
+
+
+def test_tokens_are_rotated_without_a_restart(tmp_path: Path) -> None:
+    path, clock = tmp_path / "tokens", FakeClock()
+    path.write_text(hashed("old", "red"))
+    known = authenticator_of(Config(token_file=path), clock)
+
+    def goes(token: str) -> bool:
+        clock.advance(FOLLOW_S)
+        try:
+            return known.identify(carrying(token)).tenant == "red"
+        except NotAuthenticated:
+            return False
+
+    assert (goes("old"), goes("new")) == (True, False)
+    path.write_text(f"{hashed('old', 'red')}\n{hashed('new', 'red')}\n")
+    assert (goes("old"), goes("new")) == (True, True)
+    path.write_text(hashed("new", "red"))
+    assert (goes("old"), goes("new")) == (False, True)
+
+
+def test_a_file_that_is_spoilt_later_changes_nothing_and_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, clock = tmp_path / "tokens", FakeClock()
+    path.write_text(hashed("good", "red"))
+    known = authenticator_of(Config(token_file=path), clock)
+    for spoil in (lambda: path.write_text("nonsense here\n"), path.unlink):
+        caplog.clear()
+        spoil()
+        for _ in range(3):
+            clock.advance(FOLLOW_S)
+            assert known.identify(carrying("good")).tenant == "red"
+        assert [record.getMessage() for record in caplog.records] == ["changed file not taken, what was known stays"]
+    path.write_text(hashed("next", "red"))
+    clock.advance(FOLLOW_S)
+    assert known.identify(carrying("next")).tenant == "red"
+
+
+def test_a_file_of_the_same_size_and_time_is_told_by_its_inode(tmp_path: Path) -> None:
+    path, clock = tmp_path / "tokens", FakeClock()
+    path.write_text(hashed("one", "red"))
+    known, before = authenticator_of(Config(token_file=path), clock), path.stat()
+    (tmp_path / "next").write_text(hashed("two", "red"))
+    os.utime(tmp_path / "next", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "next").replace(path)
+    clock.advance(FOLLOW_S)
+    assert known.identify(carrying("two")).tenant == "red"
 
 
 def test_without_a_file_everyone_is_one_tenant() -> None:
-    assert isinstance(authenticator_of(Config()), Open)
-    assert authenticator_of(Config()).tenant({}) == DEFAULT_TENANT
+    made = authenticator_of(Config(), FakeClock())
+    assert isinstance(made, Open)
+    assert made.identify(Credentials()).tenant == DEFAULT_TENANT
+
+
+def test_a_certificate_names_its_tenant() -> None:
+    config = Config(tls_cert=Path("c"), tls_key=Path("k"), tls_client_ca=Path("a"), tls_tenant="cn")
+    made = authenticator_of(config, FakeClock())
+    assert isinstance(made, Certificates)
+    assert made.identify(Credentials(common_names=("red",))).tenant == "red"
+    for names in ((), ("red", "blue"), ("../red",), ("",)):
+        with pytest.raises(NotAuthenticated):
+            made.identify(Credentials(common_names=names))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "localhost"])

@@ -13,10 +13,9 @@ import pytest
 
 from memstore import __main__
 from memstore.__main__ import main
-from memstore.auth import parse_tokens
 from memstore.service import VERSION
 from memstore.v1 import memstore_pb2 as pb
-from tests.calling import hashed
+from tests.calling import hashed, tokens
 from tests.serving import Setting, serving, spec, step
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def test_a_token_is_read_from_its_file(
 ) -> None:
     path = tmp_path / "token"
     path.write_text("secret\n")
-    with serving(Setting(authenticator=parse_tokens(hashed("secret", "red")))) as guarded:
+    with serving(Setting(authenticator=tokens(hashed("secret", "red")))) as guarded:
         monkeypatch.setenv("MEMSTORE_TARGET", guarded.target)
         assert "NOT_AUTHENTICATED" in said(capsys, "ls", code=1)
         assert said(capsys, "ls", "--token-file", str(path)).startswith("NAME")

@@ -45,6 +45,7 @@ def test_every_setting_can_be_given_both_ways() -> None:
         "log_level": "error",
         "tls_cert": "c",
         "tls_key": "k",
+        "tls_tenant": "default",
         "insecure_bind": "1",
     }
     environ, flags = {}, []

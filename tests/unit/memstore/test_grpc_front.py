@@ -14,7 +14,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from memstore.admission import QueueLimits
-from memstore.auth import parse_tokens
 from memstore.errors import (
     AlreadyExists,
     Internal,
@@ -30,7 +29,7 @@ from memstore.v1 import memstore_pb2 as pb
 from memstore.v1 import memstore_pb2_grpc
 from memstore.wire import MAX_MESSAGE_BYTES
 from tests.bad_requests import OTHERS, SPECS, STEPS
-from tests.calling import Conversation, fails, failure, hashed, method_of, until_queued
+from tests.calling import Conversation, bearer, fails, failure, hashed, method_of, tokens, until_queued
 from tests.fakes import held
 from tests.serving import Serving, Setting, serving, spec, step, tensor
 
@@ -238,14 +237,9 @@ def test_a_bug_outside_of_the_device_thread_shows_no_text_either(
     talk.end()
 
 
-def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    """Metadata with a token."""
-    return (("authorization", f"Bearer {token}"),)
-
-
 def test_every_method_wants_a_token_and_tenants_do_not_meet() -> None:
-    tokens = parse_tokens(f"{hashed('r', 'red')}\n{hashed('b', 'blue')}")
-    with serving(Setting(authenticator=tokens)) as server:
+    known = tokens(hashed("r", "red"), hashed("b", "blue"))
+    with serving(Setting(authenticator=known)) as server:
         for method in SERVICE.methods:
             if method.client_streaming:
                 with pytest.raises(grpc.RpcError) as caught:
@@ -268,8 +262,8 @@ def test_every_method_wants_a_token_and_tenants_do_not_meet() -> None:
 def test_a_tenant_is_that_of_the_credential_whatever_the_call_says() -> None:
     names = ("tenant", "tenant-id", "x-tenant", "x-tenant-id", "x-memstore-tenant", "memstore-tenant", "user", "x-user")
     claims = tuple((name, "red") for name in names)
-    tokens = parse_tokens(f"{hashed('r', 'red')}\n{hashed('b', 'blue')}")
-    with serving(Setting(authenticator=tokens)) as server:
+    known = tokens(hashed("r", "red"), hashed("b", "blue"))
+    with serving(Setting(authenticator=known)) as server:
         server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=bearer("r"))
         metadata = (*bearer("b"), *claims)
         assert isinstance(fails(server, "Step", step(), metadata=metadata), NotFound)

@@ -14,10 +14,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from memstore.auth import authenticator_of
 from memstore.config import Config, ConfigError
 from memstore.errors import NotReady
+from memstore.grpc_front import credentials_of
 from memstore.listen import SERVER_OPTIONS, add_reflection, address_lock, bind
-from memstore.seams import SystemDisk
+from memstore.seams import SystemClock, SystemDisk
 from memstore.server import StopSignals
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ async def listening(config: Config) -> AsyncIterator[str]:
     """A server that answers health checks at the configured address, which is given."""
     server = grpc.aio.server(options=SERVER_OPTIONS)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
-    address = bind(server, config)
+    address = bind(server, config, SystemClock())
     await server.start()
     try:
         yield address
@@ -62,8 +64,9 @@ def test_a_free_port_is_found_and_told() -> None:
 def test_a_port_has_one_server() -> None:
     async def run() -> None:
         async with listening(Config(port=0)) as address:
+            taken = Config(port=int(address.rpartition(":")[2]))
             with pytest.raises(ConfigError, match="--port"):
-                bind(grpc.aio.server(options=SERVER_OPTIONS), Config(port=int(address.rpartition(":")[2])))
+                bind(grpc.aio.server(options=SERVER_OPTIONS), taken, SystemClock())
 
     asyncio.run(run())
 
@@ -98,7 +101,7 @@ def test_a_socket_is_its_owners_only_and_gone_at_the_end(tmp_path: Path) -> None
 def test_a_socket_in_no_folder_is_named(tmp_path: Path) -> None:
     async def run() -> None:
         with pytest.raises(ConfigError, match="--unix-socket"):
-            bind(grpc.aio.server(), Config(unix_socket=tmp_path / "none" / "s"))
+            bind(grpc.aio.server(), Config(unix_socket=tmp_path / "none" / "s"), SystemClock())
 
     asyncio.run(run())
 
@@ -106,15 +109,20 @@ def test_a_socket_in_no_folder_is_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a self-signed certificate for localhost, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    certify(folder)
+    return folder
+
+
+def certify(folder: Path) -> None:
+    """Makes cert.pem and key.pem anew."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("tls")
     command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     command += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
     subprocess.run(command, check=True, capture_output=True)
-    return folder
 
 
 def test_tls_lets_in_who_trusts_the_certificate(certificates: Path) -> None:
@@ -143,6 +151,75 @@ def test_mutual_tls_wants_a_certificate_of_the_client(certificates: Path) -> Non
             assert not await answered(grpc.aio.secure_channel(address, bare))
 
     asyncio.run(run())
+
+
+def test_certificates_are_exchanged_without_a_restart(tmp_path: Path) -> None:
+    """Of the server and of who may sign clients; a pair that is half written leaves what was known."""
+    certify(tmp_path)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    config = Config(host="localhost", port=0, tls_cert=cert, tls_key=key, tls_client_ca=cert)
+    old, old_key = cert.read_bytes(), key.read_bytes()
+
+    def channel(address: str, pem: bytes, pem_key: bytes) -> grpc.aio.Channel:
+        own = grpc.ssl_channel_credentials(pem, pem_key, pem)
+        return grpc.aio.secure_channel(address, own, options=[("grpc.use_local_subchannel_pool", 1)])
+
+    async def run() -> None:
+        async with listening(config) as address:
+            standing = channel(address, old, old_key)
+            ask = health_pb2_grpc.HealthStub(standing).Check
+            await ask(ASK, timeout=10)
+            certify(tmp_path)
+            new, new_key = cert.read_bytes(), key.read_bytes()
+            cert.write_bytes(old)
+            assert await answered(channel(address, old, old_key))
+            assert not await answered(channel(address, new, new_key))
+            cert.write_bytes(new)
+            assert await answered(channel(address, new, new_key))
+            assert not await answered(channel(address, old, old_key))
+            await ask(ASK, timeout=10)  # a connection that stands goes on
+            await standing.close()
+
+    asyncio.run(run())
+
+
+def test_a_certificate_of_another_key_stops_the_start(tmp_path: Path, certificates: Path) -> None:
+    certify(tmp_path)
+    config = Config(port=0, tls_cert=tmp_path / "cert.pem", tls_key=certificates / "key.pem")
+
+    async def run() -> None:
+        with pytest.raises(ConfigError, match="KEY_VALUES_MISMATCH"):
+            bind(grpc.aio.server(), config, SystemClock())
+
+    asyncio.run(run())
+
+
+def test_the_name_in_a_certificate_is_the_tenant(certificates: Path) -> None:
+    cert, key = certificates / "cert.pem", certificates / "key.pem"
+    config = Config(host="localhost", port=0, tls_cert=cert, tls_key=key, tls_client_ca=cert, tls_tenant="cn")
+    seen: list[str] = []
+
+    class Asked(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
+        """Remembers who asked."""
+
+        async def Check(
+            self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[object, object]
+        ) -> health_pb2.HealthCheckResponse:
+            made = authenticator_of(config, SystemClock())
+            seen.append(made.identify(credentials_of({}, context, made)).tenant)
+            return health_pb2.HealthCheckResponse()
+
+    async def run() -> None:
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(Asked(), server)
+        address = bind(server, config, SystemClock())
+        await server.start()
+        own = grpc.ssl_channel_credentials(cert.read_bytes(), key.read_bytes(), cert.read_bytes())
+        assert await answered(grpc.aio.secure_channel(address, own))
+        await server.stop(0)
+
+    asyncio.run(run())
+    assert seen == ["localhost"]
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from memstore import descriptors, lending
-from memstore.auth import parse_tokens
 from memstore.catalog import FileCatalog
 from memstore.grpc_front import is_local
 from memstore.seams import SystemDisk
 from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval, errors
 from model_client.transport import mapped
-from tests.calling import hashed
+from tests.calling import hashed, tokens
 from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
@@ -215,9 +214,9 @@ def test_a_client_that_is_closed_gives_everything_back(server: Serving) -> None:
 
 
 def test_a_tenant_cannot_have_the_memory_of_another() -> None:
-    tokens = parse_tokens("\n".join([hashed("one", "first"), hashed("two", "second")]))
+    known = tokens(hashed("one", "first"), hashed("two", "second"))
     wanted = pb.OpenPlaneRequest(memory="m", sequences=["b"], writer="w")
-    with serving(Setting(lends=True, authenticator=tokens)) as server:
+    with serving(Setting(lends=True, authenticator=known)) as server:
         with client_of(server, token="one") as client, client_of(server, token="two") as other:  # noqa: S106
             create(client)
             assert isinstance(other._transport.call("OpenPlane", wanted, 10.0).exception(10), errors.NotFound)

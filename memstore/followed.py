@@ -1,0 +1,72 @@
+"""Followed: what files say, read again when they have changed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from memstore.config import ConfigError
+from memstore.logs import event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from memstore.seams import Clock
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class Followed(Generic[T]):
+    """What `parse` makes of some files. What cannot be read later leaves what was known, and is logged once.
+
+    Any thread may ask.
+    """
+
+    def __init__(self, paths: Sequence[Path], parse: Callable[[], T], clock: Clock, every_s: float) -> None:
+        """parse: reads the files; raises ConfigError or OSError, which stops the start. every_s: least time between two
+        looks at whether a file has changed.
+        """
+        self._paths = tuple(paths)
+        self._parse = parse
+        self._clock = clock
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._seen = self._look()
+        self._value = parse()
+        self._next_look = clock.monotonic() + every_s
+
+    def now(self) -> T:
+        """What they say now."""
+        if self._clock.monotonic() >= self._next_look:
+            self._refresh()
+        return self._value
+
+    def _refresh(self) -> None:
+        with self._lock:
+            self._next_look = self._clock.monotonic() + self._every_s
+            found = self._look()
+            if found == self._seen:
+                return
+            self._seen = found
+            names = ", ".join(map(str, self._paths))
+            try:
+                self._value = self._parse()
+            except (ConfigError, OSError) as error:
+                event(_log, logging.ERROR, "changed file not taken, what was known stays", files=names, reason=error)
+            else:
+                event(_log, logging.INFO, "changed file taken", files=names)
+
+    def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """What tells one state of the files from another; None for one that is not there."""
+        return tuple(map(_mark, self._paths))
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,30 @@
+"""Gate: what every call passes before the service sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memstore import access
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from memstore.access import Identity
+    from memstore.auth import Authenticator, Credentials
+
+
+class Gate:
+    """Lets calls through: a credential that is good now, and reaches as far as the method."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self.authenticator = authenticator
+
+    def enter(self, path: str, credentials: Credentials) -> Identity:
+        """Who calls the method of this path. Raises NotAuthenticated, NotAllowed."""
+        identity = self.authenticator.identify(credentials)
+        access.check(path, identity)
+        return identity
+
+    def admit(self, path: str, identity: Identity, request: Message) -> None:
+        """Lets one request of an identity that has entered through. Raises NotAllowed."""
+        access.check_request(path, identity, request)
