@@ -54,7 +54,7 @@ class Admission:
             if own_full or full:
                 delay = min(max(self._mean_s * max(total, 1), SHORTEST_DELAY_S), LONGEST_DELAY_S)
                 whose = "this tenant's share of the queue" if own_full and not full else "the queue"
-                raise Overloaded(f"{whose} is full: {total} requests, {total_bytes} bytes are waiting", delay)
+                raise Overloaded(f"{whose} is full", delay)
             self._held[tenant] = (requests + 1, size + num_bytes)
 
     def release(self, tenant: str, num_bytes: int, served_s: float) -> None:
@@ -76,12 +76,9 @@ class CapacityBudget:
 
     def reserve(self, num_bytes: int) -> None:
         """Takes the bytes. DeviceMemoryFull, and nothing is taken, when they are not left."""
-        left = self.capacity_bytes - self.reserved_bytes
-        if num_bytes > left:
+        if num_bytes > self.capacity_bytes - self.reserved_bytes:  # how much is left would tell of other tenants
             raise DeviceMemoryFull(
-                f"the memory would reserve {num_bytes} bytes, {left} of {self.capacity_bytes} are left",
-                needed_bytes=num_bytes,
-                left_bytes=left,
+                f"the memory would reserve {num_bytes} bytes, which the device has not left", needed_bytes=num_bytes
             )
         self.reserved_bytes += num_bytes
 

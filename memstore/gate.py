@@ -11,13 +11,18 @@ if TYPE_CHECKING:
 
     from memstore.access import Identity
     from memstore.auth import Authenticator, Credentials
+    from memstore.quotas import Quotas
 
 
 class Gate:
-    """Lets calls through: a credential that is good now, and reaches as far as the method."""
+    """Lets calls through: a credential that is good now, and reaches as far as the method; no more than the quota.
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    Used by one thread.
+    """
+
+    def __init__(self, authenticator: Authenticator, quotas: Quotas) -> None:
         self.authenticator = authenticator
+        self._quotas = quotas
 
     def enter(self, path: str, credentials: Credentials) -> Identity:
         """Who calls the method of this path. Raises NotAuthenticated, NotAllowed."""
@@ -26,5 +31,6 @@ class Gate:
         return identity
 
     def admit(self, path: str, identity: Identity, request: Message) -> None:
-        """Lets one request of an identity that has entered through. Raises NotAllowed."""
+        """Lets one request of an identity that has entered through. Raises NotAllowed, Overloaded."""
         access.check_request(path, identity, request)
+        self._quotas.call(identity.tenant)

@@ -9,16 +9,18 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from memstore.access import Scope
+from memstore.auth import Credentials
 from memstore.errors import NotAuthenticated
 from memstore.grpc_front import credentials_of, metadata_of
 from memstore.registry import State
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from memstore.auth import Authenticator, Credentials
+    from memstore.auth import Authenticator
     from memstore.registry import Registry
 
 PROCESS = ""
+NO_CREDENTIALS = Credentials()
 SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -43,7 +45,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         """True once every memory is loaded, while the device works, until draining begins."""
         return self._registry.state is State.SERVING and not self._registry.worker.is_sick
 
-    def status(self, service: str, credentials: Credentials) -> int | None:
+    def status(self, service: str, credentials: Credentials = NO_CREDENTIALS) -> int | None:
         """The status of a service by its name; None where there is none of that name, or the caller may not know."""
         if service in (PROCESS, SERVICE):
             return int(SERVING if self.is_serving else NOT_SERVING)

@@ -73,9 +73,9 @@ class Lending:
         if request.plane not in (pb.PLANE_UNSPECIFIED, self.plane):
             raise NotAllowed(f"plane: the memory lies in {pb.Plane.Name(self.plane)}")
         if len(self.holders) >= MAX_LEASES:
-            raise QuotaExceeded(f"{MAX_LEASES} leases are given out, as many as may be")
+            raise QuotaExceeded("no more leases can be given out")
         if sum(holder.num_sequences for holder in self.holders) + len(request.sequences) > MAX_LENT:
-            raise QuotaExceeded(f"sequences: no more than {MAX_LENT:,} are lent at once")
+            raise QuotaExceeded("sequences: no more can be lent")
         holder = Holder(self, loaded, request)
         self.holders.add(holder)
         token = self._handover.offer(holder.claimed, holder.let_go)

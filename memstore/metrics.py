@@ -26,6 +26,8 @@ LONG_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 SCRAPE_S = 1.0
 OTHER = "other"
+NAMED_MEMORIES = 100
+"""Memories with metrics of their own where everyone is one tenant and nobody says how many."""
 INDEX_METRICS = {
     "num_generations": (GaugeMetricFamily, "memstore_index_generations", "Generations that are searched"),
     "tail_rows": (GaugeMetricFamily, "memstore_index_tail_rows", "Live entries in no generation, which are scanned"),
@@ -36,6 +38,13 @@ INDEX_METRICS = {
 }
 """Family, name and explanation of each field of IndexCounts."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def named_memories(asked: int, *, has_tenants: bool) -> int:
+    """Memories that metrics name, where `asked` for; -1: none where that would show one tenant's names to another."""
+    if asked >= 0:
+        return asked
+    return 0 if has_tenants else NAMED_MEMORIES
 
 
 class Metrics:

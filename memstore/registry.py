@@ -15,13 +15,16 @@ import torch
 from google.protobuf import json_format
 
 from memstore import wire
+from memstore.auth import Open
 from memstore.catalog import MemoryId
 from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.index import build_thread, prepare
 from memstore.logs import event, trouble
 from memstore.memory import Memory
+from memstore.quotas import Held, Quotas
 from memstore.seams import new_epoch
 from memstore.store import NoStore
+from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -82,11 +85,14 @@ class Registry:
         store: Store | None = None,
         *,
         lends: bool = False,
+        quotas: Quotas | None = None,
     ) -> None:
         """store: where durable memories are kept; nowhere without one.
 
-        lends: memories are reserved so that they can be lent to other processes, where that is possible.
+        lends: memories are reserved so that they can be lent to other processes, where that is possible. quotas: what
+        tenants may take; no bounds if None.
         """
+        self.quotas = quotas or Quotas(Open(), Quota(), clock)
         self._lends = lends
         self.state = State.LOADING
         self.worker = worker
@@ -157,6 +163,14 @@ class Registry:
         """True where a memory is in service."""
         return MemoryId(tenant, name) in self._loaded
 
+    def held(self, tenant: str) -> Held:
+        """What the memories of a tenant have reserved."""
+        own = [loaded for loaded in self.all() if loaded.id.tenant == tenant]
+        return Held(
+            reserved_bytes=sum(loaded.engine.reserved_bytes for loaded in own),
+            sequences=sum(loaded.spec.max_sequences for loaded in own),
+        )
+
     @property
     def num_damaged(self) -> int:
         """Memories of the catalogue that could not be loaded."""
@@ -196,7 +210,9 @@ class Registry:
         if memory in self._damaged:
             raise self._damage(memory)
         if len(self._loaded) >= self._max_memories:
-            raise QuotaExceeded(f"{self._max_memories} memories exist, as many as this server may have")
+            raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
+        needed = Held(reserved_bytes=self._bytes_needed(spec), sequences=spec.max_sequences)
+        self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
         self._store.check(spec)
         created_at = self._clock.wall()
         text = _text_of(spec, created_at)
@@ -243,8 +259,8 @@ class Registry:
     ) -> Loaded:
         """Makes a memory on the device. keep: begins its files, or fills it with what they hold."""
         device = self.worker.device
-        is_shared = self._lends and Memory.can_be_lent(spec)
-        needed = Memory.bytes_needed(spec, device, is_shared=is_shared)
+        is_shared = self._is_shared(spec)
+        needed = self._bytes_needed(spec)
         self.budget.reserve(needed)
         try:
             make = self.worker.control(
@@ -259,6 +275,12 @@ class Registry:
         except BaseException:
             self.budget.release(needed)
             raise
+
+    def _is_shared(self, spec: MemorySpec) -> bool:
+        return self._lends and Memory.can_be_lent(spec)
+
+    def _bytes_needed(self, spec: MemorySpec) -> int:
+        return Memory.bytes_needed(spec, self.worker.device, is_shared=self._is_shared(spec))
 
     def _discard(self, loaded: Loaded) -> None:
         """Removes a memory's files, which ends a snapshot of it, then its rows."""

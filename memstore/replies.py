@@ -52,11 +52,10 @@ class Reader:
             is_own_full = self._held_bytes > 0 and self._held_bytes + num_bytes > self._most
             is_full = budget.held_bytes > 0 and budget.held_bytes + num_bytes > budget.max_bytes
             if is_own_full or is_full:
-                held, whose = budget.held_bytes, "all callers together"
+                why = "there is no room for it now"
                 if is_own_full:
-                    held, whose = self._held_bytes, "this caller"
-                text = f"the reply has {num_bytes:,} bytes, and {whose} have not yet taken {held:,} of those before"
-                raise Overloaded(f"{text}; nothing was changed", RETRY_DELAY_S)
+                    why = f"this caller has not yet taken {self._held_bytes:,} of those before"
+                raise Overloaded(f"the reply has {num_bytes:,} bytes, and {why}; nothing was changed", RETRY_DELAY_S)
             self._held_bytes += num_bytes
             budget.held_bytes += num_bytes
 

@@ -31,13 +31,15 @@ from memstore.health import Health
 from memstore.journal import INTERVAL_S, Syncer
 from memstore.lending import Lending
 from memstore.logs import event, trouble
-from memstore.metrics import Metrics, MetricsServer
+from memstore.metrics import Metrics, MetricsServer, named_memories
+from memstore.quotas import Quotas
 from memstore.region import can_share
 from memstore.registry import Registry
 from memstore.seams import SystemClock, SystemDisk
 from memstore.service import VERSION, Service
 from memstore.snapshotter import Snapshotter
 from memstore.store import FileStore, NoStore, Syncers
+from memstore.tokens import Quota
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -75,8 +77,10 @@ class Server:
         self._stack = stack
         self._clock = SystemClock()
         self._authenticator = authenticator_of(config, self._clock)
+        self._quotas = Quotas(self._authenticator, _default_quota(config), self._clock)
         stack.enter_context(listen.address_lock(config, disk))
-        self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, config.metrics_memories)
+        named = named_memories(config.metrics_memories, has_tenants=self._authenticator.has_tenants)
+        self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, named)
         self._registry = self._make_registry()
         self._metrics.watch(self._registry)
         self._snapshotter = Snapshotter(self._registry, self._clock, config.snapshot_interval, self._metrics)
@@ -152,7 +156,16 @@ class Server:
         catalog, store = self._open_catalog()
         budget = CapacityBudget(config.capacity or capacity_of(device))
         self._lends = config.lend == "auto" and can_share(device)
-        registry = Registry(catalog, worker, budget, self._clock, config.max_memories, store, lends=self._lends)
+        registry = Registry(
+            catalog,
+            worker,
+            budget,
+            self._clock,
+            config.max_memories,
+            store,
+            lends=self._lends,
+            quotas=self._quotas,
+        )
         self._stack.callback(registry.close_files)
         self._stack.callback(worker.close)
         self._stack.callback(registry.close)
@@ -184,7 +197,9 @@ class Server:
         server = grpc.aio.server(options=listen.SERVER_OPTIONS, interceptors=(listen.Door(),))
         service = Service(self._registry, self._clock.wall())
         limits = FrontLimits(stream_in_flight=config.stream_in_flight, reply_bytes=config.reply_bytes)
-        front = GrpcFront(service, Gate(self._authenticator), self._metrics, self._clock, limits, lending=lending)
+        front = GrpcFront(
+            service, Gate(self._authenticator, self._quotas), self._metrics, self._clock, limits, lending=lending
+        )
         health = Health(self._registry, self._authenticator)
         server.add_generic_rpc_handlers((front.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -269,6 +284,10 @@ async def _first(wanted: asyncio.Future[None] | Coroutine[None, None, None], sto
         return False
     task.result()
     return True
+
+
+def _default_quota(config: Config) -> Quota:
+    return Quota(reserved_bytes=config.tenant_bytes, sequences=config.tenant_sequences, calls_per_s=config.tenant_calls)
 
 
 def _tune_malloc() -> None:

@@ -128,15 +128,16 @@ class Service:
 
     def _server_info(self, request: pb.ServerInfoRequest, caller: Caller) -> Future[Message]:
         del request
-        budget = self.registry.budget
+        quota, held = self.registry.quotas.of(caller.tenant), self.registry.held(caller.tenant)
+        capacity_bytes = self.registry.budget.capacity_bytes
         return _done(
             pb.ServerInfoResponse(
                 version=VERSION,
                 device=str(self._worker.device),
                 planes=[caller.plane.kind],
                 max_message_bytes=wire.MAX_MESSAGE_BYTES,
-                capacity_bytes=budget.capacity_bytes,
-                reserved_bytes=budget.reserved_bytes,
+                capacity_bytes=min(capacity_bytes, quota.reserved_bytes or capacity_bytes),
+                reserved_bytes=held.reserved_bytes,
                 replay_window=REPLAY_WINDOW,
                 started_at=wire.encode_time(self._started_at),
             )

@@ -105,9 +105,8 @@ class FileStore:
         left = self._quota_bytes - self.used_bytes
         if self._quota_bytes and needed > max(left, 0):
             raise QuotaExceeded(
-                f"the memory may take {needed} bytes of disk, {left} of {self._quota_bytes} are left",
+                f"the memory may take {needed} bytes of disk, which the data folder's quota has not left",
                 needed_bytes=needed,
-                left_bytes=left,
             )
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:

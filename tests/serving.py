@@ -24,11 +24,13 @@ from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
 from memstore.lending import Lending
 from memstore.listen import SERVER_OPTIONS, Door, add_reflection
-from memstore.metrics import Metrics
+from memstore.metrics import Metrics, named_memories
+from memstore.quotas import Quotas
 from memstore.registry import Registry
 from memstore.seams import Clock, SystemClock
 from memstore.service import VERSION, Service
 from memstore.store import FileStore, NoStore, Store, Syncers
+from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 from memstore.v1 import memstore_pb2_grpc
 from tests.fakes import Diligent
@@ -55,6 +57,7 @@ class Setting:
     front: FrontLimits = field(default_factory=lambda: FrontLimits(stream_in_flight=4))
     port: int = 0
     lends: bool = False
+    quota: Quota = field(default_factory=Quota)
     device: str = "cpu"
 
 
@@ -82,11 +85,19 @@ class Serving:
 def serving(setting: Setting | None = None, *, loads: bool = True) -> Iterator[Serving]:
     """Serves for the length of the block. loads: waits until the catalogue's memories are there."""
     setting = setting or Setting()
-    metrics = Metrics([method.name for method in SERVICE.methods], VERSION, 10)
+    named = named_memories(-1, has_tenants=setting.authenticator.has_tenants)
+    metrics = Metrics([method.name for method in SERVICE.methods], VERSION, named)
     worker = DeviceWorker(device_of(setting.device), Admission(setting.limits), setting.clock, metrics)
     budget = CapacityBudget(setting.capacity_bytes)
     registry = Registry(
-        setting.catalog, worker, budget, setting.clock, setting.max_memories, setting.store, lends=setting.lends
+        setting.catalog,
+        worker,
+        budget,
+        setting.clock,
+        setting.max_memories,
+        setting.store,
+        lends=setting.lends,
+        quotas=Quotas(setting.authenticator, setting.quota, setting.clock),
     )
     metrics.watch(registry)
     loop = uvloop.new_event_loop()
@@ -147,7 +158,7 @@ async def _start(
     lending = Lending(registry, Handover(loop), loop) if setting.lends else None
     front = GrpcFront(
         Service(registry, setting.clock.wall()),
-        Gate(setting.authenticator),
+        Gate(setting.authenticator, registry.quotas),
         metrics,
         setting.clock,
         setting.front,

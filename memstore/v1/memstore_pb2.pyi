@@ -1616,9 +1616,11 @@ class ServerInfoResponse(_message.Message):
     max_message_bytes: _builtins.int
     """Largest message either way, in bytes."""
     capacity_bytes: _builtins.int
-    """Bytes of device memory that memories may reserve."""
+    """Bytes of device memory that the caller's memories may reserve, as far as the device has them left: the tenant's
+    quota, or else the device's capacity.
+    """
     reserved_bytes: _builtins.int
-    """Bytes of device memory that memories have reserved."""
+    """Bytes of device memory that the caller's memories have reserved; nothing is said of other tenants."""
     replay_window: _builtins.int
     """Appends of a (writer, sequence, epoch) whose answers are kept for a resend."""
     @_builtins.property

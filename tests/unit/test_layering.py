@@ -17,7 +17,7 @@ ORDER = """
     retrieval appending row_bytes changes log journal ledger still memory
     folder snapshot recovery archive
     admission capacity catalog store device plane replies
-    wire status access followed tokens auth gate registry snapshotter metrics service
+    wire status access followed tokens auth quotas gate registry snapshotter metrics service
     embedded mapped lending listen grpc_front health
     server console issuing backup __main__
 """.split()

@@ -1,0 +1,99 @@
+"""Quotas: what each tenant may take of bytes, sequences and calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from memstore.errors import Overloaded, QuotaExceeded
+
+if TYPE_CHECKING:
+    from memstore.auth import Authenticator
+    from memstore.seams import Clock
+    from memstore.tokens import Quota
+
+BURST_S = 1.0
+"""So many seconds' calls may come at once."""
+MAX_TENANTS = 4096
+"""Tenants whose calls are remembered; those that have their whole burst are forgotten beyond that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What all memories of a tenant have reserved of the device, and places they have for sequences."""
+
+    reserved_bytes: int
+    sequences: int
+
+
+@dataclass(slots=True)
+class _Calls:
+    """How many calls a tenant may make at `at` (monotonic seconds)."""
+
+    left: float
+    at: float
+
+
+class Quotas:
+    """The quota of every tenant, and the calls it has made. Calls are counted by one thread; any may ask the rest."""
+
+    def __init__(self, authenticator: Authenticator, default: Quota, clock: Clock) -> None:
+        """default: for tenants, and fields, that the credentials' file says nothing of."""
+        self._authenticator = authenticator
+        self._default = default
+        self._clock = clock
+        self._calls: dict[str, _Calls] = {}
+
+    def of(self, tenant: str) -> Quota:
+        """What a tenant may take."""
+        own = self._authenticator.quota(tenant)
+        if own is None:
+            return self._default
+        return replace(
+            own,
+            reserved_bytes=own.reserved_bytes or self._default.reserved_bytes,
+            sequences=own.sequences or self._default.sequences,
+            calls_per_s=own.calls_per_s or self._default.calls_per_s,
+        )
+
+    def check(self, tenant: str, held: Held, needed: Held) -> None:
+        """QuotaExceeded where a tenant that holds so much would hold more than it may."""
+        quota = self.of(tenant)
+        rows = (
+            ("bytes", held.reserved_bytes, needed.reserved_bytes, quota.reserved_bytes),
+            ("sequences", held.sequences, needed.sequences, quota.sequences),
+        )
+        for name, has, more, limit in rows:
+            if limit and has + more > limit:
+                raise QuotaExceeded(
+                    f"quota {name}: the memory would reserve {more}; {limit} are allowed, and {has} are reserved",
+                    quota=name,
+                    limit=limit,
+                    held=has,
+                    needed=more,
+                )
+
+    def call(self, tenant: str) -> None:
+        """Counts a call. Overloaded, and it is not counted, where the tenant has made too many."""
+        rate = self._rate(tenant)
+        if not rate:
+            return
+        now, most = self._clock.monotonic(), max(1.0, rate * BURST_S)
+        calls = self._calls.get(tenant)
+        if calls is None:
+            self._forget(now)
+            calls = self._calls[tenant] = _Calls(most, now)
+        calls.left = min(most, calls.left + (now - calls.at) * rate)
+        calls.at = now
+        if calls.left < 1.0:
+            raise Overloaded(f"quota calls_per_s: {rate:g} calls a second are allowed", (1.0 - calls.left) / rate)
+        calls.left -= 1.0
+
+    def _rate(self, tenant: str) -> float:
+        own = self._authenticator.quota(tenant)
+        return (own.calls_per_s if own is not None else 0.0) or self._default.calls_per_s
+
+    def _forget(self, now: float) -> None:
+        """Keeps the table of tenants bounded. Whoever has been quiet for a burst is as good as never seen."""
+        if len(self._calls) >= MAX_TENANTS:
+            self._calls = {tenant: calls for tenant, calls in self._calls.items() if now - calls.at < BURST_S}

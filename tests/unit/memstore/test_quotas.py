@@ -1,0 +1,134 @@
+"""Quotas: what tenants may take, to the byte, the sequence and the call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memstore.errors import Overloaded, QuotaExceeded
+from memstore.memory import Memory
+from memstore.quotas import MAX_TENANTS, Held, Quotas
+from memstore.tokens import Quota
+from memstore.v1 import memstore_pb2 as pb
+from memstore.wire import decode_spec
+from tests.calling import Conversation, bearer, fails, hashed, tokens
+from tests.fakes import FakeClock
+from tests.serving import Setting, serving, spec, step
+
+SIZE = Memory.bytes_needed(decode_spec(spec()), torch.device("cpu"))
+
+
+def quotas(*lines: str, default: Quota | None = None, clock: FakeClock | None = None) -> Quotas:
+    """Those of a token file with these lines."""
+    return Quotas(tokens(hashed("t", "red"), *lines), default or Quota(), clock or FakeClock())
+
+
+def test_what_the_file_does_not_say_is_the_default() -> None:
+    made = quotas("quota red bytes=8G", default=Quota(reserved_bytes=1, sequences=2, calls_per_s=3.0))
+    assert made.of("red") == Quota(reserved_bytes=8 << 30, sequences=2, calls_per_s=3.0)
+    assert made.of("blue") == Quota(reserved_bytes=1, sequences=2, calls_per_s=3.0)
+
+
+@pytest.mark.parametrize("name", ["bytes", "sequences"])
+def test_a_quota_is_reached_and_not_passed(name: str) -> None:
+    made = quotas(f"quota red {name}=100")
+
+    def held(number: int) -> Held:
+        return Held(reserved_bytes=number, sequences=0) if name == "bytes" else Held(reserved_bytes=0, sequences=number)
+
+    made.check("red", held(60), held(40))
+    made.check("blue", held(600), held(40))
+    with pytest.raises(QuotaExceeded, match=f"quota {name}: .* 41; 100 are allowed, and 60 are reserved") as caught:
+        made.check("red", held(60), held(41))
+    assert caught.value.metadata == {"quota": name, "limit": "100", "held": "60", "needed": "41"}
+
+
+def test_calls_are_counted_over_time() -> None:
+    clock = FakeClock()
+    made = quotas("quota red calls_per_s=10", clock=clock)
+    for _ in range(10):
+        made.call("red")
+    with pytest.raises(Overloaded, match="quota calls_per_s: 10 calls a second are allowed") as caught:
+        made.call("red")
+    assert caught.value.retry_delay_s == pytest.approx(0.1)
+    made.call("blue")
+    clock.advance(caught.value.retry_delay_s)
+    made.call("red")
+    with pytest.raises(Overloaded):
+        made.call("red")
+    clock.advance(1000)
+    served = 0
+    for _ in range(50):
+        try:
+            made.call("red")
+        except Overloaded:
+            continue
+        served += 1
+    assert served == 10  # what was not used in an hour is not there at once
+
+
+def test_less_than_one_call_a_second_is_one_call_now_and_then() -> None:
+    clock = FakeClock()
+    made = quotas("quota red calls_per_s=0.5", clock=clock)
+    made.call("red")
+    with pytest.raises(Overloaded) as caught:
+        made.call("red")
+    assert caught.value.retry_delay_s == pytest.approx(2.0)
+
+
+def test_quiet_tenants_are_forgotten() -> None:
+    clock = FakeClock()
+    made = quotas(default=Quota(calls_per_s=1.0), clock=clock)
+    for number in range(MAX_TENANTS):
+        made.call(f"t{number}")
+    clock.advance(0.5)
+    made.call("late")
+    clock.advance(0.5)
+    made.call("next")
+    assert set(made._calls) == {"late", "next"}
+
+
+def test_a_memory_beyond_a_quota_is_refused_and_dropping_gives_room() -> None:
+    known = tokens(hashed("r", "red"), hashed("b", "blue"), "quota red sequences=10")
+    with serving(Setting(authenticator=known)) as server:
+        create = pb.CreateMemoryRequest(spec=spec("one", max_sequences=6))
+        server.stub.CreateMemory(create, metadata=bearer("r"))
+        more = pb.CreateMemoryRequest(spec=spec("two", max_sequences=5))
+        error = fails(server, "CreateMemory", more, metadata=bearer("r"))
+        assert isinstance(error, QuotaExceeded)
+        assert error.metadata == {"quota": "sequences", "limit": "10", "held": "6", "needed": "5"}
+        server.stub.CreateMemory(more, metadata=bearer("b"))
+        server.stub.DropMemory(pb.DropMemoryRequest(name="one"), metadata=bearer("r"))
+        server.stub.CreateMemory(more, metadata=bearer("r"))
+
+
+def test_bytes_of_all_memories_of_a_tenant_are_bounded_and_told() -> None:
+    known = tokens(hashed("r", "red"), hashed("b", "blue"))
+    with serving(Setting(authenticator=known, quota=Quota(reserved_bytes=SIZE + 10))) as server:
+        made = server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=bearer("r")).memory
+        error = fails(server, "CreateMemory", pb.CreateMemoryRequest(spec=spec("two")), metadata=bearer("r"))
+        assert isinstance(error, QuotaExceeded)
+        assert error.metadata["quota"] == "bytes"
+        told = server.stub.ServerInfo(pb.ServerInfoRequest(), metadata=bearer("r"))
+        assert (told.capacity_bytes, told.reserved_bytes) == (SIZE + 10, made.status.reserved_bytes)
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec("two")), metadata=bearer("b"))
+
+
+def test_calls_beyond_the_quota_are_refused_with_a_delay_on_a_stream_too() -> None:
+    clock = FakeClock()
+    known = tokens(hashed("r", "red"), hashed("b", "blue"), "quota red calls_per_s=3", clock=clock)
+    with serving(Setting(authenticator=known, clock=clock)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=bearer("r"))
+        talk = Conversation(server, metadata=bearer("r"))
+        for seq in range(3):
+            talk.say(seq, step(seq=seq))
+        assert [talk.hear().WhichOneof("outcome") for _ in range(2)] == ["step", "step"]
+        failure = talk.hear().failure
+        assert failure.reason == "OVERLOADED"
+        assert failure.retry_delay.ToMilliseconds() == 333
+        assert isinstance(fails(server, "ListMemories", pb.ListMemoriesRequest(), metadata=bearer("r")), Overloaded)
+        server.stub.ListMemories(pb.ListMemoriesRequest(), metadata=bearer("b"))
+        clock.advance(0.34)
+        talk.say(3, step(seq=2))
+        assert talk.hear().step.sequences[0].first_position == 2  # the one that was refused was not done
+        talk.end()
