@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import RESULTS, Report
-from memstore.gpu import launch
+from memstore.gpu import few, launch
 from memstore.gpu.rings import tables
 from memstore.gpu.tuning import scan_shape
 from memstore.memory import Memory
@@ -185,9 +185,13 @@ def our_kernels(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], objec
     launch.search(slab, asked, found)
     launch.locate(slab, asked, found, located)
     rows_found = torch.empty((int(located.row_splits[-1]), DIM), dtype=rows.dtype, device="cuda")
+    shared = few.shared_for(asked) if few.is_few(asked) else None
 
     def run() -> None:
         on_device.copy_(on_host, non_blocking=True)
+        if shared is not None:
+            few.retrieve(slab, asked, shared, found.scores, located, {KEY: rows_found})
+            return
         launch.search(slab, asked, found, is_clearing=True)
         launch.locate(slab, asked, found, located)
         launch.gather(slab, KEY, located, rows_found)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from memstore.gpu import launch
+from memstore.gpu import few, launch
 from memstore.gpu.launch import Asked, Found, Located
 from memstore.gpu.rings import AlikeRings, TableSizes
 from memstore.gpu.room import Field, ReplyRoom
@@ -129,6 +129,7 @@ class _Graph:
         self._num_rows_on_host = self._num_rows.numpy()
         self._row_shapes = {name: tuple(slab.array(name).shape[1:]) for name in kind.options.arrays}
         self._found, self._located = self._targets()
+        self._shared = few.shared_for(self._asked) if few.is_few(self._asked) else None
         self._graph = torch.cuda.CUDAGraph()
         self._run(slab)  # what has to be compiled cannot be captured
         torch.cuda.current_stream(slab.device).synchronize()
@@ -165,10 +166,14 @@ class _Graph:
 
     def _run(self, slab: Slab) -> None:
         self._tables.copy_(self._tables_on_host.flat, non_blocking=True)
-        launch.search(slab, self._asked, self._found, is_clearing=True)
-        launch.locate(slab, self._asked, self._found, self._located)
-        for name in self._kind.options.arrays:
-            launch.gather(slab, name, self._located, self._reply.view(self._flat, name))
+        copies = {name: self._reply.view(self._flat, name) for name in self._kind.options.arrays}
+        if self._shared is not None:
+            few.retrieve(slab, self._asked, self._shared, self._found.scores, self._located, copies)
+        else:
+            launch.search(slab, self._asked, self._found, is_clearing=True)
+            launch.locate(slab, self._asked, self._found, self._located)
+            for name, copy in copies.items():
+                launch.gather(slab, name, self._located, copy)
         self._num_rows.copy_(self._located.row_splits[-1:], non_blocking=True)
 
     def _targets(self) -> tuple[Found, Located]:

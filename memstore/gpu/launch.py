@@ -84,6 +84,13 @@ class _Piece(NamedTuple):
     num_queries: int
 
 
+class _Maxima(NamedTuple):
+    """leaves, supers: (queries * num_supers * 64,) and (queries * num_supers,) float32."""
+
+    leaves: torch.Tensor
+    supers: torch.Tensor
+
+
 def num_supers_of(slab: Slab, ends: tuple[int, ...]) -> int:
     """Supers that have slots which anything was written to."""
     return max(-(-min(max(ends, default=0), slab.capacity) // SUPER_SLOTS), 1)
@@ -118,10 +125,14 @@ def search(slab: Slab, asked: Asked, found: Found, *, is_clearing: bool = False)
     if not asked.sizes.num_queries:
         return
     for piece in _pieces(asked):
-        maxima = torch.empty(piece.num_queries * asked.num_supers * (LEAVES_OF_SUPER + 1), device=slab.device)
-        leaves, supers = maxima.tensor_split((piece.num_queries * asked.num_supers * LEAVES_OF_SUPER,))
-        _scan(slab, asked, piece, leaves, supers, found.bitmap, is_clearing)
-        _select(slab, asked, piece, leaves, supers, found)
+        maxima = _scan(slab, asked, piece, found.bitmap if is_clearing else None)
+        _select(slab, asked, piece, maxima, found)
+
+
+def score(slab: Slab, asked: Asked) -> Scored:
+    """The first half of `search`, for few queries: the rows that the hits are among, and their scores."""
+    piece = _Piece(0, asked.sizes.num_blocks, 0, asked.sizes.num_queries)
+    return _scored(slab, asked, piece, _scan(slab, asked, piece, None))
 
 
 def locate(slab: Slab, asked: Asked, found: Found, located: Located) -> None:
@@ -168,19 +179,17 @@ def locate(slab: Slab, asked: Asked, found: Found, located: Located) -> None:
 
 def gather(slab: Slab, name: str, located: Located, target: torch.Tensor) -> None:
     """Copies as many of the located rows as the reply has, at most as many as `target` has room for."""
-    source = slab.array(name)
-    row_bytes = source[0].nbytes
-    word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
-    num_words = row_bytes // word.itemsize
+    source, to = in_words(slab.array(name), target)
+    num_words = source[0].numel()
     width = min(triton.next_power_of_2(num_words), GATHER_WIDTH)
     num_rows = GATHER_BLOCK // width
     if not target.numel():
         return
     gather_kernel[(triton.cdiv(len(target), num_rows),)](
-        source.flatten(1).view(word) if source.dim() > 1 else source.view(word),
+        source,
         located.cells,
         located.row_splits,
-        target.flatten(1).view(word) if target.dim() > 1 else target.view(word),
+        to,
         len(located.row_splits) - 1,
         WORDS=num_words,
         BLOCK_R=num_rows,
@@ -189,21 +198,23 @@ def gather(slab: Slab, name: str, located: Located, target: torch.Tensor) -> Non
     )
 
 
+def in_words(*arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same rows as integers, as few of them as there can be."""
+    word = next(word for word in WORDS if arrays[0][0].nbytes % word.itemsize == 0)
+    return tuple((array.flatten(1) if array.dim() > 1 else array).view(word) for array in arrays)
+
+
 def chaining(slab: Slab) -> dict[str, bool]:
     """Kernels are begun while the one before them ends, where the GPU can do that: from Hopper on."""
     is_able = torch.cuda.get_device_capability(slab.device) >= (9, 0)
     return {"IS_CHAINED": is_able, "launch_pdl": is_able}
 
 
-def _scan(
-    slab: Slab,
-    asked: Asked,
-    piece: _Piece,
-    leaves: torch.Tensor,
-    supers: torch.Tensor,
-    bitmap: torch.Tensor,
-    is_clearing: bool,
-) -> None:
+def _scan(slab: Slab, asked: Asked, piece: _Piece, cleared: torch.Tensor | None) -> _Maxima:
+    """cleared: a bitmap that is to be 0 afterwards."""
+    size = piece.num_queries * asked.num_supers
+    maxima = torch.empty(size * (LEAVES_OF_SUPER + 1), device=slab.device)
+    leaves, supers = maxima.tensor_split((size * LEAVES_OF_SUPER,))
     shape = asked.shape
     scan_kernel[(piece.num_blocks * triton.cdiv(asked.num_supers, shape.supers),)](
         asked.queries,
@@ -212,7 +223,7 @@ def _scan(
         asked.tables.blocks,
         leaves,
         supers,
-        bitmap,
+        asked.tables.query_rings if cleared is None else cleared,
         piece.first_block,
         piece.num_blocks,
         asked.num_supers,
@@ -227,13 +238,49 @@ def _scan(
         BLOCK_D=shape.dims,
         STAGES=shape.stages,
         SUPERS=shape.supers,
-        IS_CLEARING=is_clearing,
+        IS_CLEARING=cleared is not None,
         num_warps=shape.warps,
+        **chaining(slab),
+    )
+    return _Maxima(leaves, supers)
+
+
+class Scored(NamedTuple):
+    """chosen: (queries, TOP) int32, the leaves of each query; scores: (queries, TOP * 8) float32, of their rows."""
+
+    chosen: torch.Tensor
+    scores: torch.Tensor
+
+    @property
+    def top(self) -> int:
+        """Leaves of a query."""
+        return self.chosen.shape[1]
+
+
+def _select(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, found: Found) -> None:
+    scored = _scored(slab, asked, piece, maxima)
+    finish_kernel[(piece.num_queries,)](
+        asked.tables.rings,
+        asked.tables.query_rings,
+        scored.chosen,
+        scored.scores,
+        found.offsets,
+        found.scores,
+        found.bitmap,
+        asked.num_supers,
+        slab.capacity,
+        piece.first_query,
+        asked.top_k,
+        asked.window_before,
+        asked.window,
+        TOP=scored.top,
+        num_warps=1 if scored.top <= 32 else 4,
         **chaining(slab),
     )
 
 
-def _select(slab: Slab, asked: Asked, piece: _Piece, leaves: torch.Tensor, supers: torch.Tensor, found: Found) -> None:
+def _scored(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima) -> Scored:
+    """The leaves that the best rows are in, and what their rows score."""
     num_queries, chained = piece.num_queries, chaining(slab)
     top = max(triton.next_power_of_2(asked.top_k), 2)
     chosen = torch.empty((num_queries, top), dtype=torch.int32, device=slab.device)
@@ -242,8 +289,7 @@ def _select(slab: Slab, asked: Asked, piece: _Piece, leaves: torch.Tensor, super
     block = max(min(triton.next_power_of_2(asked.num_supers), CHOOSE_BLOCK), top)
     choose_kernel[(num_queries,)](
         *tables,
-        leaves,
-        supers,
+        *maxima,
         chosen,
         asked.num_supers,
         slab.capacity,
@@ -258,7 +304,7 @@ def _select(slab: Slab, asked: Asked, piece: _Piece, leaves: torch.Tensor, super
     score_kernel[(num_queries, top // each)](
         asked.queries,
         slab.keys,
-        leaves if slab.norms is None else slab.norms,
+        maxima.leaves if slab.norms is None else slab.norms,
         *tables,
         chosen,
         scores,
@@ -271,30 +317,24 @@ def _select(slab: Slab, asked: Asked, piece: _Piece, leaves: torch.Tensor, super
         BLOCK_D=min(512 // each, max(triton.next_power_of_2(slab.dim), 16)),
         **chained,
     )
-    finish_kernel[(num_queries,)](
-        *tables,
-        chosen,
-        scores,
-        found.offsets,
-        found.scores,
-        found.bitmap,
-        asked.num_supers,
-        slab.capacity,
-        piece.first_query,
-        asked.top_k,
-        asked.window_before,
-        asked.window,
-        TOP=top,
-        num_warps=1 if top <= 32 else 4,
-        **chained,
-    )
+    return Scored(chosen, scores)
+
+
+def is_at_once(asked: Asked) -> bool:
+    """Whether the scratch has room for the maxima of all queries."""
+    return asked.sizes.num_queries * _maxima_bytes(asked) <= SCRATCH_BYTES
+
+
+def _maxima_bytes(asked: Asked) -> int:
+    """Of one query."""
+    return asked.num_supers * (LEAVES_OF_SUPER + 1) * 4
 
 
 def _pieces(asked: Asked) -> Iterator[_Piece]:
     """What is done at a time, so that its maxima fit the scratch."""
-    per_query = asked.num_supers * (LEAVES_OF_SUPER + 1) * 4
+    per_query = _maxima_bytes(asked)
     num_queries, num_blocks = asked.sizes.num_queries, asked.sizes.num_blocks
-    if num_queries * per_query <= SCRATCH_BYTES:
+    if is_at_once(asked):
         yield _Piece(0, num_blocks, 0, num_queries)
         return
     firsts = [*asked.tables.blocks[:, Block.FIRST_QUERY].tolist(), num_queries]

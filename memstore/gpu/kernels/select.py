@@ -164,6 +164,31 @@ def score_kernel(
     tl.store(scores + kept * (TOP * FANOUT) + places, total)
 
 
+@triton.jit
+def hits_of(ring, leaves_of, scores_of, capacity, top_k, TOP: tl.constexpr):
+    """The offsets (TOP,) int32 of a query's hits, best first, -1 for none, and their float32 scores, -inf there.
+
+    leaves_of: the TOP leaves that were chosen; scores_of: the scores of their rows.
+    """
+    low, last, high = seen_slots(ring, capacity)
+    num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
+    leaves = tl.load(leaves_of + tl.arange(0, TOP))
+    slots = slots_of(leaves)
+    is_leaf = tl.reshape(tl.broadcast_to((leaves >= 0)[:, None], [TOP, FANOUT]), [TOP * FANOUT])
+    is_row = is_leaf & is_seen(slots, low, last, high, capacity)
+    back = last - slots
+    offset = num_seen - 1 - tl.where(back < 0, back + capacity, back)
+    found = tl.load(scores_of + tl.arange(0, TOP * FANOUT))
+    order = (BEYOND_OFFSETS - tl.where(is_row, offset, 0)).to(tl.uint64)
+    both = tl.where(is_row, (_ordered(found, is_row).to(tl.uint64) << 32) | order, 0)
+    hits = tl.topk(both.to(tl.int64, bitcast=True) ^ (-(1 << 63)), TOP) ^ (-(1 << 63))
+    is_hit = (hits != 0) & (tl.arange(0, TOP) < top_k)
+    hit = tl.where(is_hit, BEYOND_OFFSETS - (hits & BEYOND_OFFSETS).to(tl.int32), -1)
+    bits = ((hits >> 32) ^ 0x80000000).to(tl.int32)
+    best = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return hit, tl.where(is_hit, best, float("-inf"))
+
+
 @triton.jit(do_not_specialize=("num_supers", "capacity", "first_kept", "top_k", "before", "window"))
 def finish_kernel(
     rings,
@@ -193,26 +218,11 @@ def finish_kernel(
     query = kept + first_kept
     number = tl.load(query_rings + query)
     ring = rings + number * RING_COLUMNS
-    low, last, high = seen_slots(ring, capacity)
     num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
-    leaves = tl.load(chosen + kept * TOP + tl.arange(0, TOP))
-    slots = slots_of(leaves)
-    is_leaf = tl.reshape(tl.broadcast_to((leaves >= 0)[:, None], [TOP, FANOUT]), [TOP * FANOUT])
-    is_row = is_leaf & is_seen(slots, low, last, high, capacity)
-    back = last - slots
-    offset = num_seen - 1 - tl.where(back < 0, back + capacity, back)
-    found = tl.load(row_scores + kept * (TOP * FANOUT) + tl.arange(0, TOP * FANOUT))
-    order = (BEYOND_OFFSETS - tl.where(is_row, offset, 0)).to(tl.uint64)
-    both = tl.where(is_row, (_ordered(found, is_row).to(tl.uint64) << 32) | order, 0)
-    hits = tl.topk(both.to(tl.int64, bitcast=True) ^ (-(1 << 63)), TOP) ^ (-(1 << 63))
-
-    ranks = tl.arange(0, TOP)
-    is_hit = (hits != 0) & (ranks < top_k)
-    hit = tl.where(is_hit, BEYOND_OFFSETS - (hits & BEYOND_OFFSETS).to(tl.int32), -1)
-    bits = ((hits >> 32) ^ 0x80000000).to(tl.int32)
-    best = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    hit, best = hits_of(ring, chosen + kept * TOP, row_scores + kept * (TOP * FANOUT), capacity, top_k, TOP)
+    ranks, is_hit = tl.arange(0, TOP), hit >= 0
     tl.store(offsets + query * top_k + ranks, hit, ranks < top_k)
-    tl.store(scores + query * top_k + ranks, tl.where(is_hit, best, float("-inf")), ranks < top_k)
+    tl.store(scores + query * top_k + ranks, best, ranks < top_k)
     words = bitmap + number * (num_supers * WORDS_OF_SUPER)
     for at in range(0, window):
         near = hit + at - before

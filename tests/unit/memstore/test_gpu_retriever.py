@@ -79,6 +79,25 @@ def test_every_number_of_hits(top_k: int, counts: tuple[int, ...]) -> None:
     check(slab, asked(slab, counts, top_k=top_k), options, ExactIndex())
 
 
+@pytest.mark.parametrize("arrays", [(), (KEY,), ("value", KEY)])
+@pytest.mark.parametrize("num_sequences", [1, 2, 64, 65])
+def test_one_query_of_each_of_few_rings_or_more(num_sequences: int, arrays: tuple[str, ...]) -> None:
+    """Up to 128 rings one kernel makes the reply, whose programs tell one another where they begin, step after step."""
+    slab, index = filled(max_sequences=num_sequences, capacity=90), ExactIndex()
+    options = RetrieveOptions(top_k=16, window_before=1, window_after=1, arrays=arrays)
+    for number in range(20):
+        ends = np.random.default_rng(number).integers(0, 500, num_sequences)
+        batch = dataclasses.replace(
+            asked(slab, ()),
+            queries=torch.randn(2, num_sequences, slab.dim, device="cuda").half(),
+            places=tuple(range(num_sequences)),
+            counts=(1,) * num_sequences,
+            begins=tuple(np.maximum(ends - 90, 0).tolist()),
+            ends=tuple(ends.tolist()),
+        )
+        check(slab, batch, options, index)
+
+
 @pytest.mark.parametrize("dim", [1, 16, 64, 100, 256, 300, 1024, 4096])
 @pytest.mark.parametrize("counts", [(1, 1), (17, 150)])
 def test_every_width(dim: int, counts: tuple[int, ...]) -> None:
