@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import ssl
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,21 @@ if TYPE_CHECKING:
     from memstore.config import Config
     from memstore.seams import Clock, Disk
 
+MAX_CONNECTIONS = 4096
+"""Connections of one server, where the process may have so many descriptors."""
+
+
+def max_connections() -> int:
+    """Half of the descriptors that this process may have, so that files, leases and metrics always find theirs."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if descriptors == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, descriptors // 2)
+
+
 SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_allowed_incoming_connections", max_connections()),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for who connects and then says nothing
+    ("grpc.max_connection_idle_ms", 600_000),  # without any call; a client connects again by itself
+    ("grpc.max_concurrent_streams", 256),  # calls of one connection; those that are begun and reset at once count too
     ("grpc.so_reuseport", 0),  # or a second server would take every other connection, without an error
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from memstore.errors import MemstoreError
+from memstore.seams import SystemClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +27,9 @@ BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1,
 LONG_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 SCRAPE_S = 1.0
+MAX_CONNECTIONS = 64
+CONNECTION_S = 5.0
+"""The most that the port of metrics has open at once, and how long one lasts, whatever is said on it."""
 OTHER = "other"
 NAMED_MEMORIES = 100
 """Memories with metrics of their own where everyone is one tenant and nobody says how many."""
@@ -219,6 +224,41 @@ class _State:
             return []
 
 
+class BoundedHTTPServer(ThreadingHTTPServer):
+    """A thread for each of at most MAX_CONNECTIONS connections, none of which lasts longer than CONNECTION_S."""
+
+    daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._clock = SystemClock()
+        self._since: dict[Any, float] = {}
+        super().__init__(address, handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """False closes one more connection at once."""
+        return len(self._since) < MAX_CONNECTIONS
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._since[request] = self._clock.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._since.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called twice a second: ends what has lasted too long, however busy it seems."""
+        now = self._clock.monotonic()
+        for request, since in tuple(self._since.items()):
+            if now - since > CONNECTION_S:
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A peer that breaks off, or is broken off, is not worth a word."""
+
+
 class MetricsServer:
     """A plain HTTP port with /metrics, /livez and /readyz, and nothing else."""
 
@@ -250,8 +290,7 @@ class MetricsServer:
             def log_message(self, format: str, *args: object) -> None:
                 """Requests are not logged."""
 
-        self._server = ThreadingHTTPServer(address, Handler)
-        self._server.daemon_threads = True
+        self._server = BoundedHTTPServer(address, Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="memstore-metrics", daemon=True)
         self._thread.start()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -34,9 +36,19 @@ class Process:
                 return entry
         raise AssertionError(f"the log ended without {name!r}")
 
-    def connect(self) -> memstore_pb2_grpc.MemoryServiceStub:
-        """A connection, once the server is ready."""
-        self.channel = grpc.insecure_channel(self.until("ready")["address"])
+    @property
+    def pid(self) -> int:
+        """The number that the kernel knows it by."""
+        return self._process.pid
+
+    def pass_over(self) -> None:
+        """Reads whatever else it logs, so that it never waits for a reader. Nothing may be asked of the log after."""
+        assert self._process.stderr is not None
+        threading.Thread(target=lambda log: deque(log, maxlen=0), args=(self._process.stderr,), daemon=True).start()
+
+    def connect(self, address: str = "") -> memstore_pb2_grpc.MemoryServiceStub:
+        """A connection, once the server is ready. address: as it said then, where that has been read."""
+        self.channel = grpc.insecure_channel(address or self.until("ready")["address"])
         return memstore_pb2_grpc.MemoryServiceStub(self.channel)
 
     def tell(self, number: signal.Signals) -> None:

@@ -1,0 +1,179 @@
+"""A server of its own process under attack on each of its ports: its memory is bounded, it goes on, and it lets go."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from memstore import listen, metrics
+from memstore.listen import SERVER_OPTIONS
+from memstore.metrics import Metrics, MetricsServer
+from memstore.v1 import memstore_pb2 as pb
+from tests import serving as serving_module
+from tests.processes import Process
+from tests.security import attacks
+from tests.security.attacks import Target
+from tests.serving import Setting, serving, spec, step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Attack = Callable[[Target, int], list[socket.socket]]
+
+pytestmark = pytest.mark.timeout(120)
+NUMBER = int(os.environ.get("ABUSE", "50"))
+RISE_BYTES = 192 << 20
+"""What all attacks together may make the server take; most of it is that glibc takes 64 MiB at a time."""
+SPARE = 6
+"""Threads and descriptors that gRPC may keep for itself."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process has of its machine."""
+
+    rss_bytes: int
+    num_threads: int
+    num_descriptors: int
+
+    @classmethod
+    def of(cls, pid: int) -> Usage:
+        """As the kernel says it."""
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        number = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(int(lines["VmRSS"].split()[0]) << 10, int(lines["Threads"]), number)
+
+
+class Victim:
+    """A server, its ports, and somebody who honestly uses it."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._process = Process(folder, "--port", "0", "--capacity", "64M", *arguments)
+        ready = self._process.until("ready")
+        self.front = Target(ready["address"])
+        self.metrics = Target(ready["metrics"])
+        self.pid = self._process.pid
+        self._process.pass_over()
+        self._stub = self._process.connect(ready["address"])
+        self._stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
+        offer = self._stub.OpenPlane(pb.OpenPlaneRequest(memory="notes", sequences=["lent"], writer="w"))
+        self.sockets = Target(offer.socket_path, socket.SOCK_SEQPACKET)
+        for _ in range(20):
+            self.serve()
+        self.before = Usage.of(self.pid)
+
+    def serve(self) -> None:
+        """Is as it should be."""
+        self._stub.Step(step(("a",), append=False, writer=""), timeout=30)
+
+    def endure(self, attack: Attack, target: Target) -> Usage:
+        """Goes on during an attack, and lets go of everything after it."""
+        opened = attack(target, NUMBER)
+        self.serve()
+        during = Usage.of(self.pid)
+        for connection in opened:
+            connection.close()
+        self.until(lambda now: now.num_descriptors <= self.before.num_descriptors + SPARE)
+        self.until(lambda now: now.num_threads <= self.before.num_threads + SPARE)
+        self.serve()
+        assert during.rss_bytes < self.before.rss_bytes + RISE_BYTES, attack.__name__
+        return during
+
+    def until(self, is_well: Callable[[Usage], bool]) -> None:
+        """Returns once it is; the test's own time limit ends it otherwise."""
+        while not is_well(Usage.of(self.pid)):
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end has closed it, now or within a moment."""
+    connection.settimeout(5.0)
+    try:
+        while connection.recv(1 << 16):
+            """What it still said."""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = {"grpc.server_handshake_timeout_ms": 200}
+    assert limit.keys() < dict(SERVER_OPTIONS).keys()
+    monkeypatch.setattr(serving_module, "SERVER_OPTIONS", tuple({**dict(SERVER_OPTIONS), **limit}.items()))
+    with serving(Setting()) as server:
+        (connection,) = attacks.dripping(Target(server.target), 1)
+        assert is_closed(connection)
+        connection.close()
+
+
+def test_connections_are_bounded_and_leave_room_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (100, 100))
+    assert listen.max_connections() == 50
+    limit = {"grpc.max_allowed_incoming_connections": 5}
+    assert limit.keys() < dict(SERVER_OPTIONS).keys()
+    monkeypatch.setattr(serving_module, "SERVER_OPTIONS", tuple({**dict(SERVER_OPTIONS), **limit}.items()))
+    with serving(Setting()) as server:
+        server.stub.ServerInfo(pb.ServerInfoRequest())
+        opened = attacks.silent(Target(server.target), 10)
+        assert is_closed(opened[-1])
+        server.stub.ServerInfo(pb.ServerInfoRequest())
+        for connection in opened:
+            connection.close()
+
+
+def test_the_port_of_metrics_has_few_connections_and_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(metrics, "CONNECTION_S", 3600.0)
+    server = MetricsServer(("127.0.0.1", 0), Metrics([], "0", 2), lambda: True)
+    try:
+        opened = attacks.silent(Target(f"127.0.0.1:{server.port}"), 4)
+        assert is_closed(opened[-1])
+        monkeypatch.setattr(metrics, "CONNECTION_S", 0.1)
+        assert all(is_closed(connection) for connection in opened)
+        for connection in opened:
+            connection.close()
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
+    made = Victim(tmp_path_factory.mktemp("victim"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("attack", attacks.GRPC, ids=lambda attack: attack.__name__)
+def test_the_port_of_calls_endures(victim: Victim, attack: Attack) -> None:
+    victim.endure(attack, victim.front)
+
+
+@pytest.mark.parametrize("attack", attacks.HTTP, ids=lambda attack: attack.__name__)
+def test_the_port_of_metrics_endures(victim: Victim, attack: Attack) -> None:
+    victim.endure(attack, victim.metrics)
+
+
+@pytest.mark.parametrize("attack", attacks.PACKETS, ids=lambda attack: attack.__name__)
+def test_the_socket_of_descriptors_endures(victim: Victim, attack: Attack) -> None:
+    victim.endure(attack, victim.sockets)
+
+
+def test_a_unix_socket_endures(tmp_path: Path) -> None:
+    victim = Victim(tmp_path, "--unix-socket", str(tmp_path / "socket"))
+    try:
+        for attack in attacks.GRPC:
+            victim.endure(attack, victim.front)
+    finally:
+        victim.close()
