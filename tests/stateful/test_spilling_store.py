@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
 
 from memstore.errors import MemstoreError
 from memstore.types import Durability, IndexKind, SequencePart, SpillSpec
@@ -50,7 +50,18 @@ class SpillingStore(DurableStore):
         super().teardown()
         assert not [path for path in self.lives.disk.files if "spilled" in path.parts]
 
-    @rule(names=st.sampled_from(["a", "b", "cd", "abd"]), unpin=st.sampled_from([False, True, True]))
+    @invariant()
+    def what_is_pinned_is_on_the_device(self) -> None:
+        """And every place in host memory that nothing lies in is free."""
+        if not hasattr(self, "reference"):
+            return
+        (loaded,) = self.server.registry.all()
+        table, spill = loaded.engine._table, loaded.engine.lifecycle.spill
+        assert all(table[name].place < self.spec.max_sequences for name in self.reference.pinned)
+        assert spill is not None
+        assert spill.tiers.has_room
+
+    @rule(names=st.sampled_from(["a", "a", "b", "c", "ab"]), unpin=st.sampled_from([False, False, True]))
     def pin(self, names: str, unpin: bool) -> None:
         """Sequences are to stay, or may leave again."""
         try:
