@@ -26,8 +26,8 @@ from memstore.memory import Memory
 from memstore.quotas import Held, Quotas
 from memstore.seams import new_epoch
 from memstore.store import NoStore
-from memstore.tokens import Quota
 from memstore.tiers import host_bytes
+from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -172,8 +172,8 @@ class Registry:
         """What the memories of a tenant have reserved."""
         own = [loaded for loaded in self.all() if loaded.id.tenant == tenant]
         return Held(
-            reserved_bytes=sum(loaded.engine.reserved_bytes for loaded in own),
-            sequences=sum(loaded.spec.max_sequences for loaded in own),
+            reserved_bytes=sum(loaded.engine.reserved_bytes + self._host_bytes(loaded.spec) for loaded in own),
+            sequences=sum(loaded.spec.total_sequences for loaded in own),
         )
 
     @property
@@ -216,7 +216,8 @@ class Registry:
             raise self._damage(memory)
         if len(self._loaded) >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
-        needed = Held(reserved_bytes=self._bytes_needed(spec), sequences=spec.max_sequences)
+        reserved = self._bytes_needed(spec) + self._host_bytes(spec)
+        needed = Held(reserved_bytes=reserved, sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
         self._store.check(spec)
         created_at = self._clock.wall()

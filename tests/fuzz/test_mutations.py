@@ -34,6 +34,7 @@ REQUESTS = {
     ),
     "Fork": pb.ForkRequest(memory="notes", source="a", target="c", as_of=1),
     "Reset": pb.ResetRequest(memory="notes", sequences=["a"], release=True),
+    "Pin": pb.PinRequest(memory="notes", sequences=["a"]),
 }
 
 

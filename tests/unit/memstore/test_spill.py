@@ -191,7 +191,7 @@ def test_joined_calls_are_done_by_as_many_as_have_places() -> None:
         each.append("abcd")
     steps = [batch(SPEC, name, 1, 1, value=9) for name in "badc"]
     steps.insert(2, batch(SPEC, "a", 1, 7))  # a gap
-    steps[2] = replace(steps[2], parts=(replace(steps[2].parts[0], sequence="x", epoch=5),))
+    steps[2] = replace(steps[2], parts=(steps[2].parts[0]._replace(sequence="x", epoch=5),))
     carried: list[int] = []
     ask = RetrieveOptions(top_k=2)
     asking = [replace(step, retrieve=ask) for step in steps]
