@@ -75,24 +75,27 @@ class Lifecycle:
     ) -> None:
         """Gives a place to each of these that exists, and sees to one for each of so many new sequences.
 
-        held: others that keep theirs. num_kept: places that are left free beside. Where the memory can have no more
-        sequences, no place is made for new ones. Raises QuotaExceeded, NotReady where lent ones have the places (they
-        are asked back) or a file cannot be read, Corrupt, DeviceMemoryFull; who has a place may have changed then.
+        held: others that keep theirs for now, so that it is worth while to try again without. num_kept: places that
+        are left free beside. Where the memory can have no more sequences, no place is made for new ones. Raises
+        QuotaExceeded, NotReady where lent ones have the places (one is asked back) or a file cannot be read, Corrupt,
+        DeviceMemoryFull; who has a place may have changed then.
         """
         spill = self.spill
         if spill is None:
             return
-        held = held | set(names)
+        if len(self._table) + num_kept + num_new > self._spec.total_sequences:
+            num_new = 0
+        if sum(name in self._table for name in names) + num_new > self._spec.max_sequences:
+            raise QuotaExceeded(f"sequences: a call has places for {self._spec.max_sequences} at once")
+        stay = held | set(names)
         for name in names:
             if name in spill.away:
                 if self._table.num_free <= num_kept:
-                    self._make_room(spill, held, name)
+                    self._make_room(spill, stay, name, asks_back=not held)
                 spill.come_back(name)
                 self._used[name] = self.clock.monotonic()
-        num_kept += num_new
-        if len(self._table) + num_kept <= self._spec.total_sequences:
-            while self._table.num_free < num_kept:
-                self._make_room(spill, held, None)
+        while num_new and self._table.num_free < num_kept + num_new:
+            self._make_room(spill, stay, None, asks_back=not held)
 
     def admit_changes(self, changes: Sequence[Change]) -> None:
         """`admit` for changes of a log that are about to be done once more. Raises Corrupt where they do not fit."""
@@ -230,11 +233,14 @@ class Lifecycle:
         self._touch_new(batches)
         return [results[at] for at in range(len(batches))]
 
-    def _make_room(self, spill: Spill, held: AbstractSet[str], returning: str | None) -> None:
-        """Spills one sequence. Raises QuotaExceeded, NotReady; nothing is changed then."""
+    def _make_room(self, spill: Spill, held: AbstractSet[str], returning: str | None, *, asks_back: bool) -> None:
+        """Spills one sequence. Raises QuotaExceeded, NotReady; nothing is changed then.
+
+        asks_back: where that makes room, the lease that was used least recently is asked back.
+        """
         name = next((name for name in self._used if name not in held and self._may_leave(name)), None)
         if name is None:
-            raise self._no_place(held)
+            raise self._no_place(held if asks_back else self._used.keys())
         spill.leave(name, self._used[name], returning)
         del self._used[name]
 
@@ -243,7 +249,7 @@ class Lifecycle:
         return not sequence.is_pinned and sequence.loan is None
 
     def _no_place(self, held: AbstractSet[str]) -> MemstoreError:
-        """Why nobody can leave. The lease that was used least recently is asked back."""
+        """Why nobody can leave. The lease that was used least recently, but for those of `held`, is asked back."""
         for name in self._used:
             loan = self._table.loan(name)
             if loan is not None and name not in held:
