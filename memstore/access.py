@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Scope(StrEnum):
     """What a credential lets its holder do with the memories of its tenant.
 
-    read: describe, list and retrieve. write: append, reset, fork. admin: create and drop.
+    read: describe, list and retrieve. write: append, reset, fork, pin. admin: create and drop.
     """
 
     READ = "read"
@@ -44,6 +44,7 @@ SCOPES: Mapping[str, frozenset[Scope]] = {
     "/memstore.v1.MemoryService/Append": WRITE,
     "/memstore.v1.MemoryService/Reset": WRITE,
     "/memstore.v1.MemoryService/Fork": READ | WRITE,
+    "/memstore.v1.MemoryService/Pin": WRITE,
     "/memstore.v1.MemoryService/OpenPlane": READ | WRITE,  # the whole memory is mapped
     "/grpc.health.v1.Health/Check": PUBLIC,  # health of a memory is shown to its tenant only, by health.py
     "/grpc.health.v1.Health/List": PUBLIC,

@@ -100,7 +100,7 @@ class Archive:
             try:
                 is_taken = self._take(memory, spare, control)
             finally:
-                control(memory.let_go).result()
+                control(memory.pictures.let_go).result()
             self.has_failed = False
             return is_taken
 
@@ -133,6 +133,10 @@ class Archive:
         def take(piece: Piece) -> list[memoryview]:
             if self._is_closing.is_set():
                 raise NotReady("the memory is being closed")
+            if still.is_filed(
+                piece
+            ):  # files stay as they are meanwhile, and the device's thread need not wait for them
+                return still.take(piece)
             return control(lambda: still.take(piece)).result()
 
         try:
@@ -157,7 +161,7 @@ class Archive:
 
         def hold() -> tuple[Still, State]:
             number = self.journal.rotate(spare)
-            still, counts = memory.hold_still(), memory.counts()
+            still, counts = memory.pictures.hold(), memory.counts()
             state = State(
                 identity=self._identity,
                 number=number,

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from memstore.catalog import FILE_NAME, FileCatalog, MemoryId
 from memstore.errors import Corrupt, MemstoreError
-from memstore.folder import MEMORIES, MemoryFolder, path_of
+from memstore.folder import MEMORIES, SPILLED, MemoryFolder, path_of
 from memstore.recovery import Recovery
 from memstore.seams import FILE_MODE, FOLDER_MODE
 
@@ -79,7 +79,7 @@ def restore(backup: Path, data: Path, disk: Disk) -> None:
         raise Corrupt(f"{data}: not empty; a backup is restored to a folder of its own")
     partial = data.with_name(f".{data.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(backup, partial, ignore=shutil.ignore_patterns("lock"))
+    shutil.copytree(backup, partial, ignore=shutil.ignore_patterns("lock", SPILLED))
     for path in (partial, *partial.rglob("*")):
         path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
     for tenant in disk.names(partial / MEMORIES):

@@ -19,7 +19,7 @@ _HEAD = struct.Struct("<BBHH")
 _APPENDED = struct.Struct("<QIq")
 _REPLY = struct.Struct("<QqQ")
 _FORKED = struct.Struct("<Qqq")
-_IS_BEGINNING, _IS_APPEND, _HAS_REPLY = 1, 2, 4
+_IS_BEGINNING, _IS_APPEND, _HAS_REPLY, _IS_PINNED = 1, 2, 4, 8
 
 
 class Appended(NamedTuple):
@@ -61,7 +61,14 @@ class Renewed(NamedTuple):
     epoch: int
 
 
-Change = Appended | Released | Forked | Renewed
+class Pinned(NamedTuple):
+    """A sequence is not to be spilled, nor ended for being idle; or it may be again."""
+
+    sequence: str
+    is_pinned: bool
+
+
+Change = Appended | Released | Forked | Renewed | Pinned
 
 
 def encode(changes: Sequence[Change]) -> bytes:
@@ -86,6 +93,8 @@ def _encode(change: Change) -> bytes:
             return _framed(3, 0, change.source, change.target) + _FORKED.pack(change.epoch, change.begin, change.end)
         case Renewed():
             return _framed(4, 0, change.sequence, "") + _FORKED.pack(change.epoch, 0, 0)
+        case Pinned():
+            return _framed(5, change.is_pinned * _IS_PINNED, change.sequence, "")
 
 
 def _framed(kind: int, flags: int, first: str, second: str) -> bytes:
@@ -138,5 +147,7 @@ def _decode(content: memoryview, offset: int) -> tuple[Change, int]:
         case 4:
             epoch, _, _ = _FORKED.unpack_from(content, end)
             return Renewed(sequence=first, epoch=epoch), end + _FORKED.size
+        case 5:
+            return Pinned(sequence=first, is_pinned=bool(flags & _IS_PINNED)), end
         case _:
             raise ValueError(f"kind {kind}")

@@ -107,6 +107,9 @@ class Config:
     )
     device: str = setting(str, "auto", "cpu, cuda, cuda:N, or auto for the first GPU if there is one")
     capacity: int = setting(size, 0, "bytes that memories may reserve, such as 8G; 0 for 0.8 of what is free")
+    host_capacity: int = setting(
+        size, 0, "bytes of host memory that sequences spilled from a GPU may take; 0 for 0.8 of what is free"
+    )
     threads: int = setting(whole(0, 1024), 0, "CPU threads of the search; 0 for torch's own choice")
     max_memories: int = setting(whole(1, 1_000_000), 1024, "memories that may exist at once")
     data: Path | None = setting(path, None, "folder of catalogue, logs and snapshots (default ~/.local/share/memstore)")

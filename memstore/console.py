@@ -160,7 +160,7 @@ def _healthcheck(session: Session, options: argparse.Namespace) -> int:
 
 def _row(memory: pb.MemoryDescription) -> tuple[str, ...]:
     spec, held = memory.spec, memory.status
-    sequences = f"{held.num_sequences}/{spec.max_sequences}"
+    sequences = f"{held.num_sequences}/{spec.max_sequences + spec.spill.max_sequences}"
     if not memory.HasField("status"):
         return (spec.name, str(spec.dim), str(spec.capacity), sequences, str(spec.num_layers), "-", "-", "not loaded")
     shown = (spec.dim, spec.capacity, sequences, spec.num_layers, held.num_rows, _bytes(held.reserved_bytes))

@@ -8,6 +8,7 @@ from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.capacity import capacity_of
 from memstore.catalog import NoCatalog
 from memstore.device import DeviceWorker, device_of
+from memstore.expirer import Expirer
 from memstore.plane import ProcessPlane
 from memstore.registry import Registry
 from memstore.seams import SystemClock
@@ -37,6 +38,7 @@ class Embedded:
         budget = CapacityBudget(capacity_bytes or capacity_of(target))
         self._registry = Registry(NoCatalog(), self._worker, budget, self._clock, max_memories)
         self._registry.load().result()
+        self._expirer = Expirer(self._registry)
         self._service = Service(self._registry, self._clock.wall())
 
     def call(self, method: str, request: Message, timeout_s: float | None = None) -> Future[Message]:
@@ -49,5 +51,6 @@ class Embedded:
 
     def close(self) -> None:
         """Answers what is queued, then frees every memory. May be called twice."""
+        self._expirer.close()
         self._registry.close()
         self._worker.close()

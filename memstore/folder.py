@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from memstore.seams import Disk
 
-MEMORIES = "memories"
+MEMORIES, SPILLED = "memories", "spilled"
 CLOSED, RESTORED = "closed", "restored"
 _NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")
 
@@ -33,9 +33,9 @@ def escaped(name: str) -> str:
     return f"%2E{plain[1:]}" if plain.startswith(".") else plain
 
 
-def path_of(data: Path, tenant: str, name: str) -> Path:
-    """The folder of a memory in the data folder."""
-    return data / MEMORIES / escaped(tenant) / escaped(name)
+def path_of(data: Path, tenant: str, name: str, kind: str = MEMORIES) -> Path:
+    """The folder of a memory in the data folder; or that of the files of its sequences that are spilled."""
+    return data / kind / escaped(tenant) / escaped(name)
 
 
 class MemoryFolder:

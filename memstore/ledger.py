@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memstore.changes import Appended, Change, Forked, Released, Renewed
+from memstore.changes import Appended, Change, Forked, Pinned, Released, Renewed
 from memstore.errors import Corrupt
 from memstore.sequence import Reply, Sequence, SequenceTable
 
@@ -20,7 +20,7 @@ class Ledger:
 
     def __init__(self, spec: MemorySpec, table: SequenceTable | None = None) -> None:
         """table: of sequences that another process has lent; a table of this process's own if None."""
-        self.table = SequenceTable(spec.max_sequences) if table is None else table
+        self.table = SequenceTable(spec.max_sequences, spec.spill.max_sequences) if table is None else table
         self.appended_rows = 0
         self.evicted_rows = 0
         self._spec = spec
@@ -45,6 +45,8 @@ class Ledger:
                 sequence = self.table[change.sequence]
                 sequence.epoch = change.epoch
                 sequence.writers.clear()
+            case Pinned():
+                self.table[change.sequence].is_pinned = change.is_pinned
 
     def check(self, change: Change) -> None:
         """Raises Corrupt where a change of a log does not fit this state."""
@@ -63,7 +65,7 @@ class Ledger:
                     raise Corrupt(f"the log forks sequence {change.source!r}, which cannot be")
                 if not min(begin, change.end) <= change.begin <= change.end <= source.next_position:
                     raise Corrupt(f"the log forks sequence {change.source!r} beyond what it holds")
-            case Released() | Renewed():
+            case Released() | Renewed() | Pinned():
                 if self.table.get(change.sequence) is None:
                     raise Corrupt(f"the log names sequence {change.sequence!r}, which does not exist")
 

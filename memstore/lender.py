@@ -18,6 +18,7 @@ from memstore.sequence import MAX_WRITERS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from memstore.lifecycle import Lifecycle
     from memstore.sequence import BatchPlan, SequenceTable, Writer
     from memstore.sequence import Sequence as Stream
     from memstore.slab import Slab
@@ -44,12 +45,20 @@ class Lender:
     appended_rows, evicted_rows: of leases that have ended, in all layers.
     """
 
-    def __init__(self, slab: Slab, table: SequenceTable, new_epoch: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        slab: Slab,
+        table: SequenceTable,
+        new_epoch: Callable[[], int],
+        lifecycle: Lifecycle | None = None,
+    ) -> None:
+        """lifecycle: where sequences come and go by themselves; what is lent stays."""
         self.appended_rows = 0
         self.evicted_rows = 0
         self._slab = slab
         self._table = table
         self._new_epoch = new_epoch
+        self._lifecycle = lifecycle
         self._leases: set[Lease] = set()
         self._is_over = False
 
@@ -71,10 +80,12 @@ class Lender:
         """
         if self._is_over:
             raise NotFound("the memory was dropped")
-        known = [self._table.get(name) for name in names]
         if any(self._table.loan(name) is not None for name in names):
             raise NotReady("sequences: one of them is lent to another process")
+        known = [self._table.get(name) for name in names]
         num_new = known.count(None)
+        if self._lifecycle is not None:
+            self._lifecycle.admit(names, num_new)
         if num_new > self._table.num_free:
             raise QuotaExceeded(f"sequences: {num_new} new ones, but there is room for {self._table.num_free}")
         number = secrets.randbits(63) or 1
@@ -90,6 +101,7 @@ class Lender:
             table[index] = stream.epoch, stream.next_position, stream.floor, 0
         block.publish(table)
         self._leases.add(lease)
+        self._touch(names)
         return lease
 
     def states(self, lease: Lease) -> list[LentState]:
@@ -109,6 +121,7 @@ class Lender:
             if sequence.loan is not None:
                 self._settle(name, sequence, sequence.loan, left.get(name))
         lease.block.close()
+        self._touch(lease.names)
         lease.on_end()
 
     def revoke(self) -> None:
@@ -179,6 +192,7 @@ class Lender:
             for run in ring.runs(begin, sequence.next_position, self._slab.capacity):
                 self._slab.copy_place(state.place, sequence.place, run.slot, run.length, old)
             self.appended_rows += sequence.num_live(self._slab.capacity) * self._slab.num_layers
+            self._touch((state.name,))
             num_found += 1
         return num_found
 
@@ -190,6 +204,10 @@ class Lender:
         except Corrupt:
             loan.lease.ask_back()
             return 0, loan.num_live * self._slab.num_layers
+
+    def _touch(self, names: Iterable[str]) -> None:
+        if self._lifecycle is not None:
+            self._lifecycle.touch(names)
 
     def _settle(self, name: str, sequence: Stream, loan: Loan, left: LentState | None) -> None:
         try:

@@ -8,38 +8,40 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore import ring
-from memstore.appending import cells_of, stage
-from memstore.changes import Appended, Change, Forked, Released, Renewed
-from memstore.errors import AlreadyExists, Corrupt, DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded, ReadOnly
+from memstore.appending import stage
+from memstore.changes import Appended, Change, Forked, Pinned, Released, Renewed
+from memstore.errors import DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded, ReadOnly
 from memstore.index import INDEXES, build_thread, index_bytes, make_index
 from memstore.journal import Volatile
 from memstore.ledger import Ledger, changes_of
 from memstore.lender import Lender
+from memstore.lifecycle import Lifecycle
+from memstore.refill import Refill
 from memstore.retrieval import retrieve
 from memstore.row_bytes import RowFormat
-from memstore.sequence import BatchPlan, plan_part
+from memstore.sequence import BatchPlan, plan_fork, plan_part
 from memstore.slab import Slab, bytes_needed
-from memstore.still import Still
+from memstore.still import Pictures
+from memstore.tiers import host_bytes
 from memstore.types import (
     Durability,
     Hits,
     MemoryCounts,
     MemorySpec,
-    SequencePart,
     SequenceResult,
     StepBatch,
     StepResult,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from collections.abc import Sequence as SequenceOf
     from concurrent.futures import Executor
 
     from memstore.appending import StagedAppend
     from memstore.journal import Keeper
     from memstore.region.base import Region
-    from memstore.sequence import Sequence, SequenceTable
+    from memstore.sequence import SequenceTable
 
 
 def _nowhere(_: int, __: Hits) -> None:
@@ -75,8 +77,9 @@ class Memory:
         self._slab, table = mapped or (Slab(spec, device, is_shared=is_shared), None)
         self._ledger = Ledger(spec, table)
         self._table = self._ledger.table
-        self.lender = Lender(self._slab, self._table, new_epoch)
-        self._still: Still | None = None
+        self.pictures = Pictures(self._slab, self._table, spec)
+        self.lifecycle = Lifecycle(spec, self._slab, self._table, None if mapped else self.pictures)
+        self.lender = Lender(self._slab, self._table, new_epoch, self.lifecycle)
 
     @property
     def row_bytes(self) -> int:
@@ -85,8 +88,9 @@ class Memory:
 
     @staticmethod
     def bytes_needed(spec: MemorySpec, device: torch.device, *, is_shared: bool = False) -> int:
-        """Bytes that a memory of this spec reserves: its rows, and what its index takes at most."""
-        return bytes_needed(spec, device, is_shared=is_shared) + index_bytes(spec, device)
+        """Bytes of the device that a memory of this spec reserves: its rows, and what its index takes at most."""
+        spilled = host_bytes(spec) if device.type == "cpu" else 0
+        return bytes_needed(spec, device, is_shared=is_shared) + index_bytes(spec, device) + spilled
 
     @staticmethod
     def can_be_lent(spec: MemorySpec) -> bool:
@@ -109,7 +113,17 @@ class Memory:
         answered and retrieved for as at its first arrival, as far as the rows it saw are still there. Where the changes
         cannot be kept, ReadOnly answers the batches that have some. Raises DeviceMemoryFull where there is no scratch,
         and then nothing is changed at all.
+
+        Where sequences are spilled, those of a batch come back for it; see Lifecycle.step.
         """
+        return (
+            self.lifecycle.step(batches, carry, self._step) if self.lifecycle.is_needed else self._step(batches, carry)
+        )
+
+    def _step(
+        self, batches: SequenceOf[StepBatch], carry: Callable[[int, Hits], None]
+    ) -> list[StepResult | MemstoreError]:
+        """See `step`; all sequences that exist have a place."""
         outcomes = self._plan(batches)
         try:
             found = self._retrieve(outcomes)
@@ -121,7 +135,7 @@ class Memory:
                     outcomes[at] = error
             staged = stage(self._slab, _plans_of(outcomes), self._table.places_of_new)
             if staged is not None:
-                self._preserve(staged.first_cells)
+                self.pictures.preserve(staged.first_cells)
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
         changes = self._commit(outcomes, staged)
@@ -158,7 +172,25 @@ class Memory:
         ]
         self._do(changes)
         self._table.publish(known)
+        self.lifecycle.touch(known)
         return [self._table.epoch(name) for name in names]
+
+    def expire(self) -> int:
+        """Ends sequences whose `idle_ttl_s` is over, as `reset` does with `release`; their number. Raises ReadOnly."""
+        return self.lifecycle.expire(lambda names: self.reset(names, release=True))
+
+    def pin(self, names: SequenceOf[str], is_pinned: bool) -> int:
+        """Keeps sequences on the device, for ever, or lets them go their ways again; how many are kept so now.
+
+        Raises NotFound, QuotaExceeded where they cannot all have places, ReadOnly; then no pin is changed.
+        """
+        for name in names:
+            if self._table.get(name) is None:
+                raise NotFound(f"sequences: there is no sequence {name!r}")
+        self.lifecycle.admit(names if is_pinned else ())
+        self.lifecycle.touch(names)
+        self._do([Pinned(name, is_pinned) for name in names if self._table[name].is_pinned != is_pinned])
+        return sum(sequence.is_pinned for sequence in self._table)
 
     def fork(self, source: str, target: str, as_of: int | None, epoch: int) -> SequenceResult:
         """Gives a new sequence the live positions of another below `as_of`, by copying: its place is reserved anyway.
@@ -169,26 +201,16 @@ class Memory:
         """
         for name in (source, target):
             self.lender.check_writable(name, "")
-        origin = self._table.get(source)
-        if origin is None:
-            raise NotFound(f"source: there is no sequence {source!r}")
-        if self._table.get(target) is not None:
-            raise AlreadyExists(f"target: sequence {target!r} exists")
-        plan = plan_part(
-            SequencePart(sequence=source, num_rows=0, epoch=epoch, as_of=as_of),
-            origin,
-            self.spec.capacity,
-            writer=None,
-            fingerprint=0,
-        )
+        plan = plan_fork(self._table, source, target, as_of, epoch, self.spec.capacity)
+        self.lifecycle.admit([source], num_new=1)
         if not self._table.num_free:
             self.lender.check_kept()
         self._table.check_room(target)
         change = Forked(source=source, target=target, epoch=self._new_epoch(), begin=plan.begin, end=plan.as_of)
-        self._preserve(
-            cells_of([(next(self._table.places_of_new([target])), plan.begin, plan.num_seen)], self.spec.capacity)
-        )
+        (place,) = self._table.places_of_new([target])
+        self.pictures.preserve_rows(place, plan.begin, plan.num_seen)
         self._do([change])
+        self.lifecycle.touch((source, target))
         return SequenceResult(epoch=change.epoch, as_of=plan.as_of, live_begin=plan.begin, first_position=plan.as_of)
 
     def counts(self) -> MemoryCounts:
@@ -202,52 +224,21 @@ class Memory:
             appended_rows=appended,
             evicted_rows=evicted,
             index=self._index.counts(),
+            num_pinned=sum(sequence.is_pinned for sequence in self._table),
+            expired_sequences=self.lifecycle.num_expired,
+            spill=self.lifecycle.counts(),
         )
 
     def stop_builds(self) -> None:
         """Ends the background work of the index for good; everything is scanned from now on."""
         self._index.close()
 
-    def hold_still(self) -> Still:
-        """A picture of this moment; `let_go` ends it, and there is one at a time."""
-        self._still = Still(self._slab, self._table, self.spec)
-        return self._still
-
-    def let_go(self) -> None:
-        """Nothing is put aside for a picture any more."""
-        self._still = None
-
-    def restore(self, sequences: Mapping[str, Sequence], appended_rows: int, evicted_rows: int) -> None:
-        """Takes over the sequences of a snapshot; their rows are given to `put`. ValueError where two share a place."""
-        self._ledger.restore(sequences, appended_rows, evicted_rows)
-
-    def put(self, kept: SequenceOf[tuple[int, int, int]], content: memoryview) -> None:
-        """Puts rows in their place, as they were. kept: (place, first position, rows) of each sequence, in order.
-
-        content: as RowFormat has it. Raises Corrupt where it has another length.
-        """
-        rows = RowFormat(self.spec)
-        num_rows = sum(count for _, _, count in kept)
-        if len(content) != num_rows * rows.row_bytes:
-            raise Corrupt(f"{len(content)} bytes of rows, {num_rows * rows.row_bytes} expected")
-        if num_rows:
-            cells = cells_of(kept, self.spec.capacity).to(self.device)
-            self._slab.write(rows.decode(content, num_rows).to(self.device), self._slab.in_all_layers(cells))
-
-    def redo(self, changes: SequenceOf[Change], content: memoryview) -> None:
-        """Does changes of a log once more, and puts the rows they appended. Raises Corrupt where they do not fit."""
-        kept = []
-        for change in changes:
-            self._ledger.check(change)
-            self._apply(change)
-            if isinstance(change, Appended) and change.num_rows:
-                count = min(change.num_rows, self.spec.capacity)
-                sequence = self._table[change.sequence]
-                kept.append((sequence.place, sequence.next_position - count, count))
-        self.put(kept, content)
+    def refill(self) -> Refill:
+        """What fills it, while it is new and nobody else's, with what its files hold."""
+        return Refill(self.spec, self._slab, self._ledger, self.lifecycle, self._apply)
 
     def wake(self) -> None:
-        """After the last `put` or `redo`: lets the index begin with what is here."""
+        """After it was refilled: lets the index begin with what is here."""
         if self._index.is_told:
             self._tell_appended(name for name, _ in self._table.items())
 
@@ -262,6 +253,7 @@ class Memory:
         """
         self.stop_builds()
         self.lender.revoke()
+        self.lifecycle.free()
         self._slab.free()
 
     def join(self) -> None:
@@ -297,7 +289,7 @@ class Memory:
             self.lender.check_kept()
             raise QuotaExceeded(
                 f"sequences: {plan.num_new} new ones, but {self.spec.max_sequences - num_free} of "
-                f"{self.spec.max_sequences} exist"
+                f"{self.spec.max_sequences} places are taken"
             )
         return plan
 
@@ -309,11 +301,6 @@ class Memory:
             if isinstance(plan, BatchPlan) and plan.batch.retrieve is not None
         }
         return dict(zip(asking, retrieve(self._slab, self._index, list(asking.values())), strict=True))
-
-    def _preserve(self, cells: torch.Tensor) -> None:
-        """Lets a picture that is being taken put aside what is about to be overwritten. cells: those of layer 0."""
-        if self._still is not None:
-            self._still.preserve(cells)
 
     def _commit(self, outcomes: list[BatchPlan | MemstoreError], staged: StagedAppend | None) -> list[Appended]:
         """Keeps and does the changes of all batches, and gives them.
@@ -364,6 +351,8 @@ class Memory:
 
     def _apply(self, change: Change) -> None:
         """Does one change, with the copies that a fork makes."""
+        if isinstance(change, Released):
+            self.lifecycle.forget(change.sequence)
         self._ledger.do(change)
         if isinstance(change, Forked):
             source, target = self._table[change.source].place, self._table[change.target].place

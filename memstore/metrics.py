@@ -171,6 +171,7 @@ class _State:
         yield GaugeMetricFamily("memstore_leases", "Sessions that sequences are lent to", leases)
         counted = self._counts()
         yield from self._of_memories(counted)
+        yield from self._of_sequences(counted)
         yield from self._of_indexes(counted)
 
     def _of_files(self) -> Iterator[Metric]:
@@ -200,6 +201,31 @@ class _State:
                 family.add_metric((label,), value)
             evicted.add_metric((label, "fifo"), total[3])
         yield from (rows, capacity, appended, evicted)
+
+    def _of_sequences(self, counted: Sequence[tuple[Loaded, MemoryCounts]]) -> Iterator[Metric]:
+        """Where they lie, and how they came there."""
+        lie = GaugeMetricFamily("memstore_sequences", "Sequences by where they lie", labels=("memory", "tier"))
+        pinned = GaugeMetricFamily("memstore_pinned_sequences", "Sequences that stay", labels=("memory",))
+        on_disk = GaugeMetricFamily("memstore_spilled_bytes", "Bytes of files of sequences", labels=("memory",))
+        spills = CounterMetricFamily("memstore_spills", "Times that a sequence left the device", labels=("memory",))
+        returns = CounterMetricFamily("memstore_spill_returns", "Times that one came back", labels=("memory",))
+        expired = CounterMetricFamily("memstore_expired_sequences", "Sequences ended for idleness", labels=("memory",))
+        totals: dict[str, list[int]] = {}
+        for loaded, counts in counted:
+            spill = counts.spill
+            where = (counts.num_sequences, 0, 0, 0, 0, 0)
+            if spill is not None:
+                away = spill.num_on_host, spill.num_on_disk, spill.disk_bytes, spill.spills, spill.returns
+                where = (counts.num_sequences - sum(away[:2]), *away)
+            total = totals.setdefault(self._label(loaded.id.name), [0] * 8)
+            for i, value in enumerate((*where, counts.num_pinned, counts.expired_sequences)):
+                total[i] += value
+        for label, total in totals.items():
+            for tier, value in zip(("device", "host", "disk"), total, strict=False):
+                lie.add_metric((label, tier), value)
+            for family, value in zip((on_disk, spills, returns, pinned, expired), total[3:], strict=True):
+                family.add_metric((label,), value)
+        yield from (lie, pinned, on_disk, spills, returns, expired)
 
     def _of_indexes(self, counted: Sequence[tuple[Loaded, MemoryCounts]]) -> Iterator[Metric]:
         """Of those that keep something."""

@@ -20,7 +20,7 @@ MAX_TENANTS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """What all memories of a tenant have reserved of the device, and places they have for sequences."""
+    """What all memories of a tenant have reserved of device and host, and sequences that they have room for."""
 
     reserved_bytes: int
     sequences: int

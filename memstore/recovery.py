@@ -80,17 +80,19 @@ class Filling:
 
     def __init__(self, memory: Memory, advance: Callable[[int], None]) -> None:
         self._memory = memory
+        self._refill = memory.refill()
         self._advance = advance
-        self.redo = memory.redo
+        self.redo = self._refill.redo
 
     def load(self, snapshot: Snapshot) -> None:
         memory, state = self._memory, snapshot.state(self._memory.spec)
         try:
-            memory.restore(state.sequences, state.appended_rows, state.evicted_rows)
+            self._refill.restore(state.sequences, state.appended_rows, state.evicted_rows)
             for chunk, content in snapshot.rows(memory.row_bytes):
                 place = state.sequences[chunk.sequence].place
-                memory.put([(place, chunk.position, chunk.num_rows)], content)
+                self._refill.put(place, chunk.position, chunk.num_rows, content)
                 self._advance(len(content))
+            self._refill.check_whole()
         except (ValueError, KeyError) as error:
             raise Corrupt(f"the snapshot contradicts itself: {error}") from error
 

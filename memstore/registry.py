@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +16,7 @@ import torch
 from google.protobuf import json_format
 
 from memstore import wire
+from memstore.admission import CapacityBudget
 from memstore.auth import Open
 from memstore.catalog import MemoryId
 from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, MemstoreError, NotFound, NotReady, QuotaExceeded
@@ -24,13 +26,13 @@ from memstore.memory import Memory
 from memstore.quotas import Held, Quotas
 from memstore.seams import new_epoch
 from memstore.store import NoStore
+from memstore.tiers import host_bytes
 from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from memstore.admission import CapacityBudget
     from memstore.archive import Archive
     from memstore.catalog import Catalog
     from memstore.device import DeviceWorker
@@ -86,13 +88,16 @@ class Registry:
         *,
         lends: bool = False,
         quotas: Quotas | None = None,
+        host_budget: CapacityBudget | None = None,
     ) -> None:
         """store: where durable memories are kept; nowhere without one.
 
         lends: memories are reserved so that they can be lent to other processes, where that is possible. quotas: what
-        tenants may take; no bounds if None.
+        tenants may take; no bounds if None. host_budget: of host memory for sequences that are spilled from another
+        device; no bound but the host's if None.
         """
         self.quotas = quotas or Quotas(Open(), Quota(), clock)
+        self.host_budget = host_budget or CapacityBudget(sys.maxsize)
         self._lends = lends
         self.state = State.LOADING
         self.worker = worker
@@ -167,8 +172,8 @@ class Registry:
         """What the memories of a tenant have reserved."""
         own = [loaded for loaded in self.all() if loaded.id.tenant == tenant]
         return Held(
-            reserved_bytes=sum(loaded.engine.reserved_bytes for loaded in own),
-            sequences=sum(loaded.spec.max_sequences for loaded in own),
+            reserved_bytes=sum(loaded.engine.reserved_bytes + self._host_bytes(loaded.spec) for loaded in own),
+            sequences=sum(loaded.spec.total_sequences for loaded in own),
         )
 
     @property
@@ -211,7 +216,8 @@ class Registry:
             raise self._damage(memory)
         if len(self._loaded) >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
-        needed = Held(reserved_bytes=self._bytes_needed(spec), sequences=spec.max_sequences)
+        reserved = self._bytes_needed(spec) + self._host_bytes(spec)
+        needed = Held(reserved_bytes=reserved, sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
         self._store.check(spec)
         created_at = self._clock.wall()
@@ -260,20 +266,27 @@ class Registry:
         """Makes a memory on the device. keep: begins its files, or fills it with what they hold."""
         device = self.worker.device
         is_shared = self._is_shared(spec)
-        needed = self._bytes_needed(spec)
-        self.budget.reserve(needed)
+        needed, on_host = self._bytes_needed(spec), self._host_bytes(spec)
+        self.host_budget.reserve(on_host)
+        try:
+            self.budget.reserve(needed)
+        except BaseException:
+            self.host_budget.release(on_host)
+            raise
         try:
             make = self.worker.control(
                 lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared)
             )
             engine = make.result()
             try:
+                self._prepare(memory, engine)
                 return Loaded(id=memory, engine=engine, created_at=created_at, archive=keep(engine))
             except BaseException:
                 self.worker.control(engine.free).result()
                 raise
         except BaseException:
             self.budget.release(needed)
+            self.host_budget.release(on_host)
             raise
 
     def _is_shared(self, spec: MemorySpec) -> bool:
@@ -281,6 +294,16 @@ class Registry:
 
     def _bytes_needed(self, spec: MemorySpec) -> int:
         return Memory.bytes_needed(spec, self.worker.device, is_shared=self._is_shared(spec))
+
+    def _prepare(self, memory: MemoryId, engine: Memory) -> None:
+        """Gives a memory time, and room for what leaves it."""
+        engine.lifecycle.clock = self._clock
+        if engine.lifecycle.spill is not None:
+            engine.lifecycle.spill.tiers.folder = self._store.spill_folder(memory)
+
+    def _host_bytes(self, spec: MemorySpec) -> int:
+        """Bytes of host memory that a memory reserves beside what it reserves on the device."""
+        return 0 if self.worker.device.type == "cpu" else host_bytes(spec)
 
     def _discard(self, loaded: Loaded) -> None:
         """Removes a memory's files, which ends a snapshot of it, then its rows."""
@@ -293,6 +316,7 @@ class Registry:
         self.worker.control(loaded.engine.free).result()
         loaded.engine.join()
         self.budget.release(loaded.engine.reserved_bytes)
+        self.host_budget.release(self._host_bytes(loaded.spec))
 
     def _load(self) -> None:
         prepare(self.worker.device)

@@ -84,6 +84,9 @@ class Disk(Protocol):
     def create(self, path: Path) -> AppendFile:
         """A new, empty file, whose name is synced. Makes the folder. FileExistsError where there is one."""
 
+    def scratch(self, path: Path) -> AppendFile:
+        """As `create`, for what nobody reads after this process: its name is not synced."""
+
     def open(self, path: Path) -> ReadFile:
         """A file to read. FileNotFoundError where there is none."""
 
@@ -184,6 +187,10 @@ class SystemDisk:
         file = SystemAppendFile(path)
         _sync_folder(path.parent)
         return file
+
+    def scratch(self, path: Path) -> AppendFile:
+        _make_folder(path.parent)
+        return SystemAppendFile(path)
 
     def open(self, path: Path) -> ReadFile:
         return SystemReadFile(path)

@@ -16,14 +16,15 @@ from itertools import islice
 from operator import neg
 from typing import TYPE_CHECKING, NamedTuple
 
-from memstore.errors import AlreadyExists, EpochChanged, PositionExpired, QuotaExceeded, SequenceGap
+from memstore.errors import AlreadyExists, EpochChanged, NotFound, PositionExpired, QuotaExceeded, SequenceGap
+from memstore.types import SequencePart
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from collections.abc import Sequence as SequenceOf
 
     from memstore.lease import Loan
-    from memstore.types import SequencePart, StepBatch
+    from memstore.types import StepBatch
 
 REPLAY_WINDOW = 256
 """Appends of a (writer, sequence, epoch) whose answers are kept."""
@@ -66,7 +67,9 @@ class Sequence:
     """One stream of entries in all layers: its place in the slab and its one counter of positions.
 
     floor: first position that this sequence was ever given, above 0 for one that was forked from a wrapped ring.
-    num_appended: rows of a layer that this table's process has appended. loan: while another process has it.
+    is_pinned: it is neither spilled nor ended for being idle. num_appended: rows of a layer that this table's process
+    has appended. loan: while another process has it. Without a place in the slab it lies where its place says all the
+    same; see Tiers.
     """
 
     place: int
@@ -74,6 +77,7 @@ class Sequence:
     next_position: int = 0
     floor: int = 0
     writers: OrderedDict[str, Writer] = field(default_factory=OrderedDict)
+    is_pinned: bool = False
     num_appended: int = field(default=0, compare=False)
     loan: Loan | None = field(default=None, compare=False)
 
@@ -106,10 +110,13 @@ class Sequence:
 
 
 class SequenceTable:
-    """The sequences of one memory by name, each with a place of its own."""
+    """The sequences of one memory by name, each with a place of its own, in the slab or beyond it."""
 
-    def __init__(self, num_places: int) -> None:
+    def __init__(self, num_places: int, num_beyond: int = 0) -> None:
+        """num_places: of the slab. num_beyond: sequences that may lie beyond it."""
         self._by_name: dict[str, Sequence] = {}
+        self._num_places = num_places
+        self._num_beyond = num_beyond
         self._free_places = list(range(num_places - 1, -1, -1))
 
     def __len__(self) -> int:
@@ -177,12 +184,27 @@ class SequenceTable:
         """Puts back a sequence into the place that it says. ValueError where that is taken, or there is none such."""
         if name in self._by_name:
             raise ValueError(f"sequence {name!r} stands twice")
-        self._free_places.remove(sequence.place)
+        if sequence.place < self._num_places or not self._num_beyond:
+            self._free_places.remove(sequence.place)
         self._by_name[name] = sequence
 
     def remove(self, name: str) -> None:
         """Ends a sequence that exists; its place is free."""
-        insort(self._free_places, self._by_name.pop(name).place, key=neg)  # the lowest last
+        self._free(self._by_name.pop(name).place)
+
+    def vacate(self, name: str, place: int) -> None:
+        """Moves a sequence to a place beyond the slab; its own is free."""
+        sequence = self._by_name[name]
+        before, sequence.place = sequence.place, place
+        self._free(before)
+
+    def occupy(self, name: str) -> None:
+        """Moves a sequence to the lowest place of the slab that is free; there is one."""
+        self._by_name[name].place = self._free_places.pop()
+
+    def _free(self, place: int) -> None:
+        if place < self._num_places:
+            insort(self._free_places, place, key=neg)  # the lowest last
 
 
 class PartPlan(NamedTuple):
@@ -243,6 +265,20 @@ def plan_part(
     if not 0 <= as_of <= published:
         raise PositionExpired(f"sequences[{part.sequence!r}].as_of: {as_of} given, {published} published")
     return PartPlan(part, sequence, fingerprint, min(begin, as_of), as_of, published)
+
+
+def plan_fork(table: SequenceTable, source: str, target: str, as_of: int | None, epoch: int, capacity: int) -> PartPlan:
+    """Decides a fork: what the target will get is what a retrieval of the source with `as_of` would see.
+
+    Raises NotFound (source), AlreadyExists (target), EpochChanged, PositionExpired; nothing is changed in any case.
+    """
+    origin = table.get(source)
+    if origin is None:
+        raise NotFound(f"source: there is no sequence {source!r}")
+    if table.get(target) is not None:
+        raise AlreadyExists(f"target: sequence {target!r} exists")
+    part = SequencePart(sequence=source, num_rows=0, epoch=epoch, as_of=as_of)
+    return plan_part(part, origin, capacity, writer=None, fingerprint=0)
 
 
 def _find_replay(part: SequencePart, sequence: Sequence | None, writer: str, fingerprint: int) -> Reply | None:

@@ -25,6 +25,7 @@ from memstore.catalog import Catalog, FileCatalog, NoCatalog, RedisCatalog
 from memstore.config import Config, ConfigError
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
+from memstore.expirer import Expirer
 from memstore.gate import Gate
 from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
@@ -85,6 +86,7 @@ class Server:
         self._metrics.watch(self._registry)
         self._snapshotter = Snapshotter(self._registry, self._clock, config.snapshot_interval, self._metrics)
         stack.callback(self._snapshotter.close)
+        stack.callback(Expirer(self._registry).close)
         self._forget_ready_file()
         stack.callback(self._forget_ready_file)
 
@@ -165,6 +167,7 @@ class Server:
             store,
             lends=self._lends,
             quotas=self._quotas,
+            host_budget=CapacityBudget(config.host_capacity or capacity_of(torch.device("cpu"))),
         )
         self._stack.callback(registry.close_files)
         self._stack.callback(worker.close)

@@ -58,6 +58,7 @@ class Service:
             "Append": self._step,
             "Reset": self._reset,
             "Fork": self._fork,
+            "Pin": self._pin,
             "ServerInfo": self._server_info,
             "OpenPlane": self._open_plane,
         }
@@ -91,6 +92,16 @@ class Service:
         job: CallJob[Message] = CallJob(
             _ticket(request, caller),
             lambda: wire.encode_fork(engine.fork(source, target, as_of, request.epoch)),
+            engine,
+        )
+        return self._worker.submit(job)
+
+    def _pin(self, request: pb.PinRequest, caller: Caller) -> Future[Message]:
+        names = wire.sequence_names(request.sequences, "sequences")
+        engine = self.registry.find(caller.tenant, request.memory).engine
+        job: CallJob[Message] = CallJob(
+            _ticket(request, caller),
+            lambda: pb.PinResponse(num_pinned=engine.pin(names, not request.unpin)),
             engine,
         )
         return self._worker.submit(job)

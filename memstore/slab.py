@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memstore.region.base import Region
+    from memstore.ring import Run
 
 _ALIGNED = 4096
 """The arrays of a region begin at multiples of this."""
@@ -85,6 +86,7 @@ class Slab:
         self.num_places = spec.max_sequences
         self.device = device
         self.region = region
+        self._is_pinned = False
         _check_host_room(spec, device)
         try:
             if is_shared:
@@ -169,10 +171,16 @@ class Slab:
     def copy_place(self, source: int, target: int, slot: int, length: int, other: Slab | None = None) -> None:
         """Copies slots [slot, slot + length) of one place to the same slots of another, in every layer.
 
-        other: the slab of the source, of an equal spec; this one if None.
+        other: the slab of the source, of an equal spec but for its places; this one if None. Between host and device
+        nobody waits for the copy where the host's memory is pinned.
         """
         for ours, theirs in zip(self._tensors(), (other or self)._tensors(), strict=True):
-            ours[:, target, slot : slot + length].copy_(theirs[:, source, slot : slot + length])
+            new, old = ours[:, target, slot : slot + length], theirs[:, source, slot : slot + length]
+            if ours.device == theirs.device:
+                new.copy_(old)
+                continue
+            for layer in range(self.num_layers):  # each is one piece of memory, on both sides
+                new[layer].copy_(old[layer], non_blocking=True)
 
     def populate(self, places: Sequence[int]) -> None:
         """Prepares these places for this process: see Region.populate."""
@@ -183,12 +191,36 @@ class Slab:
             for ring in (tensor[layer, place] for layer in range(self.num_layers) for place in places):
                 self.region.populate(ring.data_ptr() - base, ring.numel() * ring.element_size())
 
+    def parts(self, place: int, runs: Sequence[Run]) -> list[list[memoryview]]:
+        """The bytes of these slots of one place as they lie in host memory, array by array, layer by layer."""
+        return [
+            [
+                tensor[layer, place, run.slot : run.slot + run.length].view(-1).view(torch.uint8).numpy().data
+                for layer in range(self.num_layers)
+                for run in runs
+            ]
+            for tensor in self._tensors()
+        ]
+
+    def pin(self, device: torch.device) -> None:
+        """Lets a device copy to and from this slab of the host's while others go on; slower where that cannot be."""
+        if device.type == "cuda":
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            for tensor in self._tensors():
+                runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+            self._is_pinned = True
+
     def _tensors(self) -> list[torch.Tensor]:
         some = [self.keys, self.norms, *self.payloads.values(), self.codes, self.terms]
         return [tensor for tensor in some if tensor is not None]
 
     def free(self) -> None:
         """Gives the storage back; the slab is of no use afterwards."""
+        if self._is_pinned:
+            torch.cuda.synchronize()
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            for tensor in self._tensors():
+                runtime.cudaHostUnregister(tensor.data_ptr())
         empty = torch.empty(0)
         self.keys, self.norms, self.payloads, self.codes, self.terms = empty, None, {}, None, None
         if self.region is not None:

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memstore.errors import Corrupt
+from memstore.reply_bytes import NUMBERS, encode_replies, found_writers, writers_entry
 from memstore.row_bytes import RowFormat
-from memstore.sequence import Reply, Sequence, Writer
+from memstore.sequence import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, ROWS, REPLIES = "manifest.json", "rows.bin", "replies.bin"
-_REPLY_NUMBERS = 6
-REPLY_CHUNK_BYTES = 8 * _REPLY_NUMBERS << 16
+REPLY_CHUNK_BYTES = 8 * NUMBERS << 16
 """One chunk of replies.bin: 65,536 replies."""
 
 
@@ -95,8 +95,10 @@ def write(disk: Disk, folder: Path, state: State, still: Still, take: Callable[[
     finally:
         files = {ROWS: rows.close()}
     replies = _Writing(disk, folder / REPLIES)
-    reply_chunks = [replies.chunk([part]) for part in _split(_reply_bytes(state.sequences))]
-    files[REPLIES] = replies.close()
+    try:
+        entries, reply_chunks = _write_replies(replies, state, still)
+    finally:
+        files[REPLIES] = replies.close()
     manifest = {
         "format": FORMAT,
         "identity": state.identity,
@@ -105,7 +107,8 @@ def write(disk: Disk, folder: Path, state: State, still: Still, take: Callable[[
         "arrays": [[array.name, str(array.dtype), list(array.shape)] for array in still.format.arrays],
         "appended_rows": state.appended_rows,
         "evicted_rows": state.evicted_rows,
-        "sequences": [_sequence_entry(name, sequence) for name, sequence in state.sequences.items()],
+        "sequences": entries,
+        "pinned": [name for name, sequence in state.sequences.items() if sequence.is_pinned],
         "chunks": chunks,
         "reply_chunks": reply_chunks,
         "files": files,
@@ -113,8 +116,19 @@ def write(disk: Disk, folder: Path, state: State, still: Still, take: Callable[[
     disk.replace(folder / MANIFEST, _sealed(manifest))
 
 
-def _split(content: memoryview) -> list[memoryview]:
-    return [content[at : at + REPLY_CHUNK_BYTES] for at in range(0, len(content), REPLY_CHUNK_BYTES)]
+def _write_replies(file: _Writing, state: State, still: Still) -> tuple[list[list[object]], list[int]]:
+    """Writes what the writers were answered; the entries of all sequences, and the CRC-32 of each chunk."""
+    entries, crcs, waiting = [], [], bytearray()
+    for name, sequence in state.sequences.items():
+        whole = still.whole(name, sequence)
+        entries.append(_sequence_entry(name, whole))
+        waiting += encode_replies(whole)
+        while len(waiting) >= REPLY_CHUNK_BYTES:
+            crcs.append(file.chunk([memoryview(bytes(waiting[:REPLY_CHUNK_BYTES]))]))
+            del waiting[:REPLY_CHUNK_BYTES]
+    if waiting:
+        crcs.append(file.chunk([memoryview(waiting)]))
+    return entries, crcs
 
 
 def _sealed(manifest: Mapping[str, object]) -> bytes:
@@ -124,30 +138,8 @@ def _sealed(manifest: Mapping[str, object]) -> bytes:
 
 
 def _sequence_entry(name: str, sequence: Sequence) -> list[object]:
-    writers = [[writer, each.next_seq, len(each.replies)] for writer, each in sequence.writers.items()]
-    return [name, sequence.place, sequence.epoch, sequence.next_position, sequence.floor, writers]
-
-
-def _reply_bytes(sequences: Mapping[str, Sequence]) -> memoryview:
-    """uint64 (replies, 6): rows, fingerprint, as_of, first position, whether it began an epoch, and sent with which."""
-    replies = (
-        reply
-        for sequence in sequences.values()
-        for writer in sequence.writers.values()
-        for reply in writer.replies.values()
-    )
-    numbers = [
-        (
-            reply.num_rows,
-            reply.fingerprint,
-            reply.as_of,
-            reply.first_position,
-            reply.begun_from is not None,
-            reply.begun_from or 0,
-        )
-        for reply in replies
-    ]
-    return memoryview(np.array(numbers, np.uint64).tobytes())
+    counters = [sequence.place, sequence.epoch, sequence.next_position, sequence.floor]
+    return [name, *counters, writers_entry(sequence)]
 
 
 class Snapshot:
@@ -178,6 +170,8 @@ class Snapshot:
         try:
             replies = iter(self._replies())
             sequences = {entry[0]: _sequence(entry, replies) for entry in self._part("sequences")}
+            for name in self._manifest.get("pinned", ()):  # manifests of before there were pins have none
+                sequences[name].is_pinned = True
             return State(
                 identity=self.identity,
                 number=self.number,
@@ -185,7 +179,7 @@ class Snapshot:
                 evicted_rows=int(self._part("evicted_rows")),
                 sequences=sequences,
             )
-        except (StopIteration, RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (StopIteration, RuntimeError, TypeError, ValueError, LookupError) as error:
             raise Corrupt(f"{self._folder}: its manifest does not fit its replies") from error
 
     def rows(self, row_bytes: int) -> Iterator[tuple[Chunk, memoryview]]:
@@ -213,7 +207,7 @@ class Snapshot:
         lengths = [min(REPLY_CHUNK_BYTES, size - at) for at in range(0, size, REPLY_CHUNK_BYTES)]
         table: list[list[int]] = []
         for content in self._checked(REPLIES, lengths, self._part("reply_chunks")):
-            table += np.frombuffer(content, np.uint64).reshape(-1, _REPLY_NUMBERS).tolist()
+            table += np.frombuffer(content, np.uint64).reshape(-1, NUMBERS).tolist()
         return table
 
     def _checked(self, name: str, lengths: list[int], crcs: list[int]) -> Iterator[memoryview]:
@@ -255,16 +249,4 @@ def _unsealed(content: bytes | None, folder: Path) -> dict[str, Any]:
 
 def _sequence(entry: list[Any], replies: Iterator[list[int]]) -> Sequence:
     _, place, epoch, next_position, floor, writers = entry
-    sequence = Sequence(place, epoch, next_position, floor)
-    for name, next_seq, num_replies in writers:
-        sequence.writers[name] = writer = Writer(next_seq=next_seq)
-        for seq in range(next_seq - num_replies, next_seq):
-            num_rows, fingerprint, as_of, first_position, is_beginning, begun_from = next(replies)
-            writer.replies[seq] = Reply(
-                num_rows=num_rows,
-                fingerprint=fingerprint,
-                as_of=as_of,
-                first_position=first_position,
-                begun_from=begun_from if is_beginning else None,
-            )
-    return sequence
+    return Sequence(place, epoch, next_position, floor, found_writers(writers, replies))

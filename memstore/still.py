@@ -7,18 +7,20 @@ piece at a time, and beside that no more than a copy of what is overwritten mean
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from memstore import ring
+from memstore.appending import cells_of
 from memstore.row_bytes import RowFormat
 
 if TYPE_CHECKING:
     from memstore.sequence import Sequence, SequenceTable
     from memstore.slab import Slab, StagedRows
+    from memstore.tiers import Tiers
     from memstore.types import MemorySpec
 
 PIECE_BYTES = 1 << 20
@@ -46,17 +48,23 @@ class _Aside:
 class Still:
     """A memory at one moment. Everything but `sequences` and `pieces` belongs to the device's thread."""
 
-    def __init__(self, slab: Slab, table: SequenceTable, spec: MemorySpec) -> None:
+    def __init__(self, slab: Slab, table: SequenceTable, spec: MemorySpec, tiers: Tiers | None = None) -> None:
+        """tiers: where sequences lie that have no place in the slab; frozen for as long as this is used."""
         self.sequences: dict[str, Sequence] = {name: copy_of(sequence) for name, sequence in table.items()}
         self.format = RowFormat(spec)
         self._slab = slab
+        self._tiers = tiers
+        self._read: tuple[int, Slab] | None = None
+        self._num_places = spec.max_sequences
         self._capacity = spec.capacity
         length = max(1, PIECE_BYTES // self.format.row_bytes)
         self.pieces = [piece for each in self.sequences.values() for piece in _pieces(each, spec.capacity, length)]
         self._waiting = torch.zeros(spec.max_sequences * spec.capacity, dtype=torch.bool)
         self._aside: dict[int, list[_Aside]] = {}
+        self._names = {sequence.place: name for name, sequence in self.sequences.items()}
         for piece in self.pieces:
-            self._cells(piece).fill_(True)
+            if piece.place < self._num_places:
+                self._cells(piece).fill_(True)
 
     def preserve(self, cells: torch.Tensor) -> None:
         """Puts aside rows that are about to be overwritten. cells: (n,) int64 of layer 0. May run out of memory."""
@@ -71,6 +79,8 @@ class Still:
 
     def take(self, piece: Piece) -> list[memoryview]:
         """The bytes of a piece, as RowFormat has them; a copy."""
+        if self._tiers is not None and piece.place >= self._num_places:
+            return self._take_beyond(self._tiers, piece)
         begin = piece.place * self._capacity + piece.slot
         cells = torch.arange(begin, begin + piece.length)
         rows = self._slab.rows(cells.to(self._slab.device)).to("cpu")
@@ -80,9 +90,66 @@ class Still:
         self._cells(piece).fill_(False)
         return self.format.encode(rows)
 
+    def is_filed(self, piece: Piece) -> bool:
+        """Whether a piece is read from a file, and can be taken in any thread, one after another."""
+        return self._tiers is not None and self._tiers.is_filed(piece.place)
+
+    def whole(self, name: str, sequence: Sequence) -> Sequence:
+        """A sequence of this picture with its writers, which may have to be read. Raises Corrupt, NotReady."""
+        if self._tiers is None or not self._tiers.is_filed(sequence.place):
+            return sequence
+        return replace(sequence, writers=self._tiers.writers_of(name, sequence))
+
+    def _take_beyond(self, tiers: Tiers, piece: Piece) -> list[memoryview]:
+        """The same of a piece that lies beyond the slab."""
+        slots = torch.arange(piece.slot, piece.slot + piece.length)
+        if not tiers.is_filed(piece.place):
+            return self.format.encode(tiers.rows(piece.place, slots))
+        place, scratch = self._read or (-1, tiers.scratch())
+        if place != piece.place:
+            name = self._names[piece.place]
+            tiers.read_rows(name, self.sequences[name], scratch, 0)
+            self._read = piece.place, scratch
+        return self.format.encode(scratch.rows(slots))
+
     def _cells(self, piece: Piece) -> torch.Tensor:
         begin = piece.place * self._capacity + piece.slot
         return self._waiting[begin : begin + piece.length]
+
+
+class Pictures:
+    """The picture of a memory that is being taken, if one is: one at a time. Called by the device's thread."""
+
+    def __init__(self, slab: Slab, table: SequenceTable, spec: MemorySpec) -> None:
+        self.tiers: Tiers | None = None
+        """Where the sequences lie that have no place in the slab."""
+        self._slab = slab
+        self._table = table
+        self._spec = spec
+        self._still: Still | None = None
+
+    def hold(self) -> Still:
+        """A picture of this moment; `let_go` ends it."""
+        self._still = Still(self._slab, self._table, self._spec, self.tiers)
+        if self.tiers is not None:
+            self.tiers.freeze(sequence.place for sequence in self._table)
+        return self._still
+
+    def let_go(self) -> None:
+        """Nothing is put aside for a picture any more."""
+        self._still = None
+        if self.tiers is not None:
+            self.tiers.thaw()
+
+    def preserve(self, cells: torch.Tensor) -> None:
+        """Lets the picture put aside what is about to be overwritten. cells: of layer 0. May run out of memory."""
+        if self._still is not None:
+            self._still.preserve(cells)
+
+    def preserve_rows(self, place: int, position: int, num_rows: int) -> None:
+        """The same for the cells of rows that follow one another in one place."""
+        if self._still is not None:
+            self.preserve(cells_of([(place, position, num_rows)], self._spec.capacity))
 
 
 def copy_of(sequence: Sequence) -> Sequence:

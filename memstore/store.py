@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from memstore.archive import Archive
 from memstore.errors import Corrupt, InvalidRequest, NotReady, QuotaExceeded
-from memstore.folder import MemoryFolder, path_of
+from memstore.folder import SPILLED, MemoryFolder, path_of
 from memstore.journal import Syncer
 from memstore.logs import event
 from memstore.slab import bytes_needed
+from memstore.spill_file import SpillFolder
 from memstore.types import Durability
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 LEAST_LOG_BYTES = 64 << 20
 """A log shorter than this is no reason for a snapshot."""
+REPLIES_BYTES = 1 << 20
+"""What a file of a spilled sequence may have beside its rows: 256 replies to each of 64 writers."""
 PROGRESS_S = 2.0
 """How often the log says how far a memory is loaded."""
 _log = logging.getLogger(__name__)
@@ -57,16 +62,24 @@ class Store(Protocol):
     def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
         """Removes the files of an open memory, and gives its share of the quota back. Raises NotReady."""
 
+    def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
+        """Where a memory has files of its sequences that are spilled; None where it has none."""
+
     def close(self) -> None:
         """Ends the threads; archives are closed before."""
 
 
 class NoStore:
-    """Keeps no rows: only volatile memories can be here."""
+    """Keeps no rows: only volatile memories can be here, which spill to host memory at most."""
 
     def check(self, spec: MemorySpec) -> None:
         if spec.durability is not Durability.VOLATILE:
             raise InvalidRequest("spec.durability", f"{spec.durability.value}: this server keeps no rows")
+        if spec.spill.host_sequences < spec.spill.max_sequences:
+            field = "spec.spill.host_sequences"
+            raise InvalidRequest(
+                field, f"below {spec.spill.max_sequences}, and this server keeps no files for the rest"
+            )
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         return None
@@ -81,6 +94,9 @@ class NoStore:
     def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
         """There is nothing."""
 
+    def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
+        return None
+
     def close(self) -> None:
         """There are no threads."""
 
@@ -91,7 +107,10 @@ class FileStore:
     def __init__(
         self, data: Path, disk: Disk, clock: Clock, quota_bytes: int, observer: StoreObserver, syncers: Syncers
     ) -> None:
-        """quota_bytes: what memories may take in the folder; 0 for no bound but the disk's."""
+        """quota_bytes: what memories may take in the folder; 0 for no bound but the disk's.
+
+        What an earlier server has spilled is removed: nothing of it is needed. Raises OSError.
+        """
         self._data = data
         self._disk = disk
         self._clock = clock
@@ -99,6 +118,7 @@ class FileStore:
         self._observer = observer
         self._syncers = syncers
         self.used_bytes = 0
+        disk.remove_folder(data / SPILLED)
 
     def check(self, spec: MemorySpec) -> None:
         needed = disk_bytes(spec)
@@ -111,6 +131,7 @@ class FileStore:
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         if engine.spec.durability is Durability.VOLATILE:
+            self.used_bytes += disk_bytes(engine.spec)
             return None
         folder, syncer = self._folder(memory), self._syncers.of(engine.spec)
         try:
@@ -123,6 +144,7 @@ class FileStore:
 
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         if engine.spec.durability is Durability.VOLATILE:
+            self.used_bytes += disk_bytes(engine.spec)
             return None
         begun = self._clock.monotonic()
         progress = Progress(memory.name, self._clock)
@@ -149,16 +171,21 @@ class FileStore:
             raise _unwritable(error) from error
 
     def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
+        self.used_bytes -= disk_bytes(spec)
         if archive is None:
             return
-        self.used_bytes -= disk_bytes(spec)
         try:
             archive.remove()
         except OSError as error:
             raise _unwritable(error) from error
 
+    def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
+        return SpillFolder(path_of(self._data, memory.tenant, memory.name, SPILLED), self._disk)
+
     def close(self) -> None:
         self._syncers.close()
+        with suppress(OSError):  # the next start tries it again
+            self._disk.remove_folder(self._data / SPILLED)
 
     def _folder(self, memory: MemoryId) -> MemoryFolder:
         return MemoryFolder(path_of(self._data, memory.tenant, memory.name), self._disk)
@@ -200,14 +227,31 @@ class Progress:
 
 def log_limit(spec: MemorySpec) -> int:
     """What a log may cost at a restart (Journal.replay_bytes) before a snapshot is due: as much as all rows."""
-    return max(LEAST_LOG_BYTES, bytes_needed(spec))
+    return max(LEAST_LOG_BYTES, _all_bytes(spec))
 
 
 def disk_bytes(spec: MemorySpec) -> int:
-    """Bytes of disk that a memory may take: two snapshots, and the log until the next one is done."""
+    """Bytes of disk that a memory may take: two snapshots, the log until the next one is done, and spilled files."""
     if spec.durability is Durability.VOLATILE:
+        return spilled_bytes(spec)
+    return 2 * _all_bytes(spec) + 2 * log_limit(spec) + spilled_bytes(spec)
+
+
+def spilled_bytes(spec: MemorySpec) -> int:
+    """Bytes that the files of spilled sequences may take: of all that have no room in host memory, and of one more.
+
+    For a durable memory twice all of them: while a snapshot is taken, what it has still to see stays where it is.
+    """
+    most, on_host = spec.spill.max_sequences, spec.spill.host_sequences
+    if not most or (most == on_host and spec.durability is Durability.VOLATILE):
         return 0
-    return 2 * bytes_needed(spec) + 2 * log_limit(spec)
+    number = most - on_host + 1 if spec.durability is Durability.VOLATILE else 2 * (most + 1)
+    return number * (bytes_needed(replace(spec, max_sequences=1)) + REPLIES_BYTES)
+
+
+def _all_bytes(spec: MemorySpec) -> int:
+    """Bytes of the rows of all sequences, wherever they lie."""
+    return bytes_needed(replace(spec, max_sequences=spec.total_sequences))
 
 
 def _unwritable(error: OSError) -> NotReady | Corrupt:

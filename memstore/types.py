@@ -70,6 +70,25 @@ class Durability(Enum):
     ALWAYS = "always"
 
 
+class SpillPolicy(Enum):
+    """Which of the sequences that may leave the device leaves it first."""
+
+    LRU = "lru"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpillSpec:
+    """Where sequences lie that have no place on the device.
+
+    max_sequences: that may exist beside those that have one. host_sequences: of them that may lie in host memory; the
+    others lie in files.
+    """
+
+    max_sequences: int = 0
+    host_sequences: int = 0
+    policy: SpillPolicy = SpillPolicy.LRU
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadSpec:
     """An array kept beside the key: `shape` elements of `dtype` an entry."""
@@ -96,6 +115,13 @@ class MemorySpec:
     durability: Durability = Durability.VOLATILE
     payloads: tuple[PayloadSpec, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    spill: SpillSpec = SpillSpec()
+    idle_ttl_s: int = 0
+
+    @property
+    def total_sequences(self) -> int:
+        """Sequences that can exist at once, with a place on the device or without."""
+        return self.max_sequences + self.spill.max_sequences
 
 
 class SequencePart(NamedTuple):
@@ -199,8 +225,27 @@ class IndexCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpillCounts:
+    """Where the sequences of a memory lie at one moment, and how often they moved since it is here.
+
+    host_bytes: reserved in host memory. disk_bytes: of files now.
+    """
+
+    num_resident: int
+    num_on_host: int
+    num_on_disk: int
+    host_bytes: int
+    disk_bytes: int
+    spills: int
+    returns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryCounts:
-    """What a memory holds at one moment; rows are counted over all layers. index: None where it keeps nothing."""
+    """What a memory holds at one moment; rows are counted over all layers. index: None where it keeps nothing.
+
+    expired_sequences: that were ended for being idle, since the memory is here. spill: None where nothing is spilled.
+    """
 
     num_sequences: int
     num_rows: int
@@ -208,3 +253,6 @@ class MemoryCounts:
     appended_rows: int
     evicted_rows: int
     index: IndexCounts | None = None
+    num_pinned: int = 0
+    expired_sequences: int = 0
+    spill: SpillCounts | None = None

@@ -119,6 +119,10 @@ class AsyncMemoryClient(ClientBase):
         """Gives the new sequence `target` the live positions of `source` below `as_of`, all if None."""
         return await drive_async(self._begin_fork(memory, source, target, as_of, epoch), self._core.clock)
 
+    async def pin(self, memory: str, names: Sequence[str], *, unpin: bool = False) -> int:
+        """Keeps sequences on the device, or lets them go; see MemoryClient.pin."""
+        return (await drive_async(self._begin_pin(memory, names, unpin), self._core.clock)).num_pinned
+
     def session(self, memory: str, sequences: Sequence[str]) -> AsyncSession:
         """A new writer of these sequences of a memory. Nothing is sent."""
         return AsyncSession(self._core_of(memory, sequences), memory, sequences, self._timeout_s)

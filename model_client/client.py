@@ -106,6 +106,9 @@ class ClientBase:
         request = pb.ForkRequest(memory=memory, source=source, target=target, as_of=as_of, epoch=epoch)
         return self._begin("Fork", request, pb.ForkResponse, is_repeatable=False)
 
+    def _begin_pin(self, memory: str, names: Sequence[str], unpin: bool) -> Running[pb.PinResponse]:
+        return self._begin("Pin", pb.PinRequest(memory=memory, sequences=names, unpin=unpin), pb.PinResponse)
+
     def _begin_info(self) -> Running[pb.ServerInfoResponse]:
         return self._begin("ServerInfo", pb.ServerInfoRequest(), pb.ServerInfoResponse)
 
@@ -152,6 +155,13 @@ class MemoryClient(ClientBase):
     ) -> pb.ForkResponse:
         """Gives the new sequence `target` the live positions of `source` below `as_of`, all if None."""
         return drive(self._begin_fork(memory, source, target, as_of, epoch), self._core.clock)
+
+    def pin(self, memory: str, names: Sequence[str], *, unpin: bool = False) -> int:
+        """Keeps sequences on the device, neither spilled nor ended for being idle; how many of the memory are so now.
+
+        unpin: they may leave again.
+        """
+        return drive(self._begin_pin(memory, names, unpin), self._core.clock).num_pinned
 
     def session(self, memory: str, sequences: Sequence[str]) -> Session:
         """A new writer of these sequences of a memory. Nothing is sent."""

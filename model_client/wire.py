@@ -70,7 +70,13 @@ class MemoryOptions(TypedDict, total=False):
     capacity: Required[int]
     """Entries that one layer of one sequence holds."""
     max_sequences: int
-    """Sequences that can exist at once; 1 if not given."""
+    """Sequences that can exist at once, or on the device at once where others are spilled; 1 if not given."""
+    max_spilled_sequences: int
+    """Sequences that can exist beside those: the least recently used ones are spilled; 0 if not given."""
+    host_spilled_sequences: int
+    """How many of these may lie in host memory, the others lie in files; 0 if not given."""
+    idle_ttl_s: int
+    """Seconds after which a sequence that nobody used ends; 0 if not given: never."""
     num_layers: int
     """Retrieval layers, each with rings of its own; 1 if not given."""
     dtype: torch.dtype
@@ -208,6 +214,7 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
         raise InvalidRequest(f"first_pass: {first_pass!r} is none of {sorted(_FIRST_PASSES)}")
     if durability not in _DURABILITIES:
         raise InvalidRequest(f"durability: {durability!r} is none of {sorted(_DURABILITIES)}")
+    spilled = options.get("max_spilled_sequences", 0), options.get("host_spilled_sequences", 0)
     return pb.MemorySpec(
         name=name,
         dim=options["dim"],
@@ -225,6 +232,8 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
             for each, (dtype, shape) in options.get("payloads", {}).items()
         ],
         tags=options.get("tags", {}),
+        spill=pb.SpillSpec(max_sequences=spilled[0], host_sequences=spilled[1]) if any(spilled) else None,
+        idle_ttl_s=options.get("idle_ttl_s", 0),
     )
 
 

@@ -117,6 +117,14 @@ class FakeDisk:
         self._sync_names(path.parent)
         return FakeAppendFile(self, path)
 
+    def scratch(self, path: Path) -> FakeAppendFile:
+        if path in self.files:
+            raise FileExistsError(17, "File exists", str(path))
+        if self.is_full:
+            raise OSError(28, "No space left on device")
+        self.files[path] = b""
+        return FakeAppendFile(self, path)
+
     def open(self, path: Path) -> FakeReadFile:
         if path not in self.files:
             raise FileNotFoundError(2, "No such file or directory", str(path))

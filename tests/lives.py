@@ -15,6 +15,7 @@ from memstore.archive import Archive
 from memstore.errors import MemstoreError
 from memstore.folder import MemoryFolder
 from memstore.memory import Memory
+from memstore.spill_file import SpillFolder
 from memstore.still import Still
 from memstore.types import Durability, MemorySpec, RetrieveOptions, SequencePart, SequenceResult, StepBatch, StepResult
 from tests.fakes import Diligent, FakeDisk
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CPU = torch.device("cpu")
 FOLDER = Path("/data/memories/t/m")
+SPILLED = Path("/data/spilled/t/m")
 SPEC = MemorySpec(name="m", dim=2, capacity=4, max_sequences=3, dtype=torch.float16, durability=Durability.ALWAYS)
 Picture = dict[str, object]
 
@@ -49,6 +51,9 @@ class Life:
         self.syncer = syncer or Diligent()
         self.epochs: Iterator[int] = epochs or itertools.count(1)
         self.memory = Memory(spec, device, new_epoch=self.epochs.__next__)
+        disk.remove_folder(SPILLED)
+        if self.memory.lifecycle.spill is not None:
+            self.memory.lifecycle.spill.tiers.folder = SpillFolder(SPILLED, disk)
         self.found: Recovered | None = None
         if is_new:
             self.archive = Archive.create(self.folder, "m", spec, self.syncer)
@@ -152,9 +157,11 @@ def found(memory: Memory, name: str) -> StepResult:
 
 def picture(memory: Memory) -> Picture:
     """Everything there is to see of a memory, byte for byte."""
-    still = Still(memory._slab, memory._table, memory.spec)  # one of its own: a snapshot may be under way
+    # one of its own: a snapshot may be under way
+    still = Still(memory._slab, memory._table, memory.spec, memory.pictures.tiers)
     rows: dict[str, list[bytes]] = {name: [] for name in still.sequences}
     names = {sequence.place: name for name, sequence in still.sequences.items()}
     for piece in still.pieces:
         rows[names[piece.place]].append(b"".join(bytes(part) for part in still.take(piece)))
-    return {"counts": memory.counts(), "sequences": still.sequences, "rows": rows}
+    sequences = {name: still.whole(name, sequence) for name, sequence in still.sequences.items()}
+    return {"counts": memory.counts(), "sequences": sequences, "rows": rows}

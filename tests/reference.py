@@ -77,6 +77,7 @@ class ReferenceMemory:
     def __init__(self, spec: MemorySpec, new_epoch: Callable[[], int] | None = None) -> None:
         self.spec = spec
         self.sequences: dict[str, ReferenceSequence] = {}
+        self.pinned: set[str] = set()
         self.new_epoch = new_epoch or itertools.count(1).__next__
         self.appended = self.evicted = 0
 
@@ -89,9 +90,12 @@ class ReferenceMemory:
 
     def step(self, batch: StepBatch) -> ReferenceResult:
         """Retrieve, then append. Raises what a Memory answers; nothing is changed then."""
+        names = [part.sequence for part in batch.parts]
+        known = [name for name in names if name in self.sequences]
+        self._check_places(known, len(names) - len(known) if batch.append else 0)
         checked = [self._check(batch, at) for at in range(len(batch.parts))]
         missing = [part for part in batch.parts if part.sequence not in self.sequences]
-        if batch.append and len(self.sequences) + len(missing) > self.spec.max_sequences:
+        if batch.append and len(self.sequences) + len(missing) > self.spec.total_sequences:
             raise QuotaExceeded("sequences")
         hits: list[list[list[ReferenceHit]]] | None = None if batch.retrieve is None else [[] for _ in batch.layers]
         results = []
@@ -128,10 +132,30 @@ class ReferenceMemory:
         for name in names:
             if name in self.sequences and release:
                 self.evicted += len(self.live(self.sequences.pop(name))) * self.spec.num_layers
+                self.pinned.discard(name)
             elif name in self.sequences:
                 self._empty(self.sequences[name])
             epochs.append(self.sequences[name].epoch if name in self.sequences else 0)
         return epochs
+
+    def pin(self, names: Sequence[str], unpin: bool) -> int:
+        """How many are pinned then."""
+        for name in names:
+            if name not in self.sequences:
+                raise NotFound(name)
+        if not unpin:
+            self._check_places(list(names), 0)
+        self.pinned = self.pinned.difference(names) if unpin else self.pinned.union(names)
+        return len(self.pinned)
+
+    def _check_places(self, names: list[str], num_new: int) -> None:
+        """Raises where those that are to stay, and these, are more than can have a place at once."""
+        if not self.spec.spill.max_sequences:
+            return
+        if len(self.sequences) + num_new > self.spec.total_sequences:
+            num_new = 0  # they are refused for that
+        if len(self.pinned.union(names)) + num_new > self.spec.max_sequences:
+            raise QuotaExceeded("places")
 
     def fork(self, source: str, target: str, as_of: int | None, epoch: int) -> SequenceResult:
         """Copies the live rows below `as_of`."""
@@ -144,7 +168,8 @@ class ReferenceMemory:
             raise EpochChanged(source, epoch, origin.epoch)
         if as_of is not None and not 0 <= as_of <= len(origin.rows):
             raise PositionExpired("as_of")
-        if len(self.sequences) >= self.spec.max_sequences:
+        self._check_places([source], 1)
+        if len(self.sequences) >= self.spec.total_sequences:
             raise QuotaExceeded("sequences")
         end = len(origin.rows) if as_of is None else as_of
         live = [position for position in self.live(origin) if position < end]
@@ -163,6 +188,7 @@ class ReferenceMemory:
             reserved_bytes=0,
             appended_rows=self.appended,
             evicted_rows=self.evicted,
+            num_pinned=len(self.pinned),
         )
 
     def _empty(self, sequence: ReferenceSequence) -> None:

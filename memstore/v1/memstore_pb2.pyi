@@ -216,6 +216,26 @@ DURABILITY_ALWAYS: Durability.ValueType  # 3
 """Answered once it is on the disk, with everything the answer shows: no end of the machine loses it."""
 Global___Durability: _TypeAlias = Durability  # noqa: Y015
 
+class _SpillPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpillPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpillPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPILL_POLICY_UNSPECIFIED: _SpillPolicy.ValueType  # 0
+    """Not given: LRU."""
+    SPILL_POLICY_LRU: _SpillPolicy.ValueType  # 1
+    """The one that was used least recently: stepped, retrieved from, appended to, reset, forked, pinned or lent."""
+
+class SpillPolicy(_SpillPolicy, metaclass=_SpillPolicyEnumTypeWrapper):
+    """Which of the sequences that may leave the device leaves it first."""
+
+SPILL_POLICY_UNSPECIFIED: SpillPolicy.ValueType  # 0
+"""Not given: LRU."""
+SPILL_POLICY_LRU: SpillPolicy.ValueType  # 1
+"""The one that was used least recently: stepped, retrieved from, appended to, reset, forked, pinned or lent."""
+Global___SpillPolicy: _TypeAlias = SpillPolicy  # noqa: Y015
+
 class _Plane:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -447,6 +467,42 @@ class PayloadSpec(_message.Message):
 Global___PayloadSpec: _TypeAlias = PayloadSpec  # noqa: Y015
 
 @_typing.final
+class SpillSpec(_message.Message):
+    """Where sequences lie that have no place on the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    HOST_SEQUENCES_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    max_sequences: _builtins.int
+    """Sequences that may exist beside the max_sequences that have a place, 0 to 1,048,576. 0: none is ever spilled.
+    Otherwise a sequence is given a place when it is used, and where none is free another one leaves it; INVALID_ARGUMENT
+    unless the index is EXACT or FAISS_FLAT. One call has places for max_sequences at once, less those that are pinned
+    or lent: RESOURCE_EXHAUSTED (QuotaExceeded) beyond that, or where the disk has no room.
+    """
+    host_sequences: _builtins.int
+    """How many of them may lie in host memory, which is reserved for them and for one more, 0 to spill.max_sequences. The
+    others lie in files of the data folder; INVALID_ARGUMENT where the server has none.
+    """
+    policy: Global___SpillPolicy.ValueType
+    """Which one leaves first. Default LRU."""
+    def __init__(
+        self,
+        *,
+        max_sequences: _builtins.int = ...,
+        host_sequences: _builtins.int = ...,
+        policy: Global___SpillPolicy.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_sequences", b"host_sequences", "max_sequences", b"max_sequences", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpillSpec: _TypeAlias = SpillSpec  # noqa: Y015
+
+@_typing.final
 class MemorySpec(_message.Message):
     """What a memory is. Fixed when it is created."""
 
@@ -486,6 +542,8 @@ class MemorySpec(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     INDEX_SETTINGS_FIELD_NUMBER: _builtins.int
     FIRST_PASS_FIELD_NUMBER: _builtins.int
+    SPILL_FIELD_NUMBER: _builtins.int
+    IDLE_TTL_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 128 characters of [A-Za-z0-9._-], beginning with a letter or digit; INVALID_ARGUMENT otherwise."""
     dim: _builtins.int
@@ -493,7 +551,9 @@ class MemorySpec(_message.Message):
     capacity: _builtins.int
     """Entries that one layer of one sequence holds, 1 to 16,777,216; 134,217,728 with an index that may miss rows."""
     max_sequences: _builtins.int
-    """Sequences that can exist at once, 1 to 65,536. Default 1."""
+    """Sequences that can exist at once, or have a place on the device at once where others are spilled, 1 to 65,536.
+    Default 1.
+    """
     num_layers: _builtins.int
     """Retrieval layers, each with rings of its own, 1 to 256. Default 1."""
     dtype: Global___DataType.ValueType
@@ -508,6 +568,10 @@ class MemorySpec(_message.Message):
     """What survives a stop. Default VOLATILE."""
     first_pass: Global___FirstPass.ValueType
     """What a search reads of every row. Default ROWS; INVALID_ARGUMENT for another one unless the index is EXACT."""
+    idle_ttl_s: _builtins.int
+    """Seconds after which a sequence that nobody used ends, as by a Reset with release, 0 to 31,536,000. 0: never. It ends
+    a few seconds later at most. Time begins anew when the server starts; pinned and lent sequences do not end.
+    """
     @_builtins.property
     def payloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___PayloadSpec]:
         """Arrays kept beside the key, at most 8."""
@@ -519,6 +583,10 @@ class MemorySpec(_message.Message):
     @_builtins.property
     def index_settings(self) -> Global___IndexSettings:
         """What the index is built and searched with. INVALID_ARGUMENT for EXACT and FAISS_FLAT, which have no settings."""
+
+    @_builtins.property
+    def spill(self) -> Global___SpillSpec:
+        """What becomes of sequences beyond max_sequences. Absent: they cannot exist."""
 
     def __init__(
         self,
@@ -537,10 +605,12 @@ class MemorySpec(_message.Message):
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         index_settings: Global___IndexSettings | None = ...,
         first_pass: Global___FirstPass.ValueType = ...,
+        spill: Global___SpillSpec | None = ...,
+        idle_ttl_s: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["index_settings", b"index_settings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index_settings", b"index_settings", "spill", b"spill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "dim", b"dim", "dtype", b"dtype", "durability", b"durability", "first_pass", b"first_pass", "index", b"index", "index_settings", b"index_settings", "max_sequences", b"max_sequences", "metric", b"metric", "name", b"name", "num_layers", b"num_layers", "payloads", b"payloads", "policy", b"policy", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "dim", b"dim", "dtype", b"dtype", "durability", b"durability", "first_pass", b"first_pass", "idle_ttl_s", b"idle_ttl_s", "index", b"index", "index_settings", b"index_settings", "max_sequences", b"max_sequences", "metric", b"metric", "name", b"name", "num_layers", b"num_layers", "payloads", b"payloads", "policy", b"policy", "spill", b"spill", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -589,6 +659,52 @@ class IndexStatus(_message.Message):
 Global___IndexStatus: _TypeAlias = IndexStatus  # noqa: Y015
 
 @_typing.final
+class SpillStatus(_message.Message):
+    """Where the sequences of a memory lie at one moment, and how often they moved since the server started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_RESIDENT_FIELD_NUMBER: _builtins.int
+    NUM_ON_HOST_FIELD_NUMBER: _builtins.int
+    NUM_ON_DISK_FIELD_NUMBER: _builtins.int
+    HOST_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    SPILLS_FIELD_NUMBER: _builtins.int
+    RETURNS_FIELD_NUMBER: _builtins.int
+    num_resident: _builtins.int
+    """Sequences that have a place on the device."""
+    num_on_host: _builtins.int
+    """Sequences in host memory."""
+    num_on_disk: _builtins.int
+    """Sequences in files."""
+    host_bytes: _builtins.int
+    """Bytes of host memory that are reserved for them; a part of reserved_bytes where the host is the device."""
+    disk_bytes: _builtins.int
+    """Bytes of files now."""
+    spills: _builtins.int
+    """Times that a sequence left the device."""
+    returns: _builtins.int
+    """Times that one came back."""
+    def __init__(
+        self,
+        *,
+        num_resident: _builtins.int = ...,
+        num_on_host: _builtins.int = ...,
+        num_on_disk: _builtins.int = ...,
+        host_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        spills: _builtins.int = ...,
+        returns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "host_bytes", b"host_bytes", "num_on_disk", b"num_on_disk", "num_on_host", b"num_on_host", "num_resident", b"num_resident", "returns", b"returns", "spills", b"spills"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpillStatus: _TypeAlias = SpillStatus  # noqa: Y015
+
+@_typing.final
 class MemoryStatus(_message.Message):
     """What a memory holds at one moment."""
 
@@ -602,8 +718,11 @@ class MemoryStatus(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    SPILL_FIELD_NUMBER: _builtins.int
+    NUM_PINNED_FIELD_NUMBER: _builtins.int
+    EXPIRED_SEQUENCES_FIELD_NUMBER: _builtins.int
     num_sequences: _builtins.int
-    """Sequences that exist, at most max_sequences."""
+    """Sequences that exist, at most max_sequences and spill.max_sequences together."""
     num_rows: _builtins.int
     """Live entries over all layers and sequences."""
     reserved_bytes: _builtins.int
@@ -614,6 +733,10 @@ class MemoryStatus(_message.Message):
     """Entries that have left since the server started, over all layers."""
     device: _builtins.str
     """The device that holds the rows, such as "cpu" or "cuda:0"."""
+    num_pinned: _builtins.int
+    """Sequences that are pinned."""
+    expired_sequences: _builtins.int
+    """Sequences that ended for being idle since the server started."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When the memory was created."""
@@ -621,6 +744,10 @@ class MemoryStatus(_message.Message):
     @_builtins.property
     def index(self) -> Global___IndexStatus:
         """Absent for EXACT and FAISS_FLAT, which keep nothing beside the rows."""
+
+    @_builtins.property
+    def spill(self) -> Global___SpillStatus:
+        """Absent where no sequence is ever spilled."""
 
     def __init__(
         self,
@@ -633,10 +760,13 @@ class MemoryStatus(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         device: _builtins.str = ...,
         index: Global___IndexStatus | None = ...,
+        spill: Global___SpillStatus | None = ...,
+        num_pinned: _builtins.int = ...,
+        expired_sequences: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "index", b"index"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "index", b"index", "spill", b"spill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_rows", b"appended_rows", "created_at", b"created_at", "device", b"device", "evicted_rows", b"evicted_rows", "index", b"index", "num_rows", b"num_rows", "num_sequences", b"num_sequences", "reserved_bytes", b"reserved_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_rows", b"appended_rows", "created_at", b"created_at", "device", b"device", "evicted_rows", b"evicted_rows", "expired_sequences", b"expired_sequences", "index", b"index", "num_pinned", b"num_pinned", "num_rows", b"num_rows", "num_sequences", b"num_sequences", "reserved_bytes", b"reserved_bytes", "spill", b"spill"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1577,6 +1707,62 @@ class ForkResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForkResponse: _TypeAlias = ForkResponse  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    """Asks to pin sequences."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    UNPIN_FIELD_NUMBER: _builtins.int
+    memory: _builtins.str
+    """Name of the memory. Required; NOT_FOUND when there is none."""
+    unpin: _builtins.bool
+    """True: they are pinned no more. A pin ends with its sequence, too."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the sequences, 1 to 4,096, each once. NOT_FOUND when one does not exist, RESOURCE_EXHAUSTED (QuotaExceeded)
+        when they cannot all have a place; no pin is changed then.
+        """
+
+    def __init__(
+        self,
+        *,
+        memory: _builtins.str = ...,
+        sequences: _abc.Iterable[_builtins.str] | None = ...,
+        unpin: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "sequences", b"sequences", "unpin", b"unpin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinResponse(_message.Message):
+    """What is pinned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_PINNED_FIELD_NUMBER: _builtins.int
+    num_pinned: _builtins.int
+    """Sequences of the memory that are pinned now."""
+    def __init__(
+        self,
+        *,
+        num_pinned: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_pinned", b"num_pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinResponse: _TypeAlias = PinResponse  # noqa: Y015
 
 @_typing.final
 class ServerInfoRequest(_message.Message):

@@ -85,6 +85,11 @@ class MemoryServiceStub:
                 request_serializer=memstore_dot_v1_dot_memstore__pb2.ForkRequest.SerializeToString,
                 response_deserializer=memstore_dot_v1_dot_memstore__pb2.ForkResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/memstore.v1.MemoryService/Pin',
+                request_serializer=memstore_dot_v1_dot_memstore__pb2.PinRequest.SerializeToString,
+                response_deserializer=memstore_dot_v1_dot_memstore__pb2.PinResponse.FromString,
+                _registered_method=True)
         self.ServerInfo = channel.unary_unary(
                 '/memstore.v1.MemoryService/ServerInfo',
                 request_serializer=memstore_dot_v1_dot_memstore__pb2.ServerInfoRequest.SerializeToString,
@@ -172,6 +177,13 @@ class MemoryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Keeps sequences on the device, so that they are neither spilled nor ended for being idle; or does so no more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ServerInfo(self, request, context):
         """Says what this server is, what it can do and what its limits are.
         """
@@ -239,6 +251,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.Fork,
                     request_deserializer=memstore_dot_v1_dot_memstore__pb2.ForkRequest.FromString,
                     response_serializer=memstore_dot_v1_dot_memstore__pb2.ForkResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=memstore_dot_v1_dot_memstore__pb2.PinRequest.FromString,
+                    response_serializer=memstore_dot_v1_dot_memstore__pb2.PinResponse.SerializeToString,
             ),
             'ServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.ServerInfo,
@@ -522,6 +539,33 @@ class MemoryService:
             '/memstore.v1.MemoryService/Fork',
             memstore_dot_v1_dot_memstore__pb2.ForkRequest.SerializeToString,
             memstore_dot_v1_dot_memstore__pb2.ForkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/memstore.v1.MemoryService/Pin',
+            memstore_dot_v1_dot_memstore__pb2.PinRequest.SerializeToString,
+            memstore_dot_v1_dot_memstore__pb2.PinResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,8 @@ class MemoryServiceStub:
     """Empties sequences, or gives their places back. Their epochs change."""
     Fork: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.ForkRequest, _memstore_pb2.ForkResponse]
     """Gives a new sequence the prefix of another one."""
+    Pin: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.PinRequest, _memstore_pb2.PinResponse]
+    """Keeps sequences on the device, so that they are neither spilled nor ended for being idle; or does so no more."""
     ServerInfo: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.ServerInfoRequest, _memstore_pb2.ServerInfoResponse]
     """Says what this server is, what it can do and what its limits are."""
     OpenPlane: _grpc.UnaryUnaryMultiCallable[_memstore_pb2.OpenPlaneRequest, _memstore_pb2.OpenPlaneResponse]
@@ -96,6 +98,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """Empties sequences, or gives their places back. Their epochs change."""
     Fork: _aio.UnaryUnaryMultiCallable[_memstore_pb2.ForkRequest, _memstore_pb2.ForkResponse]  # type: ignore[assignment]
     """Gives a new sequence the prefix of another one."""
+    Pin: _aio.UnaryUnaryMultiCallable[_memstore_pb2.PinRequest, _memstore_pb2.PinResponse]  # type: ignore[assignment]
+    """Keeps sequences on the device, so that they are neither spilled nor ended for being idle; or does so no more."""
     ServerInfo: _aio.UnaryUnaryMultiCallable[_memstore_pb2.ServerInfoRequest, _memstore_pb2.ServerInfoResponse]  # type: ignore[assignment]
     """Says what this server is, what it can do and what its limits are."""
     OpenPlane: _aio.UnaryUnaryMultiCallable[_memstore_pb2.OpenPlaneRequest, _memstore_pb2.OpenPlaneResponse]  # type: ignore[assignment]
@@ -187,6 +191,14 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_memstore_pb2.ForkResponse, _abc.Awaitable[_memstore_pb2.ForkResponse]]:
         """Gives a new sequence the prefix of another one."""
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _memstore_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_memstore_pb2.PinResponse, _abc.Awaitable[_memstore_pb2.PinResponse]]:
+        """Keeps sequences on the device, so that they are neither spilled nor ended for being idle; or does so no more."""
 
     @_abc_1.abstractmethod
     def ServerInfo(

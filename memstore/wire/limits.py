@@ -12,6 +12,10 @@ MAX_LARGE_CAPACITY = 134_217_728
 """Entries of one layer of one sequence where the index may miss rows."""
 MAX_SEQUENCES = 65_536
 MAX_LAYERS = 256
+MAX_SPILLED = 1_048_576
+"""Sequences without a place on the device."""
+MAX_IDLE_TTL_S = 31_536_000
+"""A year."""
 MAX_PAYLOADS = 8
 MAX_PAYLOAD_DIMS = 4
 MAX_PAYLOAD_BYTES = 1 << 24

@@ -15,6 +15,7 @@ from memstore.types import Durability, FirstPass, IndexKind, MemorySpec, Metric,
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import fields, limits
 from memstore.wire.index_settings import decode_settings, encode_index_status, encode_settings
+from memstore.wire.spill import decode_spill, encode_spill, encode_spill_status
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,6 +102,8 @@ def decode_spec(spec: pb.MemorySpec) -> MemorySpec:
         durability=_choice(_DURABILITIES, spec.durability, "spec.durability"),
         payloads=_payloads(spec),
         tags=_tags(spec.tags),
+        spill=decode_spill(spec.spill, index),
+        idle_ttl_s=fields.whole(spec.idle_ttl_s, "spec.idle_ttl_s", 0, limits.MAX_IDLE_TTL_S),
     )
 
 
@@ -170,6 +173,8 @@ def encode_spec(spec: MemorySpec) -> pb.MemorySpec:
         durability=DURABILITY_NUMBERS[spec.durability],
         payloads=payloads,
         tags=spec.tags,
+        spill=encode_spill(spec.spill),
+        idle_ttl_s=spec.idle_ttl_s,
     )
 
 
@@ -184,6 +189,9 @@ def encode_description(spec: MemorySpec, counts: MemoryCounts, created_at: float
         created_at=encode_time(created_at),
         device=device,
         index=encode_index_status(counts.index),
+        spill=encode_spill_status(counts.spill),
+        num_pinned=counts.num_pinned,
+        expired_sequences=counts.expired_sequences,
     )
     return pb.MemoryDescription(spec=encode_spec(spec), status=status)
 

@@ -197,6 +197,28 @@ def test_parts_starts_reset_and_fork(client: Any) -> None:
     assert client.reset("m", ["a"], release=True) == [0]
 
 
+def test_more_sequences_than_places_and_pins(client: Any) -> None:
+    create(client, max_sequences=2, max_spilled_sequences=2, host_spilled_sequences=2, idle_ttl_s=3600)
+    sessions = [client.session("m", names) for names in (["a", "b"], ["c", "d"])]
+    for number in range(3):
+        for which, session in enumerate(sessions):
+            keys = torch.full((2, 4), float(10 * which + number))
+            result = session.step(keys, [1, 1], retrieve=Retrieval(1), append=True)
+            assert [each.first_position for each in result.sequences] == [number, number]
+            if number:
+                assert torch.unique(result.hits.rows["key"]).tolist() == [10 * which + number - 1]
+    status = client.describe_memory("m").status
+    assert (status.num_sequences, status.spill.num_resident, status.spill.num_on_host) == (4, 2, 2)
+    assert status.spill.returns >= 4
+    assert client.pin("m", ["c", "d"]) == 2
+    with pytest.raises((errors.QuotaExceeded, errors.NotReady)):
+        client.fork("m", "a", "e")
+    assert client.pin("m", ["c", "d"], unpin=True) == 0
+    assert client.reset("m", list("abcd"), release=True) == [0] * 4
+    with pytest.raises(errors.NotFound):
+        client.pin("m", ["a"])
+
+
 def test_a_sequence_that_somebody_else_reset_is_begun_again(client: Any) -> None:
     create(client)
     session = client.session("m", ["a", "b"])

@@ -34,6 +34,7 @@ REQUESTS = {
     ),
     "Fork": pb.ForkRequest(memory="notes", source="a", target="c", as_of=1),
     "Reset": pb.ResetRequest(memory="notes", sequences=["a"], release=True),
+    "Pin": pb.PinRequest(memory="notes", sequences=["a"]),
 }
 
 
@@ -98,7 +99,7 @@ def test_a_mutated_record_is_done_or_corrupt_even_past_its_checksum() -> None:
         memory = life.blank()
         for record in records:
             body = bytearray(mutated(bytes(record), random)) if random.random() < 0.3 else bytearray(record)
-            if not _is_done(lambda body=body, memory=memory: memory.redo(*read_step(memoryview(body)))):  # type: ignore[misc]
+            if not _is_done(lambda body=body, memory=memory: memory.refill().redo(*read_step(memoryview(body)))):  # type: ignore[misc]
                 break
         else:
             memory.step([batch(memory.spec, "new", 1, 0)])

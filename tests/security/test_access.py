@@ -40,6 +40,7 @@ NEEDED = {
     "Append": "write",
     "Reset": "write",
     "Fork": "read,write",
+    "Pin": "write",
     "ServerInfo": "read",
     "OpenPlane": "read,write",
     "Check": "",

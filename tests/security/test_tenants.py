@@ -60,6 +60,7 @@ def request_of(method: str, memory: str) -> Message | None:
         "Append": pb.AppendRequest(memory=memory, sequences=[part], keys=whole.keys),
         "Reset": pb.ResetRequest(memory=memory, sequences=["a"]),
         "Fork": pb.ForkRequest(memory=memory, source="a", target="b"),
+        "Pin": pb.PinRequest(memory=memory, sequences=["a"]),
         "OpenPlane": pb.OpenPlaneRequest(memory=memory, sequences=["a"], writer="w"),
     }
     return requests[method]

@@ -35,6 +35,7 @@ class Lives:
 
     def __init__(self) -> None:
         self.disk = FakeDisk()
+        self.clock = FakeClock()
         self._stack = ExitStack()
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
@@ -53,8 +54,9 @@ class Lives:
         self.server = self._start()
 
     def _start(self) -> Serving:
-        store = file_store(DATA, self.disk, FakeClock())
-        setting = Setting(catalog=FileCatalog(DATA, self.disk), store=store, port=self._port)
+        store = file_store(DATA, self.disk, self.clock)
+        catalog = FileCatalog(DATA, self.disk)
+        setting = Setting(catalog=catalog, store=store, port=self._port, clock=self.clock)
         return self._stack.enter_context(serving(setting))
 
 

@@ -114,6 +114,9 @@ class Store(RuleBasedStateMachine):
             index=spec.index.value,
             durability=spec.durability.value,
             payloads={each.name: (each.dtype, each.shape) for each in spec.payloads},
+            max_spilled_sequences=spec.spill.max_sequences,
+            host_spilled_sequences=spec.spill.host_sequences,
+            idle_ttl_s=spec.idle_ttl_s,
         )
         self.sessions = [client.session("m", NAMES) for client in self.clients]
         self.reference = ReferenceMemory(spec, new_epoch=itertools.count(-1, -1).__next__)
@@ -136,6 +139,7 @@ class Store(RuleBasedStateMachine):
         status, want = self.client.describe_memory("m").status, self.reference.counts()
         assert (status.num_sequences, status.num_rows) == (want.num_sequences, want.num_rows)
         assert (status.appended_rows, status.evicted_rows) == (want.appended_rows, want.evicted_rows)
+        assert status.num_pinned == want.num_pinned
 
     @rule(counts=COUNTS, retrieval=RETRIEVALS, who=st.integers(0, 1), starts=STARTS)
     def step_of_a_session(self, counts: dict[str, int], retrieval: Retrieval, who: int, starts: str) -> None:

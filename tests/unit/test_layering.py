@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = """
     v1 types errors config seams logs
     descriptors
-    ring window codes region slab control lease search host gpu index sequence lent lender
-    retrieval appending row_bytes changes log journal ledger still memory
+    ring window codes region slab control lease search host gpu index sequence lent
+    retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
+    log journal ledger refill memory
     folder snapshot recovery archive
     admission capacity catalog store device plane replies
-    wire status access followed tokens auth quotas gate registry snapshotter metrics service
+    wire status access followed tokens auth quotas gate registry snapshotter expirer metrics service
     embedded mapped lending listen grpc_front health
     server console issuing backup __main__
 """.split()

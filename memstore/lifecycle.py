@@ -1,0 +1,261 @@
+"""Lifecycle: which sequences of a memory have a place on its device, who leaves it, and whose time is over.
+
+A sequence that is used has a place. Where none is free for it, the least recently used one that may leave is spilled
+(see spill.py), and comes back when it is used itself. Pinned and lent sequences stay, as do those of the same call.
+What was not used for `idle_ttl_s` ends, as by a reset with `release`, unless it is pinned or lent.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from memstore.changes import Appended, Forked, Pinned
+from memstore.errors import Corrupt, MemstoreError, NotReady, QuotaExceeded
+from memstore.seams import SystemClock
+from memstore.spill import Spill
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from memstore.changes import Change
+    from memstore.seams import Clock
+    from memstore.sequence import Sequence as Stream
+    from memstore.sequence import SequenceTable
+    from memstore.slab import Slab
+    from memstore.still import Pictures
+    from memstore.types import Hits, MemorySpec, SpillCounts, StepBatch, StepResult
+
+    Carry = Callable[[int, Hits], None]
+    Run = Callable[[Sequence[StepBatch], Carry], list[StepResult | MemstoreError]]
+
+MAX_EXPIRED = 4096
+"""Sequences that end for being idle in one change of the log."""
+RECALL_S = 0.02
+"""How long a process that is asked for its lease needs, as a rule."""
+
+
+class Lifecycle:
+    """See above. Called by the device's thread, and before it by whoever fills the memory.
+
+    is_needed: False where nothing leaves by itself; then nothing is kept, and `step` can be left out. clock: may be
+    another one before anything is used. spill: None where nothing is spilled.
+    """
+
+    def __init__(self, spec: MemorySpec, slab: Slab, table: SequenceTable, pictures: Pictures | None) -> None:
+        """pictures: None where the slab is another process's, and nothing leaves by itself.
+
+        Raises DeviceMemoryFull where the host has no room.
+        """
+        self.clock: Clock = SystemClock()
+        self.is_needed = pictures is not None and bool(spec.spill.max_sequences or spec.idle_ttl_s)
+        self.spill = Spill(spec, slab, table, pictures) if pictures is not None and spec.spill.max_sequences else None
+        self.num_expired = 0
+        self._spec = spec
+        self._table = table
+        self._used: OrderedDict[str, float] = OrderedDict()
+        """When each that has a place was used, monotonic seconds; the least recently used one first."""
+
+    def step(self, batches: Sequence[StepBatch], carry: Carry, run: Run) -> list[StepResult | MemstoreError]:
+        """`run` for all batches: at once where all their sequences have places, else for as many as can have together.
+
+        A batch that cannot have its places is answered by its error, and changes nothing.
+        """
+        if self._touch_parts(batches):
+            return run(batches, carry)
+        if self.spill is None:
+            results = run(batches, carry)
+            self._touch_new(batches)
+            return results
+        return self._share(batches, carry, run)
+
+    def admit(
+        self, names: Sequence[str], num_new: int = 0, held: AbstractSet[str] = frozenset(), num_kept: int = 0
+    ) -> None:
+        """Gives a place to each of these that exists, and sees to one for each of so many new sequences.
+
+        held: others that keep theirs for now, so that it is worth while to try again without. num_kept: places that
+        are left free beside. Where the memory can have no more sequences, no place is made for new ones. Raises
+        QuotaExceeded, NotReady where lent ones have the places (one is asked back) or a file cannot be read, Corrupt,
+        DeviceMemoryFull; who has a place may have changed then.
+        """
+        spill = self.spill
+        if spill is None:
+            return
+        if len(self._table) + num_kept + num_new > self._spec.total_sequences:
+            num_new = 0
+        if sum(name in self._table for name in names) + num_new > self._spec.max_sequences:
+            raise QuotaExceeded(f"sequences: a call has places for {self._spec.max_sequences} at once")
+        stay = held | set(names)
+        for name in names:
+            if name in spill.away:
+                if self._table.num_free <= num_kept:
+                    self._make_room(spill, stay, name, asks_back=not held)
+                spill.come_back(name)
+                self._used[name] = self.clock.monotonic()
+        while num_new and self._table.num_free < num_kept + num_new:
+            self._make_room(spill, stay, None, asks_back=not held)
+
+    def admit_changes(self, changes: Sequence[Change]) -> None:
+        """`admit` for changes of a log that are about to be done once more. Raises Corrupt where they do not fit."""
+        known: list[str] = []
+        new: set[str] = set()
+        for change in changes:
+            match change:
+                case Appended(sequence=name, is_append=True) | Forked(target=name):
+                    (known.append if name in self._table else new.add)(name)
+                case Pinned(sequence=name, is_pinned=True):
+                    known.append(name)
+            if isinstance(change, Forked):
+                known.append(change.source)
+        try:
+            self.admit(known, len(new))
+        except (QuotaExceeded, NotReady) as error:
+            raise Corrupt(f"the log cannot be done once more: {error}") from error
+
+    def touch_changed(self, changes: Sequence[Change]) -> None:
+        """`touch` for the sequences of changes of a log that were done."""
+        self.touch(change.target if isinstance(change, Forked) else change.sequence for change in changes)
+
+    def touch(self, names: Iterable[str]) -> None:
+        """Takes note that these were used at this moment, have come to be, or have ceased to."""
+        if not self.is_needed:
+            return
+        now = self.clock.monotonic()
+        for name in names:
+            if self.spill is not None and name in self.spill.away:
+                self.spill.used_away(name, now)
+            elif name in self._table:
+                self._used[name] = now
+                self._used.move_to_end(name)
+            else:
+                self._used.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """A sequence is about to end."""
+        if self._used.pop(name, None) is None and self.spill is not None:
+            self.spill.forget(name)
+
+    def expire(self, end: Callable[[list[str]], object]) -> int:
+        """Has sequences ended whose time is over, MAX_EXPIRED at a time; their number. Raises what `end` raises."""
+        num_expired = 0
+        while names := self._expired():
+            end(names)
+            num_expired += len(names)
+            self.num_expired += len(names)
+        return num_expired
+
+    def _expired(self) -> list[str]:
+        """Sequences that were not used for `idle_ttl_s` and may end, MAX_EXPIRED at most.
+
+        One that is away behind one that was emptied where it is, and so later, is found once that one's time is over.
+        """
+        names: list[str] = []
+        if not self._spec.idle_ttl_s:
+            return names
+        last = self.clock.monotonic() - self._spec.idle_ttl_s
+        for used in (self._used,) if self.spill is None else (self.spill.away, self._used):
+            for name, at in used.items():
+                if at > last or len(names) == MAX_EXPIRED:
+                    break
+                if self._may_leave(name):
+                    names.append(name)
+        return names
+
+    def restore(self, sequences: Mapping[str, Stream]) -> None:
+        """Takes note of the sequences of a snapshot. ValueError where they do not fit."""
+        if self.spill is not None:
+            self.spill.restore(sequences, self.clock.monotonic())
+        self.touch(name for name, each in sequences.items() if each.place < self._spec.max_sequences)
+
+    def counts(self) -> SpillCounts | None:
+        """Where sequences lie; None where nothing is spilled."""
+        return None if self.spill is None else self.spill.counts()
+
+    def free(self) -> None:
+        """Gives back what lies beyond the slab."""
+        if self.spill is not None:
+            self.spill.tiers.free()
+
+    def _touch_parts(self, batches: Sequence[StepBatch]) -> bool:
+        """Notes that the sequences of these batches are used now; whether all of them have places."""
+        now, used, has_all = self.clock.monotonic(), self._used, True
+        for batch in batches:
+            for part in batch.parts:
+                if part.sequence in used:
+                    used[part.sequence] = now
+                    used.move_to_end(part.sequence)
+                else:
+                    has_all = False
+        return has_all
+
+    def _touch_new(self, batches: Sequence[StepBatch]) -> None:
+        self.touch(part.sequence for batch in batches for part in batch.parts if part.sequence not in self._used)
+
+    def _share(self, batches: Sequence[StepBatch], carry: Carry, run: Run) -> list[StepResult | MemstoreError]:
+        """Runs as many batches at a time as can have their places together."""
+        results: dict[int, StepResult | MemstoreError] = {}
+        group: list[int] = []
+        held: set[str] = set()
+        num_new = 0
+
+        def run_group() -> None:
+            nonlocal num_new
+            chosen, (group[:], num_new) = tuple(group), ([], 0)
+            held.clear()
+            try:
+                done = run([batches[at] for at in chosen], lambda at, hits: carry(chosen[at], hits))
+            except MemstoreError as error:  # those of groups before are done
+                done = [error] * len(chosen)
+            results.update(zip(chosen, done, strict=True))
+
+        for at, batch in enumerate(batches):
+            names = [part.sequence for part in batch.parts]
+            new = sum(name not in self._table for name in names) if batch.append else 0
+            try:
+                try:
+                    self.admit(names, new, held, num_new)
+                except QuotaExceeded:
+                    if not group:
+                        raise
+                    run_group()
+                    new = sum(name not in self._table for name in names) if batch.append else 0
+                    self.admit(names, new)
+            except MemstoreError as error:
+                results[at] = error
+                continue
+            group.append(at)
+            held.update(names)
+            num_new += new
+        if group:
+            run_group()
+        self._touch_new(batches)
+        return [results[at] for at in range(len(batches))]
+
+    def _make_room(self, spill: Spill, held: AbstractSet[str], returning: str | None, *, asks_back: bool) -> None:
+        """Spills one sequence. Raises QuotaExceeded, NotReady; nothing is changed then.
+
+        asks_back: where that makes room, the lease that was used least recently is asked back.
+        """
+        name = next((name for name in self._used if name not in held and self._may_leave(name)), None)
+        if name is None:
+            raise self._no_place(held if asks_back else self._used.keys())
+        spill.leave(name, self._used[name], returning)
+        del self._used[name]
+
+    def _may_leave(self, name: str) -> bool:
+        sequence = self._table[name]
+        return not sequence.is_pinned and sequence.loan is None
+
+    def _no_place(self, held: AbstractSet[str]) -> MemstoreError:
+        """Why nobody can leave. The lease that was used least recently, but for those of `held`, is asked back."""
+        for name in self._used:
+            loan = self._table.loan(name)
+            if loan is not None and name not in held:
+                loan.lease.ask_back()
+                return NotReady("sequences: lent ones have all places, and were asked back", RECALL_S)
+        num_pinned = sum(self._table[name].is_pinned for name in self._used)
+        return QuotaExceeded(
+            f"sequences: a call has places for {self._spec.max_sequences} at once, and {num_pinned} of them are pinned"
+        )

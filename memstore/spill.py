@@ -1,0 +1,170 @@
+"""Spill: the sequences of a memory that have no place on its device: how they leave it, lie, and return."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import torch
+
+from memstore.errors import Corrupt, DeviceMemoryFull, MemstoreError, QuotaExceeded
+from memstore.tiers import Tiers, host_bytes
+from memstore.types import SpillCounts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from memstore.sequence import Sequence, SequenceTable
+    from memstore.slab import Slab, StagedRows
+    from memstore.still import Pictures
+    from memstore.types import MemorySpec
+
+
+class Spill:
+    """Those that are away. Each goes to host memory; when that is full, the one longest there goes on to a file.
+
+    Between two calls a place in host memory is free, but while a snapshot is taken: what the snapshot has still to see
+    stays where it is.
+    """
+
+    def __init__(self, spec: MemorySpec, slab: Slab, table: SequenceTable, pictures: Pictures) -> None:
+        """Raises DeviceMemoryFull where the host has no room."""
+        self.tiers = pictures.tiers = Tiers(spec, slab)
+        self.away: OrderedDict[str, float] = OrderedDict()
+        """When each was used, monotonic seconds; in the order in which they left, or were emptied where they are."""
+        self._spec = spec
+        self._table = table
+        self._pictures = pictures
+        self._hosted: OrderedDict[str, None] = OrderedDict()
+        self._arriving: dict[int, str] = {}
+        self._arrival = -1
+        self._num_spills = self._num_returns = 0
+
+    def leave(self, name: str, used_at: float, returning: str | None) -> None:
+        """Takes a sequence from its place on the device. returning: one that is away, and will come back next.
+
+        Raises QuotaExceeded where it can lie nowhere else; nothing is changed then.
+        """
+        self._see_to_room()
+        sequence = self._table[name]
+        place = self.tiers.copy_out(sequence)
+        try:
+            is_room_coming = returning is not None and self.tiers.frees(self._table[returning].place)
+            if not (self.tiers.has_room or is_room_coming or self._file_oldest(returning)):
+                place = self.tiers.file(name, sequence, place)
+                sequence.writers = OrderedDict()
+        except MemstoreError:
+            self.tiers.drop(place)
+            raise
+        self._table.vacate(name, place)
+        self.away[name] = used_at
+        if not self.tiers.is_filed(place):
+            self._hosted[name] = None
+        self._num_spills += 1
+
+    def come_back(self, name: str) -> None:
+        """Gives a sequence a place on the device; one is free.
+
+        Raises Corrupt, NotReady, QuotaExceeded, DeviceMemoryFull; it stays away then.
+        """
+        sequence = self._table[name]
+        before = sequence.place
+        if self.tiers.is_filed(before):
+            self._see_to_room()
+        (place,) = self._table.places_of_new([name])
+        capacity = self._spec.capacity
+        try:
+            self._pictures.preserve_rows(place, sequence.begin(capacity), sequence.num_live(capacity))
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
+        self.tiers.copy_in(name, sequence, place)
+        self._table.occupy(name)
+        self.tiers.drop(before)
+        self._hosted.pop(name, None)
+        del self.away[name]
+        self._num_returns += 1
+
+    def used_away(self, name: str, now: float) -> None:
+        """A sequence was reset where it is, or given another epoch: its writers are forgotten."""
+        self.away[name] = now
+        self.away.move_to_end(name)
+        sequence = self._table[name]
+        if not sequence.next_position and self.tiers.is_filed(sequence.place):
+            sequence.place = self.tiers.empty(sequence.place)
+
+    def forget(self, name: str) -> None:
+        """A sequence, which may be away, is about to end."""
+        if self.away.pop(name, None) is not None:
+            self._hosted.pop(name, None)
+            self.tiers.drop(self._table[name].place)
+
+    def restore(self, sequences: Mapping[str, Sequence], now: float) -> None:
+        """Takes note of those of a snapshot that are away; `put` gets their rows next. ValueError: they do not fit."""
+        self._arriving = {
+            each.place: name for name, each in sequences.items() if each.place >= self._spec.max_sequences
+        }
+        if len(self._arriving) > self._spec.spill.max_sequences:
+            raise ValueError("more sequences than the memory has room for")
+        self.away.update((name, now) for name in self._arriving.values())
+        for place, name in tuple(self._arriving.items()):
+            if not sequences[name].num_live(self._spec.capacity):
+                self._arrive(place, self.tiers.take())
+
+    def put(self, place: int, end: int, rows: StagedRows, slots: torch.Tensor) -> None:
+        """Puts rows of a sequence that is away, those in front of position `end`, into these slots.
+
+        place: as in `restore`. The rows of a sequence come one after another, oldest first. Raises Corrupt,
+        QuotaExceeded.
+        """
+        if place not in self._arriving:
+            raise Corrupt("the snapshot has rows of a sequence that it does not have")
+        if self._arrival < 0:
+            self._arrival = self.tiers.take()
+        self.tiers.write(self._arrival, rows, slots)
+        if end == self._table[self._arriving[place]].next_position:
+            self._arrive(place, self._arrival)
+            self._arrival = -1
+
+    def check_arrived(self) -> None:
+        """Raises Corrupt where a sequence of the snapshot had no rows."""
+        if self._arriving:
+            raise Corrupt(f"sequences[{min(self._arriving.values())!r}]: the snapshot lacks rows of it")
+
+    def counts(self) -> SpillCounts:
+        """Of this moment."""
+        return SpillCounts(
+            num_resident=len(self._table) - len(self.away),
+            num_on_host=len(self._hosted),
+            num_on_disk=len(self.away) - len(self._hosted),
+            host_bytes=host_bytes(self._spec),
+            disk_bytes=self.tiers.disk_bytes,
+            spills=self._num_spills,
+            returns=self._num_returns,
+        )
+
+    def _see_to_room(self) -> None:
+        """Room in host memory to pass through. Raises QuotaExceeded."""
+        if not self.tiers.has_room and not self._file_oldest(None):
+            raise QuotaExceeded("sequences: no place is free, and none in host memory until a snapshot is taken")
+
+    def _file_oldest(self, but: str | None) -> bool:
+        """Makes room in host memory by moving what is longest there to a file; whether there was any that could go.
+
+        but: one that stays. Raises QuotaExceeded; nothing is changed then.
+        """
+        for name in self._hosted:
+            sequence = self._table[name]
+            if name != but and self.tiers.frees(sequence.place):
+                sequence.place = self.tiers.file(name, sequence, sequence.place)
+                sequence.writers = OrderedDict()
+                del self._hosted[name]
+                return True
+        return False
+
+    def _arrive(self, place: int, host_place: int) -> None:
+        """All rows of a sequence are in host memory."""
+        name = self._arriving.pop(place)
+        self._table[name].place = host_place
+        self._hosted[name] = None
+        if not self.tiers.has_room:
+            self._file_oldest(None)

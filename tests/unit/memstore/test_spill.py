@@ -1,0 +1,418 @@
+"""Sequences that leave the device under pressure and come back: who, when, and that nobody sees a difference."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memstore.errors import Corrupt, InvalidRequest, MemstoreError, NotFound, PositionExpired, QuotaExceeded
+from memstore.memory import Memory
+from memstore.spill_file import SpillFolder
+from memstore.tiers import host_bytes
+from memstore.types import (
+    FirstPass,
+    Hits,
+    MemorySpec,
+    Metric,
+    PayloadSpec,
+    RetrieveOptions,
+    SpillCounts,
+    SpillSpec,
+    StepBatch,
+    StepResult,
+)
+from memstore.v1 import memstore_pb2 as pb
+from memstore.wire import decode_spec, encode_spec
+from tests.fakes import FakeClock, FakeDisk
+from tests.lives import batch, found
+
+CPU = torch.device("cpu")
+FOLDER = Path("/data/spilled/t/m")
+SPEC = MemorySpec(name="m", dim=2, capacity=4, max_sequences=2, spill=SpillSpec(max_sequences=3, host_sequences=1))
+RICH = replace(
+    SPEC,
+    num_layers=2,
+    metric=Metric.COSINE,
+    payloads=(PayloadSpec(name="hidden", dtype=torch.bfloat16, shape=(3,)),),
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class Watched:
+    """A memory that spills, its clock and its disk."""
+
+    def __init__(self, spec: MemorySpec = SPEC, device: torch.device = CPU) -> None:
+        self.clock = FakeClock()
+        self.disk = FakeDisk()
+        self.memory = Memory(spec, device, new_epoch=itertools.count(1).__next__)
+        self.memory.lifecycle.clock = self.clock
+        if self.memory.lifecycle.spill is not None:
+            self.memory.lifecycle.spill.tiers.folder = SpillFolder(FOLDER, self.disk)
+
+    @property
+    def counts(self) -> SpillCounts:
+        """Where sequences lie."""
+        counts = self.memory.counts().spill
+        assert counts is not None
+        return counts
+
+    @property
+    def tiers(self) -> tuple[int, int, int]:
+        """Sequences on the device, in host memory, in files."""
+        counts = self.counts
+        return counts.num_resident, counts.num_on_host, counts.num_on_disk
+
+    def resident(self) -> str:
+        """The names of sequences on the device."""
+        return "".join(
+            sorted(n for n, each in self.memory._table.items() if each.place < self.memory.spec.max_sequences)
+        )
+
+    def step(self, *batches: StepBatch) -> list[StepResult | MemstoreError]:
+        """Several steps joined into one."""
+        self.clock.advance(1)
+        return self.memory.step(batches)
+
+    def append(self, names: str, rows: int = 3, seq: int = 0, value: float = 0.0) -> None:
+        """Appends to each of these sequences, one after another."""
+        for name in names:
+            (result,) = self.step(batch(self.memory.spec, name, rows, seq, value=value + ord(name)))
+            if isinstance(result, MemstoreError):
+                raise result
+
+
+def plain(spec: MemorySpec) -> MemorySpec:
+    """The same memory with a place for every sequence."""
+    return replace(spec, max_sequences=spec.total_sequences, spill=SpillSpec())
+
+
+def looked(memory: Memory, name: str) -> list[Any]:
+    """All that a retrieval gives, to be compared."""
+    result = found(memory, name)
+    hits = result.hits
+    assert isinstance(hits, Hits)
+    assert hits.scores is not None
+    arrays = {each: rows.cpu().view(torch.uint8).tolist() for each, rows in hits.arrays.items()}
+    return [result.sequences, hits.positions.tolist(), hits.index.tolist(), hits.scores.cpu().tolist(), arrays]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 9], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, RICH, replace(SPEC, first_pass=FirstPass.INT8), replace(SPEC, metric=Metric.INNER_PRODUCT)],
+    ids=["plain", "rich", "codes", "ip"],
+)
+@pytest.mark.parametrize("host", [0, 1, 3], ids=str)
+def test_what_comes_back_answers_as_if_it_had_never_left(host: int, spec: MemorySpec, rows: int, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    spec = replace(spec, spill=replace(spec.spill, host_sequences=host))
+    spilling = Watched(spec, torch.device(device))
+    ample = Watched(plain(spec), torch.device(device))
+    for each in (spilling, ample):
+        for name in "abcde":
+            each.append(name, rows)
+    assert spilling.tiers == (2, host, 3 - host)
+    for name in "aebdacab":
+        assert looked(spilling.memory, name) == looked(ample.memory, name)
+        step = batch(spec, name, rows, 1, value=7)
+        epoch = spilling.memory._table.epoch(name)
+        assert epoch == ample.memory._table.epoch(name)
+        assert spilling.step(step) == ample.step(step), "the second time a resend"
+    left, right = spilling.memory.counts(), ample.memory.counts()
+    assert (left.num_sequences, left.num_rows) == (right.num_sequences, right.num_rows)
+    assert (left.appended_rows, left.evicted_rows) == (right.appended_rows, right.evicted_rows)
+
+
+def test_the_least_recently_used_leaves_first() -> None:
+    watched = Watched()
+    watched.append("ab")
+    found(watched.memory, "a")
+    watched.append("c")
+    assert watched.resident() == "ac", "b was used before a"
+    watched.append("d")
+    assert watched.resident() == "cd"
+    watched.memory.fork("c", "e", None, 0)
+    assert watched.resident() == "ce"
+    assert watched.tiers == (2, 1, 2)
+    assert (watched.counts.spills, watched.counts.returns) == (3, 0)
+
+
+def test_as_many_as_the_memory_has_room_for_and_no_more() -> None:
+    watched = Watched()
+    watched.append("abcde")
+    with pytest.raises(QuotaExceeded, match="2 of 2 places"):
+        watched.append("f")
+    assert watched.memory.counts().num_sequences == 5
+    watched.append("abcde", 2, 1)
+    watched.memory.reset(["c"], release=True)
+    watched.append("f")
+    assert watched.memory.counts().num_sequences == 5
+
+
+def test_exactly_once_survives_a_stay_away() -> None:
+    watched = Watched()
+    watched.append("a", 1, 0)
+    watched.append("a", 2, 1)
+    first = watched.memory._table.epoch("a")
+    watched.append("bcd")
+    assert watched.tiers == (2, 1, 1)
+    (again,) = watched.step(batch(SPEC, "a", 2, 1, value=ord("a")))
+    assert isinstance(again, StepResult)
+    assert (again.sequences[0].is_replay, again.sequences[0].first_position) == (True, 1)
+    assert again.sequences[0].epoch == first
+    watched.append("bcd", 1, 1)
+    watched.append("a", 1, 2)
+    assert found(watched.memory, "a").sequences[0].as_of == 4
+
+
+def test_a_call_has_no_more_places_than_there_are() -> None:
+    watched = Watched()
+    watched.append("abc")
+    three = _together("abc")
+    (refused,) = watched.step(three)
+    assert isinstance(refused, QuotaExceeded)
+    assert "2 at once" in str(refused)
+    assert watched.memory.counts().appended_rows == 9
+    (done,) = watched.step(_together("ac"))
+    assert isinstance(done, StepResult)
+    assert watched.resident() == "ac"
+
+
+def test_joined_calls_are_done_by_as_many_as_have_places() -> None:
+    watched, ample = Watched(), Watched(plain(SPEC))
+    for each in (watched, ample):
+        each.append("abcd")
+    steps = [batch(SPEC, name, 1, 1, value=9) for name in "badc"]
+    steps.insert(2, batch(SPEC, "a", 1, 7))  # a gap
+    steps[2] = replace(steps[2], parts=(steps[2].parts[0]._replace(sequence="x", epoch=5),))
+    carried: list[int] = []
+    ask = RetrieveOptions(top_k=2)
+    asking = [replace(step, retrieve=ask) for step in steps]
+    got = watched.memory.step(asking, lambda at, _: carried.append(at))
+    want = ample.memory.step(asking)
+    assert [type(each) for each in got] == [type(each) for each in want]
+    for one, other in zip(got, want, strict=True):
+        if isinstance(one, StepResult) and isinstance(other, StepResult):
+            assert one.sequences == other.sequences
+            assert one.hits is not None
+            assert other.hits is not None
+            assert one.hits.positions.tolist() == other.hits.positions.tolist()
+    assert carried == [0, 1, 3, 4]
+
+
+def test_a_call_that_is_refused_for_want_of_scratch_refuses_no_other() -> None:
+    watched = Watched()
+    watched.append("abcd")
+
+    def carry(at: int, _: Hits) -> None:
+        if at == 1:
+            raise PositionExpired("no room in the reply")
+
+    steps = [replace(batch(SPEC, name, 1, 1), retrieve=RetrieveOptions(top_k=1)) for name in "abc"]
+    results = watched.memory.step(steps, carry)
+    assert [type(each) for each in results] == [StepResult, PositionExpired, StepResult]
+
+
+def test_a_pinned_sequence_stays() -> None:
+    watched = Watched()
+    watched.append("ab")
+    assert watched.memory.pin(["a"], True) == 1
+    watched.append("cde")
+    assert watched.resident() == "ae"
+    assert watched.memory.counts().num_pinned == 1
+    with pytest.raises(QuotaExceeded, match="1 of them are pinned"):
+        watched.memory.pin(["b", "c"], True)
+    assert watched.memory.counts().num_pinned == 1
+    assert watched.memory.pin(["b"], True) == 2, "it came back for that"
+    assert watched.resident() == "ab"
+    (refused,) = watched.step(batch(SPEC, "c", 1, 1))
+    assert isinstance(refused, QuotaExceeded)
+    watched.append("ab", 1, 1)
+    assert watched.memory.pin(["a"], False) == 1
+    watched.append("c", 1, 1)
+    assert watched.resident() == "bc"
+    with pytest.raises(NotFound):
+        watched.memory.pin(["b", "nobody"], False)
+    assert watched.memory.counts().num_pinned == 1
+    watched.memory.reset(["b"], release=True)
+    assert watched.memory.counts().num_pinned == 0
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_what_is_away_can_be_reset_where_it_is(release: bool) -> None:
+    watched = Watched()
+    watched.append("abcd")
+    before = watched.tiers
+    epochs = watched.memory.reset(["a", "b"], release)
+    assert watched.counts.returns == 0
+    assert watched.tiers == ((2, 0, 0) if release else before)
+    assert [epoch == 0 for epoch in epochs] == [release, release]
+    assert not watched.disk.files, "there is nothing to keep"
+    watched.append("ab", 2)
+    for name in "ab":
+        assert found(watched.memory, name).sequences[0].as_of == 2
+    assert watched.memory.counts().num_rows == 10
+
+
+def test_files_go_when_nobody_needs_them() -> None:
+    watched = Watched()
+    watched.append("abcde")
+    assert len(watched.disk.files) == 2
+    assert watched.counts.disk_bytes == sum(map(len, watched.disk.files.values()))
+    found(watched.memory, "a")
+    assert len(watched.disk.files) == 2, "another one went there"
+    watched.memory.reset(list("abcde"), release=True)
+    assert not watched.disk.files
+    assert watched.counts.disk_bytes == 0
+    watched.append("abcde")
+    watched.memory.free()
+    assert not watched.disk.files
+
+
+def test_a_full_disk_refuses_what_needs_it_and_loses_nothing() -> None:
+    watched, ample = Watched(), Watched(plain(SPEC))
+    for each in (watched, ample):
+        each.append("abc")
+    watched.disk.is_full = True
+    for _ in range(3):
+        (refused,) = watched.step(batch(SPEC, "d", 1, 0))
+        assert isinstance(refused, QuotaExceeded)
+        assert "disk" in str(refused)
+    assert watched.tiers == (2, 1, 0)
+    assert not watched.disk.files
+    assert watched.resident() == "bc"
+    for name in "abcab":  # what changes places in memory needs no disk
+        assert looked(watched.memory, name) == looked(ample.memory, name)
+    watched.disk.is_full = False
+    watched.append("de")
+    for name in "abc":
+        assert looked(watched.memory, name) == looked(ample.memory, name)
+
+
+def test_without_a_folder_host_memory_is_enough_for_what_may_lie_there() -> None:
+    spec = replace(SPEC, spill=SpillSpec(max_sequences=3, host_sequences=3))
+    watched = Watched(spec)
+    assert watched.memory.lifecycle.spill is not None
+    watched.memory.lifecycle.spill.tiers.folder = None
+    watched.append("abcde")
+    for seq in range(1, 4):
+        watched.append("abcdeedcba"[5 * (seq % 2) :][:5], 1, seq)
+    assert watched.tiers == (2, 3, 0)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_every_flipped_bit_of_a_file_is_found(bit: int) -> None:
+    watched = Watched(replace(SPEC, spill=SpillSpec(max_sequences=1)))
+    watched.append("abc")
+    ((path, content),) = watched.disk.files.items()
+    for at in range(len(content)):
+        spoilt = bytearray(content)
+        spoilt[at] ^= 1 << bit
+        watched.disk.files[path] = bytes(spoilt)
+        (result,) = watched.step(batch(SPEC, "a", 0, 1))
+        assert isinstance(result, Corrupt), f"bit {bit} of byte {at}"
+    assert watched.tiers == (2, 0, 1) or watched.tiers == (1, 0, 2)
+
+
+def test_every_truncation_of_a_file_is_found_and_a_reset_helps() -> None:
+    watched = Watched(replace(SPEC, spill=SpillSpec(max_sequences=2)))
+    watched.append("abc")
+    ((path, content),) = watched.disk.files.items()
+    for end in range(len(content)):
+        watched.disk.files[path] = content[:end]
+        (result,) = watched.step(batch(SPEC, "a", 0, 1))
+        assert isinstance(result, Corrupt)
+    watched.disk.files[path] = content + b"\0"
+    assert isinstance(watched.step(batch(SPEC, "a", 0, 1))[0], Corrupt)
+    del watched.disk.files[path]
+    assert isinstance(watched.step(batch(SPEC, "a", 0, 1))[0], Corrupt)
+    watched.append("bc", 1, 1)
+    watched.memory.reset(["a"], release=False)
+    watched.append("a", 2)
+    assert found(watched.memory, "a").sequences[0].as_of == 2
+
+
+def test_idle_sequences_end_and_pins_and_use_are_honoured() -> None:
+    watched = Watched(replace(SPEC, idle_ttl_s=60))
+    watched.append("abcd")
+    watched.memory.pin(["c"], True)
+    watched.clock.advance(50)
+    found(watched.memory, "a")
+    assert watched.memory.expire() == 0
+    watched.clock.advance(11)
+    assert watched.memory.expire() == 2
+    assert sorted(name for name, _ in watched.memory._table.items()) == ["a", "c"]
+    assert (watched.memory.counts().expired_sequences, watched.memory.counts().num_pinned) == (2, 1)
+    watched.clock.advance(60)
+    assert watched.memory.expire() == 1
+    watched.memory.pin(["c"], False)
+    assert watched.memory.expire() == 0, "that was a use"
+    watched.clock.advance(60)
+    assert watched.memory.expire() == 1
+    assert watched.memory.counts().num_rows == 0
+    watched.append("abcde")
+
+
+def test_idle_sequences_end_where_nothing_is_spilled_too() -> None:
+    watched = Watched(replace(plain(SPEC), idle_ttl_s=60))
+    watched.append("ab")
+    watched.clock.advance(30)
+    watched.memory.fork("b", "c", None, 0)
+    watched.clock.advance(31)
+    assert watched.memory.expire() == 1
+    assert sorted(name for name, _ in watched.memory._table.items()) == ["b", "c"]
+    with pytest.raises(NotFound):
+        watched.memory.fork("a", "d", None, 0)
+
+
+def test_host_memory_is_counted() -> None:
+    spec = replace(SPEC, max_sequences=4)
+    assert host_bytes(plain(spec)) == 0
+    row_bytes = 2 * 2 + 4
+    assert host_bytes(spec) == 2 * 4 * row_bytes, "one more place than stays there"
+    assert Memory.bytes_needed(spec, CPU) == Memory.bytes_needed(replace(spec, spill=SpillSpec()), CPU) + host_bytes(
+        spec
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"spill": pb.SpillSpec(max_sequences=-1)}, "spec.spill.max_sequences"),
+        ({"spill": pb.SpillSpec(max_sequences=1_048_577)}, "spec.spill.max_sequences"),
+        ({"spill": pb.SpillSpec(max_sequences=2, host_sequences=3)}, "spec.spill.host_sequences"),
+        ({"spill": pb.SpillSpec(max_sequences=2, policy=9)}, "spec.spill.policy"),  # type: ignore[arg-type]
+        ({"spill": pb.SpillSpec(max_sequences=2), "index": pb.INDEX_KIND_FAISS_IVF_FLAT}, "spec.spill"),
+        ({"idle_ttl_s": -1}, "spec.idle_ttl_s"),
+        ({"idle_ttl_s": 31_536_001}, "spec.idle_ttl_s"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_at_create(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        decode_spec(pb.MemorySpec(name="m", dim=1, capacity=64, **changes))
+    assert raised.value.metadata["field"] == field
+
+
+def test_a_spec_survives_the_wire() -> None:
+    spec = replace(SPEC, idle_ttl_s=7)
+    assert decode_spec(encode_spec(spec)) == spec
+    assert not encode_spec(plain(SPEC)).HasField("spill")
+
+
+def _together(names: str) -> StepBatch:
+    """One call that appends to several sequences."""
+    each = [batch(SPEC, name, 1, 1) for name in names]
+    return replace(
+        each[0],
+        parts=tuple(step.parts[0] for step in each),
+        keys=torch.cat([step.keys for step in each], 1),
+        fingerprints=tuple(step.fingerprints[0] for step in each),
+    )

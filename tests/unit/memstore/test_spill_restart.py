@@ -1,0 +1,177 @@
+"""Spilled sequences of durable memories: what a restart finds, snapshots that are taken meanwhile, and damage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from memstore import still
+from memstore.errors import Corrupt, MemstoreError, QuotaExceeded
+from memstore.recovery import Filling
+from memstore.snapshot import Snapshot
+from memstore.types import Durability, Metric, SpillSpec
+from tests.fakes import FakeDisk
+from tests.lives import SPEC, SPILLED, Life, Picture, found, picture
+from tests.unit.memstore.test_spill import RICH
+
+if TYPE_CHECKING:
+    from memstore.memory import Memory
+    from memstore.types import MemorySpec
+
+SPILLING = replace(SPEC, max_sequences=2, spill=SpillSpec(max_sequences=3, host_sequences=1))
+SPECS = [
+    SPILLING,
+    replace(SPILLING, durability=Durability.INTERVAL, metric=Metric.INNER_PRODUCT, spill=SpillSpec(max_sequences=3)),
+    replace(RICH, durability=Durability.ALWAYS, spill=SpillSpec(max_sequences=3, host_sequences=3)),
+]
+
+
+def contents(memory: Memory) -> Picture:
+    """Everything there is to see of a memory, wherever it lies."""
+    seen = picture(memory)
+    sequences: dict[str, object] = {}
+    for name, sequence in dict(seen["sequences"]).items():  # type: ignore[call-overload]
+        sequences[name] = replace(sequence, place=0)
+    return {**seen, "sequences": sequences, "counts": replace(memory.counts(), spill=None)}
+
+
+def filled(spec: MemorySpec) -> Life:
+    """Five sequences that have wrapped, one of them pinned and one emptied where it lies."""
+    life = Life(FakeDisk(), spec, is_new=True)
+    for seq in range(2):
+        for name in "abcde":
+            life.append(name, 3, seq, value=ord(name))
+    life.memory.pin(["c"], True)
+    life.memory.reset(["d"], release=False)
+    return life
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["both", "disk", "host"])
+@pytest.mark.parametrize("has_snapshot", [False, True], ids=["log", "snapshot"])
+def test_a_restart_finds_every_sequence_wherever_it_lay(spec: MemorySpec, has_snapshot: bool) -> None:
+    life = filled(spec)
+    if has_snapshot:
+        assert life.snapshot()
+        life.append("a", 1, 2)
+    before = contents(life.memory)
+    answers = {name: found(life.memory, name).sequences for name in "abcde"}
+    again = life.again()
+    assert contents(again.memory) == before
+    assert {name: found(again.memory, name).sequences for name in "abcde"} == answers
+    assert again.append("b", 3, 1, value=ord("b")).is_replay
+    counts = again.memory.counts()
+    assert counts.num_pinned == 1
+    assert counts.spill is not None
+    assert counts.spill.num_on_host <= spec.spill.host_sequences
+    assert counts.spill.num_resident <= 2
+
+
+def test_what_was_spilled_is_no_part_of_what_lasts() -> None:
+    life = filled(SPILLING)
+    before = contents(life.memory)
+    spilled = [path for path in life.disk.files if SPILLED in path.parents]
+    assert spilled
+    for path in spilled:
+        life.disk.files[path] = b"nonsense"
+    again = life.again()
+    assert contents(again.memory) == before
+
+
+def test_a_damaged_file_is_said_and_a_restart_has_the_rows() -> None:
+    life = filled(SPILLING)
+    before = contents(life.memory)
+    for path in [path for path in life.disk.files if SPILLED in path.parents]:
+        life.disk.files[path] = life.disk.files[path][:-1]
+    lost = [name for name in "abcde" if life.memory._table[name].place > 3]
+    assert lost
+    with pytest.raises(Corrupt, match=f"'{lost[0]}'"):
+        life.append(lost[0], 1, 2)
+    with pytest.raises(Corrupt):
+        life.snapshot()
+    assert contents(life.again().memory) == before
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["both", "disk", "host"])
+def test_a_snapshot_is_of_one_moment_though_sequences_come_and_go(
+    spec: MemorySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(still, "PIECE_BYTES", 1)
+    life = filled(spec)
+    before = contents(life.memory)
+    seqs = {**dict.fromkeys("abcde", 2), "d": 0}
+    calls: list[str] = []
+    take = still.Still.take
+
+    def use_and_take(self: still.Still, piece: still.Piece) -> list[memoryview]:
+        """Another sequence is used before each piece."""
+        name = "abedcbae"[len(calls) % 8]
+        calls.append(name)
+        life.append(name, 1, seqs[name])
+        seqs[name] += 1
+        return take(self, piece)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(still.Still, "take", use_and_take)
+        assert life.snapshot()
+    assert len(calls) == 4 * 4
+    after = contents(life.memory)
+    assert after != before
+    (number,) = life.folder.snapshots()
+    blank = Life(FakeDisk(), spec, is_new=True).memory
+    Filling(blank, lambda _: None).load(Snapshot(life.disk, life.folder.snapshot(number)))
+    assert contents(blank) == before
+    assert life.memory.lifecycle.spill is not None
+    spill, counts = life.memory.lifecycle.spill, life.memory.counts().spill
+    assert counts is not None
+    assert spill.tiers.has_room
+    assert len([path for path in life.disk.files if SPILLED in path.parents]) == counts.num_on_disk
+    assert contents(life.again().memory) == after, "the log goes on behind the snapshot"
+
+
+def test_pins_and_ends_are_logged() -> None:
+    life = Life(FakeDisk(), replace(SPILLING, idle_ttl_s=10), is_new=True)
+    for name in "abcd":
+        life.append(name)
+    life.memory.pin(["a", "b"], True)
+    life.memory.pin(["a"], False)
+    life.memory.lifecycle.clock = _Later(life.memory.lifecycle.clock.monotonic() + 100)
+    assert life.memory.expire() == 3
+    again = life.again()
+    assert [name for name, _ in again.memory._table.items()] == ["b"]
+    assert again.memory.counts().num_pinned == 1
+    assert again.memory.expire() == 0, "time begins anew"
+
+
+def test_a_full_disk_refuses_the_call_and_nothing_is_logged() -> None:
+    life = filled(SPILLING)
+    life.memory.reset(["e"], release=True)
+    before, log_bytes = contents(life.memory), life.archive.journal.log_bytes
+    life.disk.is_full = True
+    refused = 0
+    for name in "abde":
+        try:
+            life.append(name, 1, 9)
+        except QuotaExceeded:
+            refused += 1
+        except MemstoreError:
+            """A gap, or the log is refused."""
+    assert refused
+    assert contents(life.memory) == before
+    assert life.archive.journal.log_bytes == log_bytes
+    life.disk.is_full = False
+    assert contents(life.again().memory) == before
+
+
+class _Later:
+    """A clock that stands."""
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def wall(self) -> float:
+        return self._now
