@@ -49,8 +49,9 @@ FOREIGN = {
     },
     "prometheus_client": {"memstore/metrics.py"},
     "triton": {
+        "memstore/gpu/few.py",
         "memstore/gpu/launch.py",
-        *(f"memstore/gpu/kernels/{name}.py" for name in ("parts", "rows", "scan", "select")),
+        *(f"memstore/gpu/kernels/{name}.py" for name in ("parts", "reply", "rows", "scan", "select")),
     },
 }
 GRPC_OF_CLIENT = "model_client/transport/"
