@@ -9,15 +9,21 @@ from memstore.errors import DeviceMemoryFull, Overloaded
 
 SHORTEST_DELAY_S = 0.005
 LONGEST_DELAY_S = 1.0
+ROOM = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueLimits:
-    """The most that may be in flight, and the share of it that one tenant may hold."""
+    """The most that may be in flight, and the share of it that one tenant may hold.
+
+    leaves_room: a tenant never holds more than ROOM times what it leaves free, so that there is always room for one
+    that comes; and whoever holds nothing is not refused for bytes.
+    """
 
     max_requests: int = 1024
     max_bytes: int = 256 << 20
     tenant_ratio: float = 1.0
+    leaves_room: bool = False
 
 
 class Admission:
@@ -51,6 +57,10 @@ class Admission:
             own_full = requests >= max(1, int(limits.max_requests * limits.tenant_ratio))
             own_full |= requests > 0 and size + num_bytes > limits.max_bytes * limits.tenant_ratio
             full = total >= limits.max_requests or (total > 0 and total_bytes + num_bytes > limits.max_bytes)
+            if limits.leaves_room:
+                left, left_bytes = limits.max_requests - total, limits.max_bytes - total_bytes - num_bytes
+                own_full |= requests > 0 and (requests >= ROOM * left or size + num_bytes > ROOM * left_bytes)
+                full = left <= 0
             if own_full or full:
                 delay = min(max(self._mean_s * max(total, 1), SHORTEST_DELAY_S), LONGEST_DELAY_S)
                 whose = "this tenant's share of the queue" if own_full and not full else "the queue"

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 
 from memstore.config import ConfigError
-from memstore.errors import DeviceMemoryFull, Expired, Internal, MemstoreError, NotReady
+from memstore.errors import DeviceMemoryFull, Expired, Internal, MemstoreError, NotReady, Overloaded
+from memstore.joining import Group
 from memstore.logs import trouble
+from memstore.turns import SERVER, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from memstore.admission import Admission
     from memstore.seams import Clock
-    from memstore.types import Hits, RetrieveOptions, SequenceResult, StepBatch, StepResult
-
-MAX_JOINED_ROWS = 16_384
-"""Rows of all layers that one joined search has at most, so that its working memory stays bounded."""
+    from memstore.types import Hits, SequenceResult, StepBatch, StepResult
 
 _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation, the error code of torch.AcceleratorError where pinned host memory is missing."""
@@ -124,38 +122,8 @@ class StepJob(Job[T]):
         self.reply = reply
 
 
-@dataclass(slots=True)
-class _Group:
-    """Steps of one memory that one search can serve."""
-
-    engine: Engine
-    jobs: list[StepJob[object]] = field(default_factory=list)
-    batches: list[StepBatch] = field(default_factory=list)
-    sequences: set[str] = field(default_factory=set)
-    search: tuple[RetrieveOptions, tuple[int, ...]] | None = None
-    num_rows: int = 0
-
-    def takes(self, batch: StepBatch) -> bool:
-        """True where `batch` can be joined: disjoint sequences, one kind of search, bounded size."""
-        if not self.batches:
-            return True
-        if self.num_rows + _rows(batch) > MAX_JOINED_ROWS:
-            return False
-        if batch.retrieve is not None and self.search not in (None, (batch.retrieve, batch.layers)):
-            return False
-        return self.sequences.isdisjoint(part.sequence for part in batch.parts)
-
-    def add(self, job: StepJob[object], batch: StepBatch) -> None:
-        self.jobs.append(job)
-        self.batches.append(batch)
-        self.sequences.update(part.sequence for part in batch.parts)
-        self.num_rows += _rows(batch)
-        if batch.retrieve is not None:
-            self.search = (batch.retrieve, batch.layers)
-
-
-def _rows(batch: StepBatch) -> int:
-    return batch.keys.shape[0] * batch.keys.shape[1]
+Groups = dict[int, "Group[Engine, StepJob[object]]"]
+"""By the id of their engine."""
 
 
 def _changes(batch: StepBatch) -> bool:
@@ -178,50 +146,90 @@ class DeviceWorker:
     """One thread that owns a device and every memory on it.
 
     The answers of a durable memory leave when its changes are safe; meanwhile the thread goes on.
-    Whatever is queued is taken at once and never waited for; steps that can be joined become one Memory.step. The
-    order of the steps of a sequence is kept. A request whose deadline has passed never reaches the device.
+    Tenants take turns (turns.py); whatever is queued of one is taken at once and never waited for, and steps that can
+    be joined become one Memory.step. The order of a tenant's jobs is kept. A request whose deadline has passed never
+    reaches the device; one that would wait longer than until its deadline is refused at once.
     """
 
     def __init__(
-        self, device: torch.device, admission: Admission, clock: Clock, observer: Observer | None = None
+        self,
+        device: torch.device,
+        admission: Admission,
+        clock: Clock,
+        observer: Observer | None = None,
+        *,
+        has_thread: bool = True,
     ) -> None:
+        """has_thread: False where somebody else's thread calls `serve`, one at a time."""
         self.device = device
         self.admission = admission
         self.is_sick = False
         self.on_sick: Callable[[], None] = _nobody
         self._clock = clock
         self._observer = observer or Unobserved()
-        self._queue: deque[Job[object]] = deque()
+        self._turns: Turns[Job[object]] = Turns()
+        self._num_begun = 0  # jobs of this turn that were neither late nor given up
         self._arrived = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"memstore-{device}", daemon=True)
-        self._thread.start()
+        if has_thread:
+            self._thread.start()
 
     def submit(self, job: Job[T]) -> Future[T]:
-        """Queues a job. Raises Overloaded when the queue is full, Expired when it is late already."""
+        """Queues a job. Raises Overloaded when the queue is full, or too long for its deadline; Expired."""
         self._check_deadline(job.ticket)
         self.admission.admit(job.ticket.tenant, job.ticket.num_bytes)
-        return self._enqueue(job)
+        return self._enqueue(job, job.ticket.tenant)
 
-    def control(self, run: Callable[[], T], engine: Settling | None = None) -> Future[T]:
-        """Queues the server's own work, past admission. engine: see CallJob."""
-        return self._enqueue(CallJob(_CONTROL, run, engine))
+    def control(self, run: Callable[[], T], engine: Settling | None = None, *, behind: str = SERVER) -> Future[T]:
+        """Queues the server's own work, past admission. engine: see CallJob.
+
+        behind: a tenant whose jobs before it are done first; without one it is done as soon as may be.
+        """
+        return self._enqueue(CallJob(_CONTROL, run, engine), behind)
 
     def close(self) -> None:
         """Serves what is queued, refuses what comes after, and ends the thread."""
         with self._arrived:
             self._is_closed = True
             self._arrived.notify()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
-    def _enqueue(self, job: Job[T]) -> Future[T]:
+    def serve(self, *, waits: bool = True) -> bool:
+        """Serves one turn, waiting for the first job where it shall; False where there was none, or none will come."""
         with self._arrived:
-            if not self._is_closed:
-                self._queue.append(job)  # type: ignore[arg-type]  # only this job's own code meets its answer
+            self._turns.end(self._clock.monotonic(), self._num_begun)
+            while waits and not self._turns and not self._is_closed:
+                self._arrived.wait()
+            jobs = self._turns.take(self._clock.monotonic())
+        self._num_begun = 0
+        self._serve(jobs)
+        return bool(jobs)
+
+    def _enqueue(self, job: Job[T], lane: str) -> Future[T]:
+        problem: MemstoreError = NotReady("the server is stopping")
+        with self._arrived:
+            late_s = 0.0 if self._is_closed else self._late_s(job.ticket)
+            if late_s > 0:
+                problem = Overloaded("the device is busy until after the deadline; nothing was done", late_s)
+            elif not self._is_closed:
+                self._turns.put(lane, job)  # type: ignore[arg-type]  # only this job's own code meets its answer
                 self._arrived.notify()
                 return job.future
         self._release(job, 0.0)
-        raise NotReady("the server is stopping")
+        raise problem
+
+    def _late_s(self, ticket: Ticket) -> float:
+        """How long after its deadline a job should be answered, by those before; not above 0 where it can be in time.
+
+        Where nothing is in its way it is never late: or else what it takes would not be learnt again.
+        """
+        if ticket.deadline is None:
+            return 0.0
+        now = self._clock.monotonic()
+        finish_s = self._turns.finish_s(ticket.tenant, now)
+        return finish_s and now + finish_s - ticket.deadline
 
     def _check_deadline(self, ticket: Ticket) -> None:
         if ticket.deadline is not None and self._clock.monotonic() >= ticket.deadline:
@@ -233,20 +241,11 @@ class DeviceWorker:
             # before what is built in the background
             torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))  # type: ignore[no-untyped-call]
         with torch.no_grad():  # not inference_mode: rows handed over in process may enter the reader's autograd
-            while jobs := self._take():
-                self._serve(jobs)
-                jobs.clear()
-
-    def _take(self) -> list[Job[object]]:
-        """All that is queued, waiting for the first; empty once closed."""
-        with self._arrived:
-            self._arrived.wait_for(lambda: self._queue or self._is_closed)
-            jobs = list(self._queue)
-            self._queue.clear()
-            return jobs
+            while self.serve():
+                pass
 
     def _serve(self, jobs: list[Job[object]]) -> None:
-        groups: dict[int, _Group] = {}
+        groups: Groups = {}
         for job in jobs:
             if isinstance(job, StepJob):
                 self._join(job, groups)
@@ -255,18 +254,18 @@ class DeviceWorker:
                 self._call(job)
         self._flush(groups)
 
-    def _join(self, job: StepJob[object], groups: dict[int, _Group]) -> None:
+    def _join(self, job: StepJob[object], groups: Groups) -> None:
         """Puts a step into its memory's group, serving the group first where they cannot be joined."""
         batch = self._guarded(job, job.decode)
         if batch is None:
             return
-        group = groups.setdefault(id(job.engine), _Group(job.engine))
+        group = groups.setdefault(id(job.engine), Group(job.engine))
         if not group.takes(batch):
             self._step(groups.pop(id(job.engine)))
-            group = groups[id(job.engine)] = _Group(job.engine)
+            group = groups[id(job.engine)] = Group(job.engine)
         group.add(job, batch)
 
-    def _flush(self, groups: dict[int, _Group]) -> None:
+    def _flush(self, groups: Groups) -> None:
         for group in groups.values():
             self._step(group)
         groups.clear()
@@ -289,7 +288,7 @@ class DeviceWorker:
         else:
             job.engine.settle(answer)
 
-    def _step(self, group: _Group) -> None:
+    def _step(self, group: Group[Engine, StepJob[object]]) -> None:
         begin = self._clock.monotonic()
         try:
             results = group.engine.step(group.batches, lambda at, hits: self._carry(group.jobs[at], hits))
@@ -303,7 +302,7 @@ class DeviceWorker:
 
     def _answer_all(
         self,
-        group: _Group,
+        group: Group[Engine, StepJob[object]],
         results: Sequence[StepResult | MemstoreError],
         problem: MemstoreError | None,
         served_s: float,
@@ -342,6 +341,7 @@ class DeviceWorker:
             if self.is_sick:
                 raise NotReady(f"device {self.device} has failed; the server must be restarted")
             self._check_deadline(job.ticket)
+            self._num_begun += 1
             return run()
         except Exception as error:  # the root, as above
             self._fail(job, self._known(error, job))

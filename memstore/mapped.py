@@ -105,7 +105,7 @@ class Mapped:
 
     def leave(self) -> Future[None]:
         """Writes the last state of every sequence into the control block; nothing may be called afterwards."""
-        return self._worker.control(self._leave)
+        return self._worker.control(self._leave, behind=TENANT)
 
     def close(self) -> None:
         """Answers what is queued and gives up the mappings."""
@@ -128,7 +128,7 @@ class Mapped:
         """Publishes at once where the device has written at once, else when it has. Runs in the device thread."""
         if self._slab.device.type == "cuda":
             try:
-                self._worker.control(self._settle)
+                self._worker.control(self._settle, behind=TENANT)
                 return
             except NotReady:  # it is being closed, and takes no more
                 pass

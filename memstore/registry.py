@@ -313,7 +313,7 @@ class Registry:
             self._free(loaded)
 
     def _free(self, loaded: Loaded) -> None:
-        self.worker.control(loaded.engine.free).result()
+        self.worker.control(loaded.engine.free, behind=loaded.id.tenant).result()
         loaded.engine.join()
         self.budget.release(loaded.engine.reserved_bytes)
         self.host_budget.release(self._host_bytes(loaded.spec))

@@ -152,7 +152,10 @@ class Server:
         config = self._config
         device = device_of(config.device)
         limits = QueueLimits(
-            max_requests=config.queue_requests, max_bytes=config.queue_bytes, tenant_ratio=config.tenant_ratio
+            max_requests=config.queue_requests,
+            max_bytes=config.queue_bytes,
+            tenant_ratio=config.tenant_ratio,
+            leaves_room=self._authenticator.has_tenants,
         )
         worker = DeviceWorker(device, Admission(limits), self._clock, self._metrics)
         catalog, store = self._open_catalog()

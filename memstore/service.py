@@ -110,7 +110,8 @@ class Service:
         if not request.HasField("spec"):
             raise InvalidRequest("spec", "missing")
         spec = wire.decode_spec(request.spec)
-        made = self.registry.create(MemoryId(caller.tenant, spec.name), spec, request.exist_ok)
+        memory = MemoryId(caller.tenant, spec.name)
+        made = self._admitted(request, caller, lambda: self.registry.create(memory, spec, request.exist_ok))
         return _then(
             made,
             lambda outcome: _then(
@@ -120,22 +121,28 @@ class Service:
         )
 
     def _describe(self, request: pb.DescribeMemoryRequest, caller: Caller) -> Future[Message]:
-        description = self._described(self.registry.find(caller.tenant, request.name, "name"))
-        return _then(description, lambda found: _done(pb.DescribeMemoryResponse(memory=found)))
+        loaded = self.registry.find(caller.tenant, request.name, "name")
+        job = CallJob(_ticket(request, caller), lambda: self._description(loaded), _Shown([loaded.engine]))
+        return _then(self._worker.submit(job), lambda found: _done(pb.DescribeMemoryResponse(memory=found)))
 
     def _list(self, request: pb.ListMemoriesRequest, caller: Caller) -> Future[Message]:
-        listed = self.registry.listing(caller.tenant, request.name_prefix)
+        listed = self._admitted(request, caller, lambda: self.registry.listing(caller.tenant, request.name_prefix))
 
         def describe(memories: list[Loaded | MemorySpec]) -> Future[Message]:
             shown = _Shown([memory.engine for memory in memories if not isinstance(memory, MemorySpec)])
-            every = self._worker.control(lambda: [self._description(memory) for memory in memories], shown)
+            every = self._worker.control(
+                lambda: [self._description(memory) for memory in memories], shown, behind=caller.tenant
+            )
             return _then(every, lambda found: _done(pb.ListMemoriesResponse(memories=found)))
 
         return _then(listed, describe)
 
     def _drop(self, request: pb.DropMemoryRequest, caller: Caller) -> Future[Message]:
         memory = MemoryId(caller.tenant, wire.memory_name(request.name, "name"))
-        return _then(self.registry.drop(memory), lambda _: _done(pb.DropMemoryResponse()))
+        return _then(
+            self._admitted(request, caller, lambda: self.registry.drop(memory)),
+            lambda _: _done(pb.DropMemoryResponse()),
+        )
 
     def _server_info(self, request: pb.ServerInfoRequest, caller: Caller) -> Future[Message]:
         del request
@@ -157,6 +164,18 @@ class Service:
     def _open_plane(self, request: pb.OpenPlaneRequest, caller: Caller) -> Future[Message]:
         """A front that has memory to lend answers this call itself."""
         raise NotAllowed("plane: nothing is lent to this caller; it goes on inline")
+
+    def _admitted(self, request: Message, caller: Caller, begin: Callable[[], Future[T]]) -> Future[T]:
+        """What `begin` begins, counted as a request in flight until it is done. Raises Overloaded."""
+        admission, num_bytes = self._worker.admission, _ticket(request, caller).num_bytes
+        admission.admit(caller.tenant, num_bytes)
+        try:
+            future = begin()
+        except BaseException:
+            admission.release(caller.tenant, num_bytes, 0.0)
+            raise
+        future.add_done_callback(lambda _: admission.release(caller.tenant, num_bytes, 0.0))
+        return future
 
     def _described(self, loaded: Loaded) -> Future[pb.MemoryDescription]:
         return self._worker.control(lambda: self._description(loaded), _Shown([loaded.engine]))

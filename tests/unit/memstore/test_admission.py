@@ -45,6 +45,33 @@ def test_one_tenant_leaves_room_for_others() -> None:
         admission.admit("third", 1)
 
 
+def test_a_tenant_that_leaves_room_never_fills_the_queue() -> None:
+    admission = Admission(QueueLimits(max_requests=100, max_bytes=1000, leaves_room=True))
+    for _ in range(80):
+        admission.admit("loud", 1)
+    with pytest.raises(Overloaded, match="tenant's share"):
+        admission.admit("loud", 1)
+    held = 0
+    while True:
+        try:
+            admission.admit("late", 1)
+        except Overloaded:
+            break
+        held += 1
+    assert held == 16  # four times what is still free then
+    admission.admit("third", 1)
+
+
+def test_whoever_holds_nothing_is_not_refused_for_the_bytes_of_others() -> None:
+    admission = Admission(QueueLimits(max_requests=100, max_bytes=1000, leaves_room=True))
+    admission.admit("loud", 800)
+    with pytest.raises(Overloaded):
+        admission.admit("loud", 100)
+    admission.admit("late", 900)
+    with pytest.raises(Overloaded):
+        admission.admit("late", 1)
+
+
 def test_the_delay_grows_with_what_requests_cost() -> None:
     def delay(served_s: float) -> float:
         admission = Admission(QueueLimits(max_requests=20))

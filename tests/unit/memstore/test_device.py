@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memstore.admission import Admission, QueueLimits
-from memstore.device import MAX_JOINED_ROWS, CallJob, DeviceWorker, StepJob, Ticket
+from memstore.device import CallJob, DeviceWorker, StepJob, Ticket
 from memstore.errors import (
     DeviceMemoryFull,
     Expired,
@@ -21,6 +21,7 @@ from memstore.errors import (
     Overloaded,
     QuotaExceeded,
 )
+from memstore.joining import MAX_JOINED_ROWS
 from memstore.types import RetrieveOptions, SequencePart, SequenceResult, StepBatch
 from tests.fakes import FakeClock, FakeEngine, FakeReply, held
 
