@@ -44,6 +44,8 @@ bench: install
 
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu_search
+	$(BIN)/python -m benchmarks.codes
+	$(BIN)/python -m benchmarks.decode_overlap
 	$(BIN)/python -m benchmarks.planes
 	$(BIN)/python -m benchmarks.large
 

@@ -24,12 +24,13 @@ import torch
 
 from benchmarks.report import RESULTS, Report
 from memstore.gpu import few, launch
+from memstore.gpu.coded import reads_codes
 from memstore.gpu.rings import tables
 from memstore.gpu.tuning import scan_shape
 from memstore.memory import Memory
 from memstore.search import SearchBatch
 from memstore.slab import Slab
-from memstore.types import KEY, MemorySpec, RetrieveOptions, SequencePart, StepBatch
+from memstore.types import KEY, FirstPass, MemorySpec, RetrieveOptions, SequencePart, StepBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,10 +155,13 @@ def our_step(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
     return lambda: memory.step([batch])
 
 
-def our_kernels(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+def our_kernels(
+    rows: torch.Tensor, queries: torch.Tensor, first_pass: FirstPass = FirstPass.ROWS
+) -> Callable[[], object]:
     """What the device does in that: the tables' copy, search, windows, distinct rows, gather."""
     num_sequences, capacity, _ = rows.shape
-    slab = Slab(MemorySpec(name="m", dim=DIM, capacity=capacity, max_sequences=num_sequences), torch.device("cuda"))
+    spec = MemorySpec(name="m", dim=DIM, capacity=capacity, max_sequences=num_sequences, first_pass=first_pass)
+    slab = Slab(spec, torch.device("cuda"))
     slab.write(slab.stage(rows.flatten(0, 1)[None], {}), torch.arange(num_sequences * capacity, device="cuda"))
     batch = SearchBatch(
         queries=queries.flatten(0, 1)[None],
@@ -180,6 +184,7 @@ def our_kernels(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], objec
         top_k=OPTIONS.top_k,
         num_supers=launch.num_supers_of(slab, batch.ends),
         window=OPTIONS.window,
+        is_coded=reads_codes(slab, OPTIONS.top_k, queries.shape[1]),
     )
     found, located = launch.found_for(asked), launch.located_for(asked)
     launch.search(slab, asked, found)

@@ -1,6 +1,7 @@
 """Large memories: what do generations behind an exact tail find, how fast, and do their builds hold up retrieval?
 
-The rows are real hidden states (benchmarks/states.py); the queries are states further on in the text. Each kind of
+The rows are real hidden states (benchmarks/states.py), moved a little where there is too little text for so many;
+the queries are states further on in the text. Each kind of
 index is filled by appends of 16,384 rows while a query is retrieved every 3 ms and a bit, until the last build has
 ended. A pause is how much longer a retrieval takes than the median of those around it (what is not built yet is
 scanned, which is no pause); the longest without a build is measured in the same way afterwards, and at the end that
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ import torch
 
 from benchmarks.plain_faiss import plain_index
 from benchmarks.report import Report, interleaved
-from benchmarks.states import DIM, hidden_states
+from benchmarks.states import DIM, many_states
 from memstore.errors import MemstoreError
 from memstore.index.building import build_thread
 from memstore.index.settings import filled_in
@@ -141,7 +143,7 @@ def recall(found: torch.Tensor, data: Data) -> float:
 
 def load(num_rows: int, device: torch.device) -> Data:
     """States of as much text as it takes, and what exact search finds."""
-    states = hidden_states(num_rows + NUM_QUERIES, device)
+    states = many_states(num_rows + NUM_QUERIES, device)
     data = Data(states[:num_rows], states[num_rows:], torch.empty(0))
     exact = Filled(_spec(num_rows, IndexKind.EXACT), data)
     for rows in torch.split(data.rows, APPENDED_ROWS):
@@ -226,17 +228,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="65,536 rows")
     parser.add_argument("--cases", type=case, nargs="+", help="as 1000000:faiss_ivf_flat; each size after the other")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after so many no further case is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
     sizes = [65_536] if options.quick else [1_000_000, 10_000_000] if device.type == "cuda" else [131_072]
     cases = options.cases or list(itertools.product(sizes, KINDS))
     report = Report("gpu-large" if device.type == "cuda" else "large")
-    for num_rows, some in itertools.groupby(cases, lambda each: each[0]):
-        data = load(num_rows, device)
-        for _, kind in some:
-            measure(kind, data, report)
-            report.write()  # what is there is not lost if the rest takes too long
+    last = time.monotonic() + options.seconds
+    data = None
+    for num_rows, kind in cases:
+        if time.monotonic() > last:
+            print(f"no time left for {num_rows} x {DIM}, {kind.value}")
+            continue
+        if data is None or len(data.rows) != num_rows:
+            data = None  # before there are others
+            data = load(num_rows, device)
+        begun = time.monotonic()
+        measure(kind, data, report)
+        print(f"{time.monotonic() - begun:.0f} s", flush=True)
+        report.write()  # what is there is not lost if the rest takes too long
     print(report.write())
 
 

@@ -22,11 +22,37 @@ LAYER = 4
 DIM = 256
 SEGMENT = 512
 BYTES_A_TIME = 8 << 20
+MOVED = 0.1
 SEGMENTS_A_TIME = {"cpu": 16, "cuda": 512}
 
 
+def many_states(num_rows: int, device: torch.device) -> torch.Tensor:
+    """The same, but where there is too little text its states come once more, each moved by a tenth of its length."""
+    try:
+        return hidden_states(num_rows, device)
+    except TooLittleText as error:
+        states = hidden_states(error.num_rows, device)
+    generator = torch.Generator(device).manual_seed(1)
+    filled = torch.empty(num_rows, DIM, dtype=states.dtype, device=device)
+    for first in range(0, num_rows, len(states)):
+        some = filled[first : first + len(states)]
+        some.copy_(states[: len(some)])
+        if first:
+            moves = torch.randn(some.shape, generator=generator, device=device)
+            some += MOVED * some.float().norm(dim=-1, keepdim=True) * moves / moves.norm(dim=-1, keepdim=True)
+    return filled
+
+
+class TooLittleText(ValueError):
+    """num_rows: states that the text here has."""
+
+    def __init__(self, num_rows: int, asked: int) -> None:
+        super().__init__(f"the text here has {num_rows} tokens, {asked} are asked for")
+        self.num_rows = num_rows
+
+
 def hidden_states(num_rows: int, device: torch.device) -> torch.Tensor:
-    """(num_rows, 256) float16 on the device, in the order of the text. ValueError where there is too little text."""
+    """(num_rows, 256) float16 on the device, in the order of the text. Raises TooLittleText."""
     model = _model(device)
     states = torch.empty(num_rows, DIM, dtype=torch.float16, device=device)
     filled = 0
@@ -38,7 +64,7 @@ def hidden_states(num_rows: int, device: torch.device) -> torch.Tensor:
         filled += len(kept)
         if filled == num_rows:
             return states
-    raise ValueError(f"the text here has {filled} tokens, {num_rows} are asked for")
+    raise TooLittleText(filled, num_rows)
 
 
 def _model(device: torch.device) -> torch.nn.Module:

@@ -1,8 +1,11 @@
 """Codes: rows in few bits an element, kept beside the rows for a first pass of a search.
 
-A row is rotated, so that no element stands out, divided by a scale of its own, and rounded to whole numbers of 8 or 4
-bits, which are kept as bytes after `ZERO` is added. With 4 bits element j lies in the low half of byte j, and element
-bytes + j in the high half. Two float32 terms a row make a score of the product of its numbers n with a rotated query q:
+A row is rotated, so that no element stands out, divided by a scale of its own, and rounded to whole numbers n of which
+8, 4 or 2 bits are kept: those of (n + zero) / step. Of the `parts` codes of a byte j the lowest is that of element j,
+the next one that of element bytes + j, and so on. With 8 and 4 bits the numbers are neighbours, and the largest element
+gets the largest; with 2 bits they are -3, -1, 1 and 3, and the scale is the best for elements of a normal distribution,
+which those of a rotated row nearly have. Two float32 terms a row make a score of the product of its numbers with a
+rotated query q:
 
     score = terms[0] * (n . q) - terms[1]
 
@@ -22,8 +25,11 @@ from memstore.types import FirstPass, Metric
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BITS = {FirstPass.ROWS: 0, FirstPass.INT8: 8, FirstPass.INT4: 4}
+BITS = {FirstPass.ROWS: 0, FirstPass.INT8: 8, FirstPass.INT4: 4, FirstPass.INT2: 2}
 NUM_TERMS = 2
+NORMAL_SCALE = 0.498
+"""The root mean square of elements, in which the numbers of 2 bits count, to lose least of a normal distribution."""
+
 ROWS_AT_ONCE = 1024
 """Rows that are encoded at a time, so that appending takes little memory for it."""
 
@@ -35,12 +41,22 @@ def code_bytes(first_pass: FirstPass, dim: int) -> int:
 
 def limit(bits: int) -> int:
     """The largest whole number of a code; the smallest is its negative."""
-    return (1 << (bits - 1)) - 1
+    return 3 if bits == 2 else (1 << (bits - 1)) - 1
 
 
 def zero(bits: int) -> int:
     """What is added to the whole numbers."""
-    return 1 << (bits - 1)
+    return 3 if bits == 2 else 1 << (bits - 1)
+
+
+def step(bits: int) -> int:
+    """The distance of neighbouring whole numbers."""
+    return 2 if bits == 2 else 1
+
+
+def num_parts(bits: int) -> int:
+    """Elements whose codes share a byte."""
+    return 8 // bits
 
 
 def signs(dim: int) -> NDArray[np.float32]:
@@ -97,22 +113,34 @@ def _encode(
     rows: torch.Tensor, norms: torch.Tensor | None, metric: Metric, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     turned = rotated(rows.float())
-    scales = turned.abs().amax(-1, keepdim=True) / limit(bits)
-    numbers = (turned / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-limit(bits), limit(bits))
-    scales = scales[..., 0]
+    numbers, scales = _rounded(turned, bits)
     if metric is Metric.L2:
         terms = (2 * scales, scales.square() * numbers.square().sum(-1))
     else:
         terms = (scales if norms is None else scales * norms, torch.zeros_like(scales))
-    return _packed(numbers.add_(zero(bits)).to(torch.uint8), bits), torch.stack(terms, -1)
+    kept = (numbers.add_(zero(bits)) / step(bits)).to(torch.uint8)
+    return _packed(kept, bits), torch.stack(terms, -1)
 
 
-def _packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+def _rounded(turned: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers, (..., dim) float32, and their scales, (...,)."""
+    if bits == 2:
+        unit = turned.square().mean(-1, keepdim=True).sqrt_().mul_(NORMAL_SCALE)
+        elements = turned / torch.where(unit > 0, unit, 1.0)
+        numbers = elements.add_(1).mul_(0.5).round_().mul_(2).sub_(1).clamp_(-limit(bits), limit(bits))
+        scales = (turned * numbers).sum(-1) / numbers.square().sum(-1)  # the decoded row is as near as it can be
+        return numbers, scales
+    scales = turned.abs().amax(-1, keepdim=True) / limit(bits)
+    numbers = (turned / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-limit(bits), limit(bits))
+    return numbers, scales[..., 0]
+
+
+def _packed(kept: torch.Tensor, bits: int) -> torch.Tensor:
     """(..., dim) -> (..., code_bytes)."""
-    if bits == 8:
-        return numbers
-    num_bytes = -(-numbers.shape[-1] // 2)
-    high = numbers[..., num_bytes:]
-    if high.shape[-1] < num_bytes:  # the half byte beyond an odd dim
-        high = torch.nn.functional.pad(high, (0, 1), value=zero(bits))
-    return numbers[..., :num_bytes] | (high << 4)
+    parts = num_parts(bits)
+    num_bytes = -(-kept.shape[-1] // parts)
+    padded = torch.nn.functional.pad(kept, (0, parts * num_bytes - kept.shape[-1]))
+    packed = padded[..., :num_bytes].clone()
+    for part in range(1, parts):
+        packed |= padded[..., part * num_bytes : (part + 1) * num_bytes] << (part * bits)
+    return packed

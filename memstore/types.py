@@ -60,6 +60,7 @@ class FirstPass(Enum):
     ROWS = "rows"
     INT8 = "int8"
     INT4 = "int4"
+    INT2 = "int2"
 
 
 class Durability(Enum):

@@ -41,6 +41,7 @@ _FIRST_PASSES = {
     "rows": pb.FIRST_PASS_ROWS,
     "int8": pb.FIRST_PASS_INT8,
     "int4": pb.FIRST_PASS_INT4,
+    "int2": pb.FIRST_PASS_INT2,
 }
 _DURABILITIES = {
     "volatile": pb.DURABILITY_VOLATILE,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from memstore.gpu import few, launch
+from memstore.gpu.coded import reads_codes
 from memstore.gpu.launch import Asked, Found, Located
 from memstore.gpu.rings import AlikeRings, TableSizes
 from memstore.gpu.room import Field, ReplyRoom
@@ -122,6 +123,7 @@ class _Graph:
             num_supers=kind.num_supers,
             window_before=kind.options.window_before,
             window=kind.options.window,
+            is_coded=reads_codes(slab, kind.options.top_k, kind.num_queries),
         )
         self._reply = ReplyRoom(_fields(slab, self._asked, kind.options))
         self._flat = torch.zeros(self._reply.num_bytes, dtype=torch.uint8, device=slab.device)

@@ -37,7 +37,7 @@ def is_few(asked: Asked) -> bool:
     """Whether one kernel can make the reply to this, every ring of which has as many queries as the others."""
     sizes = asked.sizes
     neighbours = triton.next_power_of_2(asked.top_k) * triton.next_power_of_2(asked.window)
-    is_alone = sizes.num_queries == sizes.num_rings <= MOST_RINGS
+    is_alone = sizes.num_queries == sizes.num_rings <= MOST_RINGS and not asked.is_coded  # which chooses more leaves
     return is_alone and 0 < neighbours <= MOST_NEIGHBOURS and launch.is_at_once(asked)
 
 

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import triton
 
+from memstore.codes import BITS
+from memstore.gpu.coded import as_words, coded_queries, num_leaves, step_of, tile_of
+from memstore.gpu.kernels.coded import scan_codes_kernel
 from memstore.gpu.kernels.rows import count_kernel, gather_kernel, locate_kernel
 from memstore.gpu.kernels.scan import scan_kernel
 from memstore.gpu.kernels.select import choose_kernel, finish_kernel, score_kernel
@@ -38,7 +41,10 @@ FEW_QUERIES = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is searched for: (Q, dim) queries on the device, the tables of their batch, and how it is gone about."""
+    """What is searched for: (Q, dim) queries on the device, the tables of their batch, and how it is gone about.
+
+    is_coded: whether codes are read first, see gpu/coded.py.
+    """
 
     queries: torch.Tensor
     tables: Tables
@@ -48,6 +54,7 @@ class Asked:
     num_supers: int
     window_before: int = 0
     window: int = 0
+    is_coded: bool = False
 
 
 class Found(NamedTuple):
@@ -215,6 +222,9 @@ def _scan(slab: Slab, asked: Asked, piece: _Piece, cleared: torch.Tensor | None)
     size = piece.num_queries * asked.num_supers
     maxima = torch.empty(size * (LEAVES_OF_SUPER + 1), device=slab.device)
     leaves, supers = maxima.tensor_split((size * LEAVES_OF_SUPER,))
+    if asked.is_coded:
+        _scan_codes(slab, asked, piece, _Maxima(leaves, supers), cleared)
+        return _Maxima(leaves, supers)
     shape = asked.shape
     scan_kernel[(piece.num_blocks * triton.cdiv(asked.num_supers, shape.supers),)](
         asked.queries,
@@ -243,6 +253,36 @@ def _scan(slab: Slab, asked: Asked, piece: _Piece, cleared: torch.Tensor | None)
         **chaining(slab),
     )
     return _Maxima(leaves, supers)
+
+
+def _scan_codes(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, cleared: torch.Tensor | None) -> None:
+    """Fills the maxima by codes; see `_scan`."""
+    codes = as_words(slab)
+    words = codes.shape[-1]
+    rows_at_once, words_at_once = tile_of(words)
+    scan_codes_kernel[(piece.num_blocks * asked.num_supers,)](
+        *coded_queries(slab, asked.queries),
+        codes,
+        slab.terms,
+        asked.tables.blocks,
+        *maxima,
+        asked.tables.query_rings if cleared is None else cleared,
+        piece.first_block,
+        piece.num_blocks,
+        asked.num_supers,
+        slab.capacity,
+        slab.num_cells,
+        piece.first_query,
+        WORDS=words,
+        BITS=BITS[slab.first_pass],
+        STEP=step_of(slab),
+        BLOCK_N=rows_at_once,
+        BLOCK_W=words_at_once,
+        IS_CLEARING=cleared is not None,
+        HAS_DOT=slab.device.type == "cuda",
+        num_warps=4,
+        **chaining(slab),
+    )
 
 
 class Scored(NamedTuple):
@@ -282,7 +322,8 @@ def _select(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, found: Fou
 def _scored(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima) -> Scored:
     """The leaves that the best rows are in, and what their rows score."""
     num_queries, chained = piece.num_queries, chaining(slab)
-    top = max(triton.next_power_of_2(asked.top_k), 2)
+    num_chosen = num_leaves(slab, asked.top_k) if asked.is_coded else asked.top_k
+    top = max(triton.next_power_of_2(num_chosen), 2)
     chosen = torch.empty((num_queries, top), dtype=torch.int32, device=slab.device)
     scores = torch.empty((num_queries, top * FANOUT), device=slab.device)
     tables = (asked.tables.rings, asked.tables.query_rings)

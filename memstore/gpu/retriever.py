@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from memstore.gpu import launch
+from memstore.gpu.coded import reads_codes
 from memstore.gpu.decode import DecodeGraphs, is_decode
 from memstore.gpu.launch import Asked, Located
 from memstore.gpu.rings import tables
@@ -71,7 +72,8 @@ def _gathered(slab: Slab, name: str, located: Located, num_rows: int) -> torch.T
 
 def _asked(slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], options: RetrieveOptions | None) -> Asked:
     """options: None where no windows are wanted."""
-    shape = scan_shape(slab.dim, slab.keys.dtype, batch.queries.dtype, max(batch.counts, default=0))
+    most_queries = max(batch.counts, default=0)
+    shape = scan_shape(slab.dim, slab.keys.dtype, batch.queries.dtype, most_queries)
     sizes, flat = tables(slab, batch, groups, shape.queries)
     return Asked(
         queries=batch.queries.flatten(0, 1).contiguous(),
@@ -82,4 +84,5 @@ def _asked(slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], options: R
         num_supers=launch.num_supers_of(slab, batch.ends),
         window_before=0 if options is None else options.window_before,
         window=0 if options is None else options.window,
+        is_coded=reads_codes(slab, batch.top_k, most_queries),
     )

@@ -1,5 +1,8 @@
 """The best of many scores: a list of at most k, the worst of them at its root (a binary heap).
 
+Where k is large that costs too much. There a list has room for twice as many, takes whatever may be among the best, and
+is cut to its best k when it is full.
+
 Better is a larger score, or an equal score and a lower position; so what is kept does not depend on the order in which
 it came, nor on who searched which rows.
 """
@@ -69,3 +72,41 @@ def put_in_order(scores: NDArray[Any], positions: NDArray[Any], count: int) -> N
     for length in range(count - 1, 0, -1):
         _swap(scores, positions, 0, length)
         _sink(scores, positions, length)
+
+
+@kernel
+def keep_best(scores: NDArray[Any], positions: NDArray[Any], count: int, num_kept: int) -> int:
+    """Moves the best `num_kept` of the first `count` hits of a list to its begin; gives how many that are.
+
+    Quickselect: hits are parted at one of them, and then those on the side where the last to be kept is.
+    """
+    low, high = 0, count - 1
+    while low < high and num_kept < count:
+        middle = (low + high) // 2
+        score, position = scores[middle], positions[middle]
+        at, end = low, high
+        while at <= end:
+            while is_worse(score, position, scores[at], positions[at]):
+                at += 1
+            while is_worse(scores[end], positions[end], score, position):
+                end -= 1
+            if at <= end:
+                _swap(scores, positions, at, end)
+                at += 1
+                end -= 1
+        if num_kept <= end + 1:
+            high = end
+        elif num_kept > at:
+            low = at
+        else:
+            break
+    return min(count, num_kept)
+
+
+@kernel
+def worst_of(scores: NDArray[Any], count: int) -> Any:
+    """The least of the first `count` scores."""
+    least = scores[0]
+    for at in range(1, count):
+        least = min(least, scores[at])
+    return least

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from memstore.host.compiling import kernel
-from memstore.host.dots import CHUNK, ROWS, dot_bytes, dot_bytes_of_one, dot_halves, dot_halves_of_one
+from memstore.host.dots import (
+    CHUNK,
+    ROWS,
+    dot_bytes,
+    dot_bytes_of_one,
+    dot_halves,
+    dot_halves_of_one,
+    dot_quarters,
+    dot_quarters_of_one,
+)
 from memstore.host.scoring import ask_ahead
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ class Coded(NamedTuple):
     """bits: of an element, 0 where there are no codes. codes, terms: of all cells, see codes.py.
 
     numbers: (Q, width) int8 of the rotated queries; scales: (Q,) float32, what they are to be multiplied with; shifts:
-    (Q,) int64, what `ZERO` of the codes adds to each of their products.
+    (Q,) int64, what the zero of the codes adds to each of their products, once those are multiplied with their step.
     """
 
     bits: int
@@ -48,21 +57,35 @@ def code_query(coded: Coded, query: int, vector: NDArray[Any]) -> None:
         numbers[at] = np.int8(max(min(number, LARGEST), -LARGEST))
         total += numbers[at]
     coded.scales[query] = scale
-    coded.shifts[query] = total << (coded.bits - 1)
+    coded.shifts[query] = total * (3 if coded.bits == 2 else 1 << (coded.bits - 1))
 
 
 @kernel
 def score_codes(coded: Coded, cell: int, query: int, products: NDArray[Any], scores: NDArray[Any]) -> None:
     """What the rows from `cell` on are ranked by in the first pass, (n,) float32, never NaN. products: (n,) int32."""
     codes, terms = coded.codes[cell : cell + len(scores)], coded.terms[cell : cell + len(scores)]
-    if coded.bits == 4:
+    if coded.bits == 2:
+        _multiply_quarters(codes, coded.numbers, query, products)
+    elif coded.bits == 4:
         _multiply_halves(codes, coded.numbers, query, products)
     else:
         _multiply_bytes(codes, coded.numbers, query, products)
     scale, shift = coded.scales[query], np.int32(coded.shifts[query])
+    step = np.int32(2 if coded.bits == 2 else 1)
     for row in range(len(scores)):
-        value = terms[row, 0] * (scale * np.float32(products[row] - shift)) - terms[row, 1]
+        value = terms[row, 0] * (scale * np.float32(step * products[row] - shift)) - terms[row, 1]
         scores[row] = value if value == value else np.float32(-np.inf)
+
+
+@kernel
+def _multiply_quarters(codes: NDArray[Any], numbers: NDArray[Any], query: int, products: NDArray[Any]) -> None:
+    whole = len(codes) // ROWS * ROWS
+    for row in range(0, whole, ROWS):
+        ask_ahead(codes, row, ROWS)
+        dot_quarters(codes, row, numbers, query, products)
+    for row in range(whole, len(codes)):
+        dot_quarters_of_one(codes, row, numbers, query, products)
+    _add_rest(codes, numbers, query, 2, products)
 
 
 @kernel
@@ -73,10 +96,7 @@ def _multiply_halves(codes: NDArray[Any], numbers: NDArray[Any], query: int, pro
         dot_halves(codes, row, numbers, query, products)
     for row in range(whole, len(codes)):
         dot_halves_of_one(codes, row, numbers, query, products)
-    for at in range(codes.shape[1] // CHUNK * CHUNK, codes.shape[1]):
-        low, high = np.int32(numbers[query, at]), np.int32(numbers[query, codes.shape[1] + at])
-        for row in range(len(codes)):
-            products[row] += np.int32(codes[row, at] & 15) * low + np.int32(codes[row, at] >> 4) * high
+    _add_rest(codes, numbers, query, 4, products)
 
 
 @kernel
@@ -87,10 +107,18 @@ def _multiply_bytes(codes: NDArray[Any], numbers: NDArray[Any], query: int, prod
         dot_bytes(codes, row, numbers, query, products)
     for row in range(whole, len(codes)):
         dot_bytes_of_one(codes, row, numbers, query, products)
-    for at in range(codes.shape[1] // CHUNK * CHUNK, codes.shape[1]):
-        number = np.int32(numbers[query, at])
-        for row in range(len(codes)):
-            products[row] += np.int32(codes[row, at]) * number
+    _add_rest(codes, numbers, query, 8, products)
+
+
+@kernel
+def _add_rest(codes: NDArray[Any], numbers: NDArray[Any], query: int, bits: int, products: NDArray[Any]) -> None:
+    """Adds what is beyond the last whole chunk."""
+    num_bytes, mask = codes.shape[1], np.int32((1 << bits) - 1)
+    for at in range(num_bytes // CHUNK * CHUNK, num_bytes):
+        for part in range(8 // bits):
+            number = np.int32(numbers[query, part * num_bytes + at])
+            for row in range(len(codes)):
+                products[row] += ((np.int32(codes[row, at]) >> np.int32(part * bits)) & mask) * number
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
 from numba import types
@@ -14,25 +14,38 @@ _LANES = CHUNK // 4
 _BYTES, _SHORTS, _WORDS = (
     ir.VectorType(ir.IntType(bits), lanes) for bits, lanes in ((8, CHUNK), (16, CHUNK), (32, _LANES))
 )
+_PAIRS = ir.VectorType(ir.IntType(16), CHUNK // 2)
 _FEATURES = binding.get_host_cpu_features()
-_HAS_DOT = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
+HAS_DOT = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
 """Whether the processor multiplies and adds four bytes at once."""
 
+HAS_PAIRS = bool(_FEATURES.get("avx2"))
+"""Whether it does so with two, whose sum must have room in 16 bits: that of codes of 4 bits has."""
 
-def _dot(is_halved: bool, num_rows: int) -> Any:
-    """An intrinsic for codes of 4 bits, or 8, and so many rows at once, for which the query is loaded once."""
+
+class Way(NamedTuple):
+    """How rows are multiplied. bits: of a code; num_rows: at once, for which the query is loaded once."""
+
+    bits: int
+    num_rows: int
+    has_dot: bool = HAS_DOT
+    has_pairs: bool = HAS_PAIRS
+
+
+def make_dot(way: Way) -> Any:
+    """An intrinsic for rows of codes."""
 
     @intrinsic
     def dot(_: Any, codes: Any, row: Any, numbers: Any, query: Any, products: Any) -> Any:
         """Writes the inner products of rows of codes from `row` on with a query's numbers, over all whole chunks.
 
-        codes: (n, bytes) uint8; numbers: (m, bytes) int8, of 4 bits (m, 2 * bytes), those of the low halves first.
+        codes: (n, bytes) uint8; numbers: (m, parts * bytes) int8, those of the lowest bits of each byte first.
         products: (n,) int32, of which those of the rows are written.
         """
 
         def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             views = [context.make_array(signature.args[at])(context, builder, arguments[at]) for at in (0, 2, 4)]
-            _write_products(builder, views, arguments[1], arguments[3], is_halved, num_rows)
+            _write_products(builder, views, arguments[1], arguments[3], way)
             return context.get_dummy_value()
 
         return types.void(codes, types.intp, numbers, types.intp, products), lower
@@ -43,32 +56,33 @@ def _dot(is_halved: bool, num_rows: int) -> Any:
 ROWS = 4
 """Rows at once: enough that loading the query and ending a row do not count."""
 
-dot_bytes, dot_bytes_of_one, dot_halves, dot_halves_of_one = (
-    _dot(is_halved, num_rows) for is_halved in (False, True) for num_rows in (ROWS, 1)
+dot_bytes, dot_bytes_of_one, dot_halves, dot_halves_of_one, dot_quarters, dot_quarters_of_one = (
+    make_dot(Way(bits, num_rows)) for bits in (8, 4, 2) for num_rows in (ROWS, 1)
 )
 
 
-def _write_products(builder: Any, views: Any, row: Any, query: Any, is_halved: bool, num_rows: int) -> None:
+def _write_products(builder: Any, views: Any, row: Any, query: Any, way: Way) -> None:
     codes, numbers, products = views
     num_bytes = cgutils.unpack_tuple(builder, codes.shape)[1]
-    word = num_bytes.type
-    width = builder.mul(num_bytes, ir.Constant(word, 2 if is_halved else 1))
+    word, parts = num_bytes.type, 8 // way.bits
+    width = builder.mul(num_bytes, ir.Constant(word, parts))
     asked = builder.gep(numbers.data, [builder.mul(query, width)])
     firsts = [
         builder.gep(codes.data, [builder.mul(builder.add(row, ir.Constant(word, at)), num_bytes)])
-        for at in range(num_rows)
+        for at in range(way.num_rows)
     ]
     totals = [cgutils.alloca_once_value(builder, ir.Constant(_WORDS, None)) for _ in firsts]
     with cgutils.for_range(builder, builder.udiv(num_bytes, ir.Constant(word, CHUNK))) as loop:
         place = builder.mul(loop.index, ir.Constant(word, CHUNK))
-        low = _chunk(builder, asked, place)
-        high = _chunk(builder, asked, builder.add(place, num_bytes)) if is_halved else None
+        some = [
+            _chunk(builder, asked, builder.add(place, builder.mul(num_bytes, ir.Constant(word, part))))
+            for part in range(parts)
+        ]
         for first, total in zip(firsts, totals, strict=True):
             code, summed = _chunk(builder, first, place), builder.load(total)
-            if is_halved:
-                summed = _add(builder, summed, builder.lshr(code, _all(4)), high)
-                code = builder.and_(code, _all(15))
-            builder.store(_add(builder, summed, code, low), total)
+            for part, few in enumerate(some):
+                summed = _add(builder, summed, _part(builder, code, part, way.bits), few, way)
+            builder.store(summed, total)
     kind = ir.FunctionType(ir.IntType(32), [_WORDS])
     reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{_LANES}i32")
     for at, total in enumerate(totals):
@@ -76,12 +90,29 @@ def _write_products(builder: Any, views: Any, row: Any, query: Any, is_halved: b
         builder.store(builder.call(reduce, [builder.load(total)]), into)
 
 
-def _add(builder: Any, total: Any, codes: Any, numbers: Any) -> Any:
+def _part(builder: Any, code: Any, part: int, bits: int) -> Any:
+    """The codes of one element a byte; bytes are shifted 16 bits at a time, as processors do."""
+    if bits == 8:
+        return code
+    if part:
+        amount = ir.Constant(_PAIRS, [part * bits] * (CHUNK // 2))
+        code = builder.bitcast(builder.lshr(builder.bitcast(code, _PAIRS), amount), _BYTES)
+    return builder.and_(code, ir.Constant(_BYTES, [(1 << bits) - 1] * CHUNK))
+
+
+def _add(builder: Any, total: Any, codes: Any, numbers: Any, way: Way) -> Any:
     """Adds products of unsigned with signed bytes to a vector of words, in whatever lane."""
-    if _HAS_DOT:
+    if way.has_dot:
         kind = ir.FunctionType(_WORDS, [_WORDS] * 3)
         dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.256")
         return builder.call(dot, [total, builder.bitcast(codes, _WORDS), builder.bitcast(numbers, _WORDS)])
+    if way.has_pairs and way.bits <= 4:
+        kind = ir.FunctionType(_PAIRS, [_BYTES] * 2)
+        multiply = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.ub.sw")
+        kind = ir.FunctionType(_WORDS, [_PAIRS] * 2)
+        add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
+        ones = ir.Constant(_PAIRS, [1] * (CHUNK // 2))
+        return builder.add(total, builder.call(add, [builder.call(multiply, [codes, numbers]), ones]))
     products = builder.mul(builder.zext(codes, _SHORTS), builder.sext(numbers, _SHORTS))
     wide = builder.sext(products, ir.VectorType(ir.IntType(32), CHUNK))
     for first in range(0, CHUNK, _LANES):
@@ -92,7 +123,3 @@ def _add(builder: Any, total: Any, codes: Any, numbers: Any) -> Any:
 
 def _chunk(builder: Any, pointer: Any, place: Any) -> Any:
     return builder.load(builder.bitcast(builder.gep(pointer, [place]), _BYTES.as_pointer()), align=1)
-
-
-def _all(value: int) -> Any:
-    return ir.Constant(_BYTES, [value] * CHUNK)

@@ -25,7 +25,7 @@ HEADER = 15
     MOST_PIECES,  # pieces, lists and panels that there is room for
     MOST_LISTS,
     MOST_PANELS,
-    TOP_K,  # candidates of a query
+    TOP_K,  # room of a list: candidates of a query, or twice as many where codes are read
     KIND,  # of KINDS
     METRIC,  # of METRICS
     BITS,  # of the codes of a first pass, 0 for none
@@ -80,7 +80,7 @@ def empty_job(header: tuple[int, ...], num_queries: int, dim: int) -> Scratch:
     num_coded = num_queries if bits else 0
     num_integers = HEADER + most_pieces * PIECE_COLUMNS + most_lists * (1 + top_k) + num_coded
     num_floats = num_queries + num_coded + most_lists * top_k + header[MOST_PANELS] * dim * PANEL
-    width = dim + dim % 2 if bits == 4 else dim
+    width = -(-dim * bits // 8) * (8 // bits) if bits else dim
     return Scratch(
         np.empty(num_integers, np.int64), np.empty(num_floats, np.float32), np.empty((num_coded, width), np.int8)
     )

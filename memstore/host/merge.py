@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memstore.host.best import offer, put_in_order
+from memstore.host.best import keep_best, offer, put_in_order
 from memstore.host.compiling import kernel
 from memstore.host.job import END_RING, FIRST_RING, HEADER, Job, unpacked
 from memstore.host.rings import FIRST_CELL, FIRST_LIST, FIRST_QUERY, NUM_PIECES, NUM_QUERIES, fill, slot_of
 from memstore.host.scan import scan, scan_again
-from memstore.host.scoring import COSINE, Rows, inverse_length, score
+from memstore.host.scoring import COSINE, Rows, ask_for, inverse_length, score_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,7 +108,15 @@ def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], p
             for piece in range(ring[NUM_PIECES]):
                 place = ring[FIRST_LIST] + piece * ring[NUM_QUERIES] + at
                 for hit in range(lists.counts[place]):
-                    count = offer(best, places, count, lists.scores[place, hit], lists.positions[place, hit])
+                    if job.coded.bits:
+                        if count == most:
+                            count = keep_best(best, places, count, most // 2)
+                        best[count], places[count] = lists.scores[place, hit], lists.positions[place, hit]
+                        count += 1
+                    else:
+                        count = offer(best, places, count, lists.scores[place, hit], lists.positions[place, hit])
+            if job.coded.bits:
+                count = keep_best(best, places, count, most // 2)
             hits = all_scores[query], all_positions[query]
             _rank(ring, capacity, job.rows, job.queries[query], places[:count], hits)
 
@@ -120,10 +128,13 @@ def _rank(
     """Fills in hits, (k,) scores and positions, out of positions of a ring: best first, -inf and -1 after the last."""
     scores, positions = hits
     factor = inverse_length(query) if rows.metric == COSINE else np.float32(1)
-    count, found = 0, np.empty(1, np.float32)
     for position in candidates:
         if position >= 0:
-            score(rows, ring[FIRST_CELL] + slot_of(position, capacity), query, found)
-            count = offer(scores, positions, count, found[0] * factor, position)
+            ask_for(rows, ring[FIRST_CELL] + slot_of(position, capacity))
+    count = 0
+    for position in candidates:
+        if position >= 0:
+            found = score_of(rows, ring[FIRST_CELL] + slot_of(position, capacity), query)
+            count = offer(scores, positions, count, found * factor, position)
     put_in_order(scores, positions, count)
     scores[count:], positions[count:] = -np.inf, -1

@@ -29,8 +29,14 @@ LIST_ITEM = 12
 LIST_BYTES = 32 << 20
 """Bytes of a candidate, and of all of them; more only where those of one ring need it."""
 
-CANDIDATES_A_HIT, FEWEST_CANDIDATES = 4, 64
-"""How many of the best of a first pass over codes are ranked by their rows."""
+CANDIDATES_A_HIT = {8: 2, 4: 3, 2: 8}
+"""How many of the best of a first pass over codes of so many bits are ranked by their rows, for each hit asked for."""
+
+FEWEST_HITS = 8
+"""As many candidates as for so many hits there are at least."""
+
+CODE_BYTES_TO_END = 40
+"""The time that it takes to end the product of a row's code and to look at it, in bytes of codes that are read."""
 
 PATIENCE = 200_000
 """Looks at what others have not done, about twice as long as a piece takes, before it is done again."""
@@ -56,9 +62,10 @@ def plan(batch: SearchBatch, rows: Rows, num_threads: int, coded: tuple[int, int
 
     coded: bits and bytes of a code, where there is a first pass over codes.
     """
-    bits, num_layers = coded[0], len(batch.layers)
-    row_bytes = coded[1] or rows.keys.shape[1]
-    num_candidates = max(CANDIDATES_A_HIT * batch.top_k, FEWEST_CANDIDATES) if bits else batch.top_k
+    bits = coded[0] if any(0 < count <= FEW_QUERIES for count in batch.counts) else 0
+    num_layers = len(batch.layers)
+    row_bytes = coded[1] + CODE_BYTES_TO_END if bits else rows.keys.shape[1]
+    num_candidates = 2 * CANDIDATES_A_HIT[bits] * max(batch.top_k, FEWEST_HITS) if bits else batch.top_k
     work, num_multiplied, least = 0, 0, 0
     for begin, end, count in zip(batch.begins, batch.ends, batch.counts, strict=True):
         if count > FEW_QUERIES:

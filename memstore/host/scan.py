@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memstore.host.best import offer
+from memstore.host.best import keep_best, offer, worst_of
 from memstore.host.coded import code_query, score_codes
 from memstore.host.compiling import kernel
 from memstore.host.job import (
@@ -147,22 +147,59 @@ def _scan_piece(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
             query, place = piece[PIECE_QUERY] + at, piece[PIECE_LIST] + at
             if job.coded.bits:
                 score_codes(job.coded, cell, query, products[:length], scores[:length])
-            elif is_widened:
+                _collect(job, query, place, piece[POSITION] + first, scores[:length])
+                continue
+            if is_widened:
                 score_wide(block[:length], rows, cell, job.queries[query], scores[:length])
             else:
                 score(rows, cell, job.queries[query], scores[:length])
             _offer_all(job, query, place, piece[POSITION] + first, scores[:length])
     for at in range(num_queries):
         query, place = piece[PIECE_QUERY] + at, piece[PIECE_LIST] + at
-        if lists.counts[place] == lists.scores.shape[1]:
+        if job.coded.bits:
+            _cut_to_best(job, query, place)
+        elif lists.counts[place] == lists.scores.shape[1]:
             job.bars[query] = max(job.bars[query], lists.scores[place, 0])
 
 
 @kernel
 def _offer_all(job: Job, query: int, place: int, position: int, scores: NDArray[Any]) -> None:
     """Offers rows, the first of which is that of `position`, to a list, unless there are known to be k better ones."""
-    lists, bar, count = job.lists, job.bars[query], job.lists.counts[place]
+    best, places, count = job.lists.scores[place], job.lists.positions[place], job.lists.counts[place]
+    bar = job.bars[query]
+    if count == len(best):
+        bar = max(bar, best[0])
     for row in range(len(scores)):
         if scores[row] >= bar:
-            count = offer(lists.scores[place], lists.positions[place], count, scores[row], position + row)
+            count = offer(best, places, count, scores[row], position + row)
+            if count == len(best):
+                bar = max(bar, best[0])
+    job.lists.counts[place] = count
+
+
+@kernel
+def _collect(job: Job, query: int, place: int, position: int, scores: NDArray[Any]) -> None:
+    """The same with a list that has room for twice as many as are kept of it: see best.py."""
+    lists, count = job.lists, job.lists.counts[place]
+    bar = job.bars[query]
+    best, places = lists.scores[place], lists.positions[place]
+    for row in range(len(scores)):
+        if scores[row] >= bar:
+            best[count], places[count] = scores[row], position + row
+            count += 1
+            if count == len(best):
+                lists.counts[place] = count
+                _cut_to_best(job, query, place)
+                count, bar = lists.counts[place], job.bars[query]
     lists.counts[place] = count
+
+
+@kernel
+def _cut_to_best(job: Job, query: int, place: int) -> None:
+    """Leaves of a list with room for twice as many the half that is best, and raises the bar of its query to them."""
+    lists = job.lists
+    num_kept = lists.scores.shape[1] // 2
+    count = keep_best(lists.scores[place], lists.positions[place], lists.counts[place], num_kept)
+    lists.counts[place] = count
+    if count == num_kept:
+        job.bars[query] = max(job.bars[query], worst_of(lists.scores[place], count))

@@ -54,6 +54,29 @@ def score(rows: Rows, cell: int, query: NDArray[Any], scores: NDArray[Any]) -> N
 
 
 @kernel
+def score_of(rows: Rows, cell: int, query: NDArray[Any]) -> Any:
+    """The same of one row."""
+    keys = rows.keys[cell : cell + 1]
+    if rows.kind == FLOAT16:
+        total = _likeness(keys.view(np.uint16), 0, rows.metric, query)
+    elif rows.kind == BFLOAT16:
+        total = _likeness(keys.view(np.int16), 0, rows.metric, query)
+    else:
+        total = _likeness(keys.view(np.float32), 0, rows.metric, query)
+    if rows.metric == COSINE:
+        total *= rows.norms[cell]
+    return total if total == total else np.float32(-np.inf)
+
+
+@kernel
+def ask_for(rows: Rows, cell: int) -> None:
+    """Asks memory for a row."""
+    num_bytes = rows.keys.shape[1]
+    for line in range(0, num_bytes, LINE_BYTES):
+        prefetch(rows.keys, cell * num_bytes + line)
+
+
+@kernel
 def score_wide(wide: NDArray[Any], rows: Rows, cell: int, query: NDArray[Any], scores: NDArray[Any]) -> None:
     """The same where the rows from `cell` on were made float32 before, (n, dim)."""
     _compare(wide, rows.metric, query, scores)
@@ -84,18 +107,22 @@ def _widen(keys: NDArray[Any], wide: NDArray[Any]) -> None:
 @kernel
 def _compare(keys: NDArray[Any], metric: int, query: NDArray[Any], scores: NDArray[Any]) -> None:
     """-|row - query|^2 of each row for l2, else its inner product with the query. keys: (n, dim), see `widened`."""
-    dim = keys.shape[1]
     for row in range(len(scores)):
         ask_ahead(keys, row, 1)
-        total = np.float32(0)
-        if metric == L2:
-            for at in range(dim):
-                apart = widened(keys[row, at]) - query[at]
-                total -= apart * apart
-        else:
-            for at in range(dim):
-                total += widened(keys[row, at]) * query[at]
-        scores[row] = total
+        scores[row] = _likeness(keys, row, metric, query)
+
+
+@kernel
+def _likeness(keys: NDArray[Any], row: int, metric: int, query: NDArray[Any]) -> Any:
+    total = np.float32(0)
+    if metric == L2:
+        for at in range(keys.shape[1]):
+            apart = widened(keys[row, at]) - query[at]
+            total -= apart * apart
+    else:
+        for at in range(keys.shape[1]):
+            total += widened(keys[row, at]) * query[at]
+    return total
 
 
 @kernel

@@ -114,6 +114,8 @@ class _FirstPassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FirstPass.V
     """Codes of 8 bits an element, kept beside the rows; the best of them are ranked by their rows. May miss rows."""
     FIRST_PASS_INT4: _FirstPass.ValueType  # 3
     """The same with 4 bits an element."""
+    FIRST_PASS_INT2: _FirstPass.ValueType  # 4
+    """The same with 2 bits an element."""
 
 class FirstPass(_FirstPass, metaclass=_FirstPassEnumTypeWrapper):
     """What a search with few queries reads of every row."""
@@ -126,6 +128,8 @@ FIRST_PASS_INT8: FirstPass.ValueType  # 2
 """Codes of 8 bits an element, kept beside the rows; the best of them are ranked by their rows. May miss rows."""
 FIRST_PASS_INT4: FirstPass.ValueType  # 3
 """The same with 4 bits an element."""
+FIRST_PASS_INT2: FirstPass.ValueType  # 4
+"""The same with 2 bits an element."""
 Global___FirstPass: _TypeAlias = FirstPass  # noqa: Y015
 
 class _IndexKind:

@@ -49,11 +49,13 @@ _FIRST_PASSES: dict[int, FirstPass] = {
     pb.FIRST_PASS_ROWS: FirstPass.ROWS,
     pb.FIRST_PASS_INT8: FirstPass.INT8,
     pb.FIRST_PASS_INT4: FirstPass.INT4,
+    pb.FIRST_PASS_INT2: FirstPass.INT2,
 }
 _FIRST_PASS_NUMBERS = {
     FirstPass.ROWS: pb.FIRST_PASS_ROWS,
     FirstPass.INT8: pb.FIRST_PASS_INT8,
     FirstPass.INT4: pb.FIRST_PASS_INT4,
+    FirstPass.INT2: pb.FIRST_PASS_INT2,
 }
 _POLICIES: dict[int, str] = {pb.EVICTION_POLICY_UNSPECIFIED: "fifo", pb.EVICTION_POLICY_FIFO: "fifo"}
 _DURABILITIES: dict[int, Durability] = {

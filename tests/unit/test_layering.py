@@ -51,7 +51,7 @@ FOREIGN = {
     "triton": {
         "memstore/gpu/few.py",
         "memstore/gpu/launch.py",
-        *(f"memstore/gpu/kernels/{name}.py" for name in ("parts", "reply", "rows", "scan", "select")),
+        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "parts", "reply", "rows", "scan", "select")),
     },
 }
 GRPC_OF_CLIENT = "model_client/transport/"

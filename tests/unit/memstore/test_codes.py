@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from memstore import codes
+from memstore.host.best import is_worse, keep_best
 from memstore.host.coded import rotate
+from memstore.host.dots import CHUNK, Way, make_dot
 from memstore.host.retriever import HostRetriever
 from memstore.slab import Slab, bytes_needed
 from memstore.types import FirstPass, MemorySpec, Metric
 from tests.contract.test_index import DTYPES, asked, check, filled
 
 HOST = torch.device("cpu")
-CODED = (FirstPass.INT8, FirstPass.INT4)
+CODED = (FirstPass.INT8, FirstPass.INT4, FirstPass.INT2)
 DIMS = (1, 2, 3, 31, 64, 100, 257, 384)
 
 
@@ -54,10 +58,16 @@ def test_terms_make_the_score_of_the_decoded_row(metric: Metric, first_pass: Fir
     assert slab.terms is not None
     bits, rows = codes.BITS[first_pass], slab.keys[0, 0].float()
     kept = slab.codes[0, 0]
-    numbers = (kept if bits == 8 else torch.cat((kept & 15, kept >> 4), -1))[:, :dim].int() - codes.zero(bits)
-    scales = codes.rotated(rows).abs().amax(-1) / codes.limit(bits)
+    parts = torch.cat([(kept >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)], -1)
+    numbers = codes.step(bits) * parts[:, :dim].int() - codes.zero(bits)
+    turned = codes.rotated(rows)
+    if bits == 2:
+        scales = (turned * numbers).sum(-1) / numbers.square().sum(-1)
+        assert torch.equal(numbers.sign()[turned != 0], turned.sign()[turned != 0])
+    else:
+        scales = turned.abs().amax(-1) / codes.limit(bits)
+        assert ((numbers * scales[:, None] - turned).abs() <= scales[:, None] * 0.5001).all()
     decoded = numbers * scales[:, None]
-    assert ((decoded - codes.rotated(rows)).abs() <= scales[:, None] * 0.5001).all()
     query = codes.rotated(torch.randn(dim))
     terms = slab.terms[0, 0]
     given = terms[:, 0] * (numbers.float() @ query) - terms[:, 1]
@@ -73,7 +83,7 @@ def test_terms_make_the_score_of_the_decoded_row(metric: Metric, first_pass: Fir
 def test_codes_are_reserved_counted_and_copied(first_pass: FirstPass) -> None:
     spec = MemorySpec(name="m", dim=33, capacity=6, max_sequences=2)
     coded = dataclasses.replace(spec, first_pass=first_pass)
-    more = {FirstPass.INT8: 33, FirstPass.INT4: 17}[first_pass] + 8
+    more = {FirstPass.INT8: 33, FirstPass.INT4: 17, FirstPass.INT2: 9}[first_pass] + 8
     assert bytes_needed(coded) - bytes_needed(spec) == 12 * more
     slab = Slab(coded, HOST)
     slab.write(slab.stage(torch.randn(1, 6, 33), {}), torch.arange(6))
@@ -93,15 +103,15 @@ def test_what_is_among_the_candidates_is_ranked_by_its_row(
 ) -> None:
     slab = filled(
         HOST,
-        torch.randn(2, 150, dim),
+        torch.randn(2, 48, dim),
         metric=metric,
         first_pass=first_pass,
         dtype=dtype,
         dim=dim,
-        capacity=50,
+        capacity=16,
         max_sequences=3,
     )  # so few rows that all are candidates
-    check(slab, asked(slab, (1, 5, 12), ((70, 120), (0, 50), (3, 20)), dtype=dtype), HostRetriever())
+    check(slab, asked(slab, (1, 5, 12), ((20, 36), (0, 16), (3, 14)), dtype=dtype), HostRetriever())
 
 
 @pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)
@@ -115,3 +125,40 @@ def test_few_of_the_best_are_missed(metric: Metric, first_pass: FirstPass) -> No
     want, found = (HostRetriever().search(slab, batch)[0][0] for slab in (exact, coded))
     recall = (want[:, :, None] == found[:, None, :]).any(-1).float().mean()
     assert recall >= 0.97
+
+
+@pytest.mark.parametrize("has_dot", [True, False])
+@pytest.mark.parametrize("has_pairs", [True, False])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_products_are_the_same_whatever_the_processor_has(bits: int, has_pairs: bool, has_dot: bool) -> None:
+    """The largest codes and numbers there are among them: no sum runs over."""
+    way = Way(bits, 1)
+    if (has_dot and not way.has_dot) or (has_pairs and not way.has_pairs):
+        pytest.skip("this processor lacks it")
+    dot = make_dot(Way(bits, 1, has_dot, has_pairs))
+
+    def multiplied(codes: object, numbers: object, products: object) -> None:
+        dot(codes, 1, numbers, 1, products)
+
+    random = np.random.default_rng(0)
+    kept = random.integers(0, 256, (3, 2 * CHUNK), dtype=np.uint8)
+    numbers = random.integers(-127, 128, (2, 2 * CHUNK * (8 // bits)), dtype=np.int8)
+    kept[1, :CHUNK], numbers[1, ::2] = 255, 127
+    products = np.zeros(3, np.int32)
+    njit(multiplied)(kept, numbers, products)
+    parts = np.concatenate([(kept[1] >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)])
+    assert products.tolist() == [0, int(parts.astype(int) @ numbers[1].astype(int)), 0]
+
+
+@pytest.mark.parametrize("num_kept", [1, 7, 64])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 128])
+@pytest.mark.parametrize("num_values", [1, 3, 1000])
+def test_the_best_of_a_list_are_kept_in_any_order(num_kept: int, count: int, num_values: int) -> None:
+    random = np.random.default_rng(count)
+    scores = random.integers(0, num_values, 128).astype(np.float32)
+    positions = random.permutation(128)
+    want = sorted(zip(-scores[:count], positions[:count], strict=True))[:num_kept]
+    kept = keep_best(scores, positions, count, num_kept)
+    assert kept == len(want)
+    assert sorted(zip(-scores[:kept], positions[:kept], strict=True)) == want
+    assert not is_worse(1.0, 2, 1.0, 3)

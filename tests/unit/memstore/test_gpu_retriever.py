@@ -13,7 +13,7 @@ from memstore.index.exact import ExactIndex
 from memstore.index.staged import staged_retrieve
 from memstore.search import SearchBatch
 from memstore.slab import Slab
-from memstore.types import KEY, Hits, MemorySpec, Metric, PayloadSpec, RetrieveOptions
+from memstore.types import KEY, FirstPass, Hits, MemorySpec, Metric, PayloadSpec, RetrieveOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -189,3 +189,61 @@ def test_rows_whose_products_overflow_are_there_all_the_same(metric: Metric) -> 
     found, _ = ExactIndex().search(slab, batch)
     assert ((found >= 0).sum(-1)[:, 0] == 10).all()
     assert ((found >= 0).sum(-1)[:, 1:] == 13).all()
+
+
+CODED = [FirstPass.INT8, FirstPass.INT4, FirstPass.INT2]
+
+
+@pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)
+@pytest.mark.parametrize("first_pass", CODED, ids=lambda kind: kind.value)
+@pytest.mark.parametrize("dim", [48, 64, 512, 1040, 2048])
+def test_what_codes_nominate_is_scored_by_its_row(metric: Metric, first_pass: FirstPass, dim: int) -> None:
+    """So few rows that all are nominated: what is found is what is found without codes."""
+    exact = filled(dim=dim, metric=metric)
+    coded = filled(dim=dim, metric=metric, first_pass=first_pass)
+    cells = torch.arange(exact.num_places * exact.capacity, device="cuda")
+    coded.write(exact.rows(cells), coded.in_all_layers(cells))
+    batch = asked(exact, (1, 4, 8))
+    batch = dataclasses.replace(batch, begins=(1490, 0, 3), ends=(1506, 7, 3))
+    options = RetrieveOptions(top_k=16, window_after=1)
+    groups = np.arange(6).reshape(2, 3)
+    want = ExactIndex().retrieve(exact, batch, options, groups)
+    got = check(coded, batch, options, ExactIndex())
+    found = ExactIndex().retrieve(coded, batch, options, groups)
+    assert torch.equal(want.positions, found.positions)
+    assert got.index.shape == want.index.shape
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (3, 3), (5, 0, 8, 2, 1, 7), (9, 1), (1, 300)])
+@pytest.mark.parametrize("first_pass", CODED, ids=lambda kind: kind.value)
+def test_windows_of_what_codes_nominate(first_pass: FirstPass, counts: tuple[int, ...]) -> None:
+    """By graphs or not, and for batches whose rows are read."""
+    slab = filled(dim=64, first_pass=first_pass)
+    options = RetrieveOptions(top_k=16, window_before=1, window_after=2, arrays=(KEY, "value"))
+    check(slab, asked(slab, counts), options, ExactIndex())
+
+
+@pytest.mark.parametrize("top_k", [1, 16, 17, 64, 128])
+@pytest.mark.parametrize("first_pass", CODED, ids=lambda kind: kind.value)
+def test_few_of_the_best_are_missed_by_codes(first_pass: FirstPass, top_k: int) -> None:
+    rows = torch.randn(2, 40, 1, 64, device="cuda").repeat(1, 1, 225, 1).flatten(1, 2)
+    rows += torch.randn(2, 9000, 64, device="cuda") * 0.5
+    shape = {"dim": 64, "payloads": ()}
+    exact, coded = filled(**shape), filled(**shape, first_pass=first_pass)
+    cells = torch.arange(9000, device="cuda")
+    for slab in (exact, coded):
+        slab.write(slab.stage(rows, {}), slab.in_all_layers(cells))
+    batch = asked(exact, (4, 4), top_k=top_k)
+    batch = dataclasses.replace(batch, begins=(0, 700), ends=(1500, 2200))
+    batch.queries.copy_(rows[:, ::1125] + 0.3 * torch.randn(2, 8, 64, device="cuda"))
+    want, found = (ExactIndex().search(slab, batch)[0] for slab in (exact, coded))
+    assert (want[..., None] == found[..., None, :]).any(-1).float().mean() >= 0.97
+
+
+@pytest.mark.parametrize("dim", [40, 100])
+def test_rows_are_read_where_codes_are_not_whole_words(dim: int) -> None:
+    from memstore.gpu.coded import reads_codes
+
+    slab = filled(dim=dim, first_pass=FirstPass.INT2)
+    assert not reads_codes(slab, 16, 1)
+    check(slab, asked(slab, (1, 1)), RetrieveOptions(top_k=16), ExactIndex())
