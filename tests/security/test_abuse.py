@@ -6,8 +6,6 @@ import os
 import resource
 import socket
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,13 +15,14 @@ from memstore.listen import SERVER_OPTIONS
 from memstore.metrics import Metrics, MetricsServer
 from memstore.v1 import memstore_pb2 as pb
 from tests import serving as serving_module
-from tests.processes import Process
+from tests.processes import Process, Usage
 from tests.security import attacks
 from tests.security.attacks import Target
 from tests.serving import Setting, serving, spec, step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     Attack = Callable[[Target, int], list[socket.socket]]
 
@@ -33,22 +32,6 @@ RISE_BYTES = 192 << 20
 """What all attacks together may make the server take; most of it is that glibc takes 64 MiB at a time."""
 SPARE = 6
 """Threads and descriptors that gRPC may keep for itself."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a process has of its machine."""
-
-    rss_bytes: int
-    num_threads: int
-    num_descriptors: int
-
-    @classmethod
-    def of(cls, pid: int) -> Usage:
-        """As the kernel says it."""
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        number = len(os.listdir(f"/proc/{pid}/fd"))
-        return cls(int(lines["VmRSS"].split()[0]) << 10, int(lines["Threads"]), number)
 
 
 class Victim:
