@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from random import Random
 from typing import TYPE_CHECKING
@@ -13,12 +15,12 @@ from memstore.errors import Internal
 from memstore.grpc_front import SERVICE
 from memstore.v1 import memstore_pb2 as pb
 from tests.calling import failure
-from tests.fuzz.mutating import mutated
+from tests.fuzz.mutating import NESTED, mutated
 from tests.fuzz.targets import REQUESTS, TARGETS
 from tests.serving import serving, spec, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.serving import Serving
@@ -39,6 +41,40 @@ def test_what_is_mutated_is_taken_or_refused(name: str, tmp_path: Path) -> None:
         except BaseException as error:
             error.add_note(f"input: {content[:2000].hex()}")
             raise
+
+
+def changed(seed: bytes, *path: str | int, to: object) -> bytes:
+    """JSON with one value replaced."""
+    value = holder = json.loads(seed)
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = to
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+
+
+ONCE_A_BUG: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "a head that is nested too deep": ("log-head", lambda seed: NESTED),
+    "a catalogue that is nested too deep": ("catalogue", lambda seed: NESTED),
+    "a name in a catalogue that is a number": ("catalogue", lambda seed: changed(seed, "memories", 0, 1, to=7)),
+    "an adapter that is nested too deep": ("adapter-config", lambda seed: NESTED),
+    "an adapter wider than any": ("adapter-config", lambda seed: changed(seed, "memory", "head_dim", to=1 << 62)),
+    "an adapter with half a layer": (
+        "adapter-config",
+        lambda seed: changed(seed, "memory", "attention_layers", to=[1.5]),
+    ),
+    "an adapter with a truth for a width": ("adapter-config", lambda seed: changed(seed, "memory", "dim", to=True)),
+    "endless rows": ("snapshot-manifest", lambda seed: changed(seed, "chunks", 0, 2, to=1 << 50)),
+    "an infinite file": ("snapshot-manifest", lambda seed: changed(seed, "files", "rows.bin", "bytes", to=math.inf)),
+    "a chunk of nobody's": ("snapshot-manifest", lambda seed: changed(seed, "chunks", 0, 0, to=[[]])),
+    "a sequence that is an object": ("snapshot-manifest", lambda seed: changed(seed, "sequences", 0, to={})),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_A_BUG)
+def test_what_was_once_a_bug_is_refused(name: str, tmp_path: Path) -> None:
+    where, change = ONCE_A_BUG[name]
+    target = TARGETS[where](tmp_path)
+    target.run(change(target.seeds[0]))
 
 
 @pytest.fixture(scope="module")
