@@ -21,9 +21,21 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-# Hours: 100,000 seeds of the simulation, and thousands of killed servers.
+# Hours: 100,000 seeds of the simulation, thousands of killed servers, mutations by the hundred thousand, abuse twenty
+# times over, thousands of rounds in search of a leak; then every decoder is fuzzed for FUZZ_S seconds, guided by what is
+# covered, from where the last soak ended.
+SEEDS ?= 100000
+KILLS ?= 3000
+MUTATIONS ?= 100000
+ABUSE ?= 1000
+LEAK_ROUNDS ?= 5000
+FUZZ_S ?= 600
 soak: install
-	SIMULATION_SEEDS=100000 KILLS=3000 $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 86400 tests/sim tests/crash
+	$(BIN)/pip install -q -c constraints.txt -e '.[soak]'
+	SIMULATION_SEEDS=$(SEEDS) KILLS=$(KILLS) MUTATIONS=$(MUTATIONS) ABUSE=$(ABUSE) LEAK_ROUNDS=$(LEAK_ROUNDS) \
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 86400 tests/sim tests/crash tests/fuzz tests/security
+	for target in $$($(BIN)/python -m tests.fuzz.guided --list); do \
+	$(BIN)/python -m tests.fuzz.guided $$target --seconds $(FUZZ_S) --corpus .fuzz/$$target || exit 1; done
 
 # Plants every bug of tests/seeded/bugs.toml into a copy of the tree; fails where the tests do not notice one.
 seeded: install

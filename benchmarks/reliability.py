@@ -5,6 +5,8 @@ flips       every bit of a small log and snapshot is flipped, one at a time
 restart     a memory of 1 GB is read back from its snapshot, and from its log, with cold files
 appends     rows a second by durability, against the disk's own write and sync, in turn
 stall       retrievals of a volatile memory while a durable one syncs, or is taken a snapshot of
+
+and what benchmarks.hostile has: seeded bugs, abuse of ports, mutated input, the simulation.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from benchmarks.hostile import abuse, mutations, seeded, simulation
 from benchmarks.report import Report
 from memstore.admission import Admission, QueueLimits
 from memstore.archive import Archive
@@ -324,11 +327,15 @@ def main() -> int:
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     report = Report("reliability")
+    seeded(report, options.quick)
     flips(report)
     appends(report, 1.0 if options.quick else 3.0)
     stall(report, 500 if options.quick else 3000)
     restart(report, GB // 8 if options.quick else GB)
     kills(report, 15 if options.quick else options.kills)
+    simulation(report, 50 if options.quick else 500)
+    mutations(report, 200 if options.quick else 4000)
+    abuse(report, 50 if options.quick else 200)
     report.write()
     return 0
 

@@ -87,8 +87,9 @@ def load_adapter(
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else next(iter(tensors.values())).dtype
+    with torch.device("meta"):  # takes no memory, whatever sizes the configuration has
+        _check_shapes(folder / WEIGHTS_FILE, MemoryWeights(config, dtype=dtype), tensors)
     weights = MemoryWeights(config, dtype=dtype)
-    _check_shapes(folder / WEIGHTS_FILE, weights, tensors)
     weights.load_state_dict(tensors)
     lora = folder / LORA_FOLDER
     return Adapter(config, weights.to(device).eval(), lora if lora.is_dir() else None)
@@ -107,7 +108,7 @@ def add_lora(model: nn.Module, rank: int) -> Any:
 def _read_config(path: Path) -> MemoryConfig:
     try:
         described = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: no adapter here: {error}") from error
     version = described.get("format_version") if isinstance(described, dict) else None
     if version != FORMAT_VERSION:

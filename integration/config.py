@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METRICS = ("l2", "ip", "cosine")
+MAX_WIDTH = 65_536
+"""Of a hidden state, and of whatever is cut out of one: no model is so wide."""
 INDEXES = ("exact", "faiss_flat", "faiss_ivf_flat", "faiss_ivf_pq", "faiss_cagra")
 
 
@@ -67,11 +69,18 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention_layers", tuple(self.attention_layers))
         counts = ("hidden_size", "dim", "num_heads", "num_kv_heads", "head_dim", "top_k", "context", "capacity")
+        for name in (*counts, "max_sequences", "segment_length", "before", "after", "retrieval_layer"):
+            value = getattr(self, name)
+            _demand(type(value) is int, name, f"{value!r} given, a whole number needed")
         for name in (*counts, "max_sequences", "segment_length"):
             _demand(getattr(self, name) >= 1, name, f"{getattr(self, name)} given, at least 1 needed")
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            _demand(value <= MAX_WIDTH, name, f"{value} given, at most {MAX_WIDTH} allowed")
         for name in ("before", "after"):
             _demand(0 <= getattr(self, name) <= 64, name, f"{getattr(self, name)} given, 0 to 64 allowed")
         _demand(self.top_k <= 1024, "top_k", f"{self.top_k} given, at most 1024 allowed")
+        _demand(self.context <= 1024, "context", f"{self.context} given, at most 1024 allowed")
         _demand(self.dim <= 8192, "dim", f"{self.dim} given, at most 8192 allowed")
         _demand(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads ({self.num_heads})")
         _demand(self.deadline_s > 0, "deadline_s", "must be above 0")
@@ -83,6 +92,7 @@ class MemoryConfig:
         layers = self.attention_layers
         _demand(self.retrieval_layer >= 0, "retrieval_layer", "must be 0 or more")
         _demand(bool(layers), "attention_layers", "at least one layer needed")
+        _demand(all(type(layer) is int for layer in layers), "attention_layers", f"{layers}: whole numbers needed")
         _demand(list(layers) == sorted(set(layers)), "attention_layers", f"{layers} must ascend without repeats")
         _demand(layers[0] >= self.retrieval_layer, "attention_layers", "none may come before retrieval_layer")
 

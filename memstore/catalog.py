@@ -71,7 +71,9 @@ class FileCatalog:
             document = json.loads(content)
             entries = [(MemoryId(tenant, name), text) for tenant, name, text in document["memories"]]
             checksum = document["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(word, str) for memory, text in entries for word in (*memory, text)):
+                raise ValueError("names and texts are text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Corrupt(f"{self._path}: not a catalogue") from error
         if checksum != _checksum(entries):
             raise Corrupt(f"{self._path}: its checksum does not fit; move it away to begin with an empty catalogue")

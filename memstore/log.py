@@ -83,7 +83,7 @@ def read_head(record: Record, name: str) -> Head:
         if record.kind == HEAD and content["format"] == FORMAT:
             is_behind_loss = bool(content.get("is_behind_loss", False))
             return Head(str(content["identity"]), str(content["boot_id"]), is_behind_loss)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Corrupt(f"{name}: its head cannot be read") from error
     raise Corrupt(f"{name}: not a log of format {FORMAT}")
 

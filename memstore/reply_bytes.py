@@ -43,8 +43,9 @@ def encode_replies(sequence: Stream) -> bytes:
 def found_writers(entry: Sequence[Any], replies: Iterator[list[int]]) -> OrderedDict[str, Writer]:
     """The writers of such an entry, with the next of the replies. StopIteration, TypeError, ValueError: do not fit."""
     writers: OrderedDict[str, Writer] = OrderedDict()
-    for name, next_seq, num_replies in entry:
-        writers[name] = writer = Writer(next_seq=next_seq)
+    for name, *counts in entry:
+        next_seq, num_replies = map(a_count, counts)
+        writers[a_name(name)] = writer = Writer(next_seq=next_seq)
         for seq in range(next_seq - num_replies, next_seq):
             num_rows, fingerprint, as_of, first_position, is_beginning, begun_from = next(replies)
             writer.replies[seq] = Reply(
@@ -55,3 +56,17 @@ def found_writers(entry: Sequence[Any], replies: Iterator[list[int]]) -> Ordered
                 begun_from=begun_from if is_beginning else None,
             )
     return writers
+
+
+def a_count(value: object) -> int:
+    """A whole number from 0 on that 63 bits can hold. ValueError for anything else that JSON has."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def a_name(value: object) -> str:
+    """A name. ValueError for anything else that JSON has."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no name")
+    return value

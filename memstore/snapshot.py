@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memstore.errors import Corrupt
-from memstore.reply_bytes import NUMBERS, encode_replies, found_writers, writers_entry
+from memstore.reply_bytes import NUMBERS, a_count, a_name, encode_replies, found_writers, writers_entry
 from memstore.row_bytes import RowFormat
 from memstore.sequence import Sequence
 
@@ -151,9 +151,10 @@ class Snapshot:
         self._folder = folder
         self._manifest = _unsealed(disk.read(folder / MANIFEST), folder)
         try:
-            self._files = {name: (int(each["bytes"]), int(each["crc32"])) for name, each in self._part("files").items()}
-            self.chunks = [Chunk(*each) for each in self._part("chunks")]
-            self.identity, self.number = str(self._part("identity")), int(self._part("number"))
+            files = [(name, self._part("files")[name]) for name in (ROWS, REPLIES)]
+            self._files = {name: (a_count(each["bytes"]), a_count(each["crc32"])) for name, each in files}
+            self.chunks = [_chunk(each) for each in self._part("chunks")]
+            self.identity, self.number = str(self._part("identity")), a_count(self._part("number"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Corrupt(f"{folder}: its manifest lacks something: {error}") from error
 
@@ -169,14 +170,14 @@ class Snapshot:
             raise Corrupt(f"{self._folder}: its arrays are not those of the memory")
         try:
             replies = iter(self._replies())
-            sequences = {entry[0]: _sequence(entry, replies) for entry in self._part("sequences")}
+            sequences = {a_name(entry[0]): _sequence(entry, replies) for entry in self._part("sequences")}
             for name in self._manifest.get("pinned", ()):  # manifests of before there were pins have none
                 sequences[name].is_pinned = True
             return State(
                 identity=self.identity,
                 number=self.number,
-                appended_rows=int(self._part("appended_rows")),
-                evicted_rows=int(self._part("evicted_rows")),
+                appended_rows=a_count(self._part("appended_rows")),
+                evicted_rows=a_count(self._part("evicted_rows")),
                 sequences=sequences,
             )
         except (StopIteration, RuntimeError, TypeError, ValueError, LookupError) as error:
@@ -213,11 +214,11 @@ class Snapshot:
     def _checked(self, name: str, lengths: list[int], crcs: list[int]) -> Iterator[memoryview]:
         """The chunks of a file, one behind the other, each checked, and at last the file as a whole."""
         size, whole = self._files[name]
-        buffer = memoryview(bytearray(max(lengths, default=0)))
         file = self._disk.open(self._folder / name)
         try:
             if file.size != size or sum(lengths) != size or len(lengths) != len(crcs):
                 raise Corrupt(f"{self._folder / name}: {file.size} bytes, {size} expected")
+            buffer = memoryview(bytearray(max(lengths, default=0)))  # no more than the file has
             offset, crc = 0, 0
             for length, expected in zip(lengths, crcs, strict=True):
                 view = buffer[:length]
@@ -247,6 +248,12 @@ def _unsealed(content: bytes | None, folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _chunk(entry: Iterable[Any]) -> Chunk:
+    sequence, *numbers = entry
+    return Chunk(a_name(sequence), *map(a_count, numbers))
+
+
 def _sequence(entry: list[Any], replies: Iterator[list[int]]) -> Sequence:
-    _, place, epoch, next_position, floor, writers = entry
+    _, *numbers, writers = entry
+    place, epoch, next_position, floor = map(a_count, numbers)
     return Sequence(place, epoch, next_position, floor, found_writers(writers, replies))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,7 +18,22 @@ from memstore.v1 import memstore_pb2_grpc
 
 if TYPE_CHECKING:
     import signal
-    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process has of its machine."""
+
+    rss_bytes: int
+    num_threads: int
+    num_descriptors: int
+
+    @classmethod
+    def of(cls, pid: int) -> Usage:
+        """As the kernel says it."""
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        number = len(os.listdir(f"/proc/{pid}/fd"))
+        return cls(int(lines["VmRSS"].split()[0]) << 10, int(lines["Threads"]), number)
 
 
 class Process:

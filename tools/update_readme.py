@@ -90,6 +90,45 @@ def gpu_search(root: Path) -> str:
     return pivot(root / "benchmarks" / "results" / "gpu-search.json", GPU_SEARCH_COLUMNS)
 
 
+THROWN = (
+    ("kill -9 at failpoints", "kills", ("rows acknowledged",), ("acknowledged rows lost", "rows there twice")),
+    ("flipped bits and truncations", "tried", (), ("not found",)),
+    ("simulated disk, process and power", "seeds", ("calls",), ("seeds with an answer taken back",)),
+    ("mutated input", "tried", ("decoders",), ("neither taken nor refused",)),
+    (
+        "abuse of raw sockets",
+        "kinds of attack",
+        ("calls: sent", "metrics: sent", "descriptors: sent"),
+        ("rise of memory at most", "threads left behind", "descriptors left behind"),
+    ),
+    ("seeded bugs", "planted", (), ("not caught",)),
+)
+"""Case, what was thrown, what more is to be said of it, and what may have come of it."""
+
+
+def reliability(root: Path) -> str:
+    """What was thrown at a server, and what was lost."""
+    file = root / "benchmarks" / "results" / "reliability.json"
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found = {(row["case"], row["figure"]): row for row in result["rows"]}
+
+    def told(case: str, figures: Sequence[str]) -> str:
+        rows = [found[case, figure] for figure in figures if (case, figure) in found]
+        return "; ".join(f"{row['figure']}: {_amount(row)}" for row in rows)
+
+    body = [
+        (case, told(case, (thrown, *more)), told(case, lost))
+        for case, thrown, more, lost in THROWN
+        if (case, thrown) in found
+    ]
+    table = _table(("what", "thrown", "lost"), body)
+    return f"{table}\n\n{result['machine']}; commit {result['commit'][:COMMIT_DIGITS]}; `{result['command']}`."
+
+
+def _amount(row: dict[str, Any]) -> str:
+    return f"{row['value']:,.0f}" if row["unit"] == "count" else f"{row['value']:,.3g} {row['unit']}"
+
+
 def pivot(file: Path, columns: Sequence[tuple[str, str]]) -> str:
     """Some figures of a result, one line a case that has the first of them."""
     if not file.exists():
@@ -156,6 +195,7 @@ BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("README.md", "BENCHMARK_RESULTS", benchmark_results),
     ("benchmarks/README.md", "BENCHMARK_RESULTS", benchmark_results),
     ("docs/performance.md", "GPU_SEARCH", gpu_search),
+    ("docs/operations.md", "RELIABILITY", reliability),
     ("docs/data.md", "DISJOINT", disjoint),
     ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),
 )

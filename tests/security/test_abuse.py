@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
-import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,82 +13,20 @@ from memstore.listen import SERVER_OPTIONS
 from memstore.metrics import Metrics, MetricsServer
 from memstore.v1 import memstore_pb2 as pb
 from tests import serving as serving_module
-from tests.processes import Process
 from tests.security import attacks
 from tests.security.attacks import Target
-from tests.serving import Setting, serving, spec, step
+from tests.security.victim import Victim
+from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import socket
+    from collections.abc import Iterator
+    from pathlib import Path
 
-    Attack = Callable[[Target, int], list[socket.socket]]
+    from tests.security.victim import Attack
 
 pytestmark = pytest.mark.timeout(120)
 NUMBER = int(os.environ.get("ABUSE", "50"))
-RISE_BYTES = 192 << 20
-"""What all attacks together may make the server take; most of it is that glibc takes 64 MiB at a time."""
-SPARE = 6
-"""Threads and descriptors that gRPC may keep for itself."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a process has of its machine."""
-
-    rss_bytes: int
-    num_threads: int
-    num_descriptors: int
-
-    @classmethod
-    def of(cls, pid: int) -> Usage:
-        """As the kernel says it."""
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        number = len(os.listdir(f"/proc/{pid}/fd"))
-        return cls(int(lines["VmRSS"].split()[0]) << 10, int(lines["Threads"]), number)
-
-
-class Victim:
-    """A server, its ports, and somebody who honestly uses it."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self._process = Process(folder, "--port", "0", "--capacity", "64M", *arguments)
-        ready = self._process.until("ready")
-        self.front = Target(ready["address"])
-        self.metrics = Target(ready["metrics"])
-        self.pid = self._process.pid
-        self._process.pass_over()
-        self._stub = self._process.connect(ready["address"])
-        self._stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
-        offer = self._stub.OpenPlane(pb.OpenPlaneRequest(memory="notes", sequences=["lent"], writer="w"))
-        self.sockets = Target(offer.socket_path, socket.SOCK_SEQPACKET)
-        for _ in range(20):
-            self.serve()
-        self.before = Usage.of(self.pid)
-
-    def serve(self) -> None:
-        """Is as it should be."""
-        self._stub.Step(step(("a",), append=False, writer=""), timeout=30)
-
-    def endure(self, attack: Attack, target: Target) -> Usage:
-        """Goes on during an attack, and lets go of everything after it."""
-        opened = attack(target, NUMBER)
-        self.serve()
-        during = Usage.of(self.pid)
-        for connection in opened:
-            connection.close()
-        self.until(lambda now: now.num_descriptors <= self.before.num_descriptors + SPARE)
-        self.until(lambda now: now.num_threads <= self.before.num_threads + SPARE)
-        self.serve()
-        assert during.rss_bytes < self.before.rss_bytes + RISE_BYTES, attack.__name__
-        return during
-
-    def until(self, is_well: Callable[[Usage], bool]) -> None:
-        """Returns once it is; the test's own time limit ends it otherwise."""
-        while not is_well(Usage.of(self.pid)):
-            time.sleep(0.02)
-
-    def close(self) -> None:
-        self._process.close()
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -157,23 +91,23 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 @pytest.mark.parametrize("attack", attacks.GRPC, ids=lambda attack: attack.__name__)
 def test_the_port_of_calls_endures(victim: Victim, attack: Attack) -> None:
-    victim.endure(attack, victim.front)
+    victim.endure(attack, victim.front, NUMBER)
 
 
 @pytest.mark.parametrize("attack", attacks.HTTP, ids=lambda attack: attack.__name__)
 def test_the_port_of_metrics_endures(victim: Victim, attack: Attack) -> None:
-    victim.endure(attack, victim.metrics)
+    victim.endure(attack, victim.metrics, NUMBER)
 
 
 @pytest.mark.parametrize("attack", attacks.PACKETS, ids=lambda attack: attack.__name__)
 def test_the_socket_of_descriptors_endures(victim: Victim, attack: Attack) -> None:
-    victim.endure(attack, victim.sockets)
+    victim.endure(attack, victim.sockets, NUMBER)
 
 
 def test_a_unix_socket_endures(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "--unix-socket", str(tmp_path / "socket"))
     try:
         for attack in attacks.GRPC:
-            victim.endure(attack, victim.front)
+            victim.endure(attack, victim.front, NUMBER)
     finally:
         victim.close()

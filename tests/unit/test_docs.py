@@ -273,7 +273,7 @@ def test_a_result_tells_how_many_rows_reach_their_goal(update: ModuleType, tmp_p
 
 def test_every_dependency_has_its_licence_named() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^(?:dependencies|cpu|gpu|hf|dev) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    lists = re.findall(r"^(?:dependencies|cpu|gpu|hf|dev|soak) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
     needed = {name for each in lists for name in re.findall(r"\"([A-Za-z0-9_.-]+)", each)}
     rows = re.findall(r"^\| `([\w.-]+)` \| \w* ?\| .+ \|$", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
     assert set(rows) == needed

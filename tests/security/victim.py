@@ -1,0 +1,66 @@
+"""Victim: a server of its own process with all of its ports, and somebody who honestly uses it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from memstore.v1 import memstore_pb2 as pb
+from tests.processes import Process, Usage
+from tests.security.attacks import Target
+from tests.serving import spec, step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Attack = Callable[[Target, int], list[socket.socket]]
+RISE_BYTES = 192 << 20
+"""What all attacks together may make the server take; most of it is that glibc takes 64 MiB at a time."""
+SPARE = 6
+"""Threads and descriptors that gRPC may keep for itself."""
+
+
+class Victim:
+    """A server, its ports, and somebody who honestly uses it."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._process = Process(folder, "--port", "0", "--capacity", "64M", *arguments)
+        ready = self._process.until("ready")
+        self.front = Target(ready["address"])
+        self.metrics = Target(ready["metrics"])
+        self.pid = self._process.pid
+        self._process.pass_over()
+        self._stub = self._process.connect(ready["address"])
+        self._stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
+        offer = self._stub.OpenPlane(pb.OpenPlaneRequest(memory="notes", sequences=["lent"], writer="w"))
+        self.sockets = Target(offer.socket_path, socket.SOCK_SEQPACKET)
+        for _ in range(20):
+            self.serve()
+        self.before = Usage.of(self.pid)
+
+    def serve(self) -> None:
+        """Is as it should be."""
+        self._stub.Step(step(("a",), append=False, writer=""), timeout=30)
+
+    def endure(self, attack: Attack, target: Target, number: int) -> Usage:
+        """Goes on during an attack, and lets go of everything after it."""
+        opened = attack(target, number)
+        self.serve()
+        during = Usage.of(self.pid)
+        for connection in opened:
+            connection.close()
+        self.until(lambda now: now.num_descriptors <= self.before.num_descriptors + SPARE)
+        self.until(lambda now: now.num_threads <= self.before.num_threads + SPARE)
+        self.serve()
+        assert during.rss_bytes < self.before.rss_bytes + RISE_BYTES, attack.__name__
+        return during
+
+    def until(self, is_well: Callable[[Usage], bool]) -> None:
+        """Returns once it is; the test's own time limit ends it otherwise."""
+        while not is_well(Usage.of(self.pid)):
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self._process.close()
