@@ -173,6 +173,8 @@ class Memory:
         self._do(changes)
         self._table.publish(known)
         self.lifecycle.touch(known)
+        if not release:
+            self.lifecycle.empty(known)
         return [self._table.epoch(name) for name in names]
 
     def expire(self) -> int:
