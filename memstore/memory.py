@@ -241,6 +241,8 @@ class Memory:
 
     def wake(self) -> None:
         """After it was refilled: lets the index begin with what is here."""
+        if self.device.type == "cuda":  # the other thread's copies
+            torch.cuda.synchronize(self.device)
         if self._index.is_told:
             self._tell_appended(name for name, _ in self._table.items())
 
