@@ -192,7 +192,7 @@ class Memory:
         self.lifecycle.admit(names if is_pinned else ())
         self.lifecycle.touch(names)
         self._do([Pinned(name, is_pinned) for name in names if self._table[name].is_pinned != is_pinned])
-        return sum(sequence.is_pinned for sequence in self._table)
+        return self._ledger.num_pinned
 
     def fork(self, source: str, target: str, as_of: int | None, epoch: int) -> SequenceResult:
         """Gives a new sequence the live positions of another below `as_of`, by copying: its place is reserved anyway.
@@ -226,7 +226,7 @@ class Memory:
             appended_rows=appended,
             evicted_rows=evicted,
             index=self._index.counts(),
-            num_pinned=sum(sequence.is_pinned for sequence in self._table),
+            num_pinned=self._ledger.num_pinned,
             expired_sequences=self.lifecycle.num_expired,
             spill=self.lifecycle.counts(),
         )
