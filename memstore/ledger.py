@@ -23,6 +23,7 @@ class Ledger:
         self.table = SequenceTable(spec.max_sequences, spec.spill.max_sequences) if table is None else table
         self.appended_rows = 0
         self.evicted_rows = 0
+        self.num_pinned = 0
         self._spec = spec
 
     def do(self, change: Change) -> None:
@@ -35,7 +36,9 @@ class Ledger:
                 if change.is_append and sequence is not None:
                     self._advance(sequence, change)
             case Released():
-                self._forget_rows(self.table[change.sequence])
+                sequence = self.table[change.sequence]
+                self._forget_rows(sequence)
+                self.num_pinned -= sequence.is_pinned
                 self.table.remove(change.sequence)
             case Forked():
                 sequence = self.table.create(change.target, change.epoch)
@@ -46,7 +49,9 @@ class Ledger:
                 sequence.epoch = change.epoch
                 sequence.writers.clear()
             case Pinned():
-                self.table[change.sequence].is_pinned = change.is_pinned
+                sequence = self.table[change.sequence]
+                self.num_pinned += change.is_pinned - sequence.is_pinned
+                sequence.is_pinned = change.is_pinned
 
     def check(self, change: Change) -> None:
         """Raises Corrupt where a change of a log does not fit this state."""
@@ -74,6 +79,7 @@ class Ledger:
         for name, sequence in sequences.items():
             self.table.restore(name, sequence)
         self.appended_rows, self.evicted_rows = appended_rows, evicted_rows
+        self.num_pinned = sum(sequence.is_pinned for sequence in sequences.values())
 
     def _begin(self, name: str, epoch: int, sequence: Sequence | None) -> Sequence:
         """A sequence that begins, or begins anew."""

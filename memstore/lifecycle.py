@@ -115,7 +115,8 @@ class Lifecycle:
             raise Corrupt(f"the log cannot be done once more: {error}") from error
 
     def touch_changed(self, changes: Sequence[Change]) -> None:
-        """`touch` for the sequences of changes of a log that were done."""
+        """`touch`, and `empty`, for the sequences of changes of a log that were done."""
+        self.empty([change.sequence for change in changes if isinstance(change, Appended) and not change.is_append])
         self.touch(change.target if isinstance(change, Forked) else change.sequence for change in changes)
 
     def touch(self, names: Iterable[str]) -> None:
@@ -125,12 +126,19 @@ class Lifecycle:
         now = self.clock.monotonic()
         for name in names:
             if self.spill is not None and name in self.spill.away:
-                self.spill.used_away(name, now)
+                self.spill.away[name] = now
+                self.spill.away.move_to_end(name)
             elif name in self._table:
                 self._used[name] = now
                 self._used.move_to_end(name)
             else:
                 self._used.pop(name, None)
+
+    def empty(self, names: Iterable[str]) -> None:
+        """These were reset, and exist."""
+        if self.spill is not None:
+            for name in names:
+                self.spill.empty(name)
 
     def forget(self, name: str) -> None:
         """A sequence is about to end."""

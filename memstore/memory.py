@@ -173,6 +173,8 @@ class Memory:
         self._do(changes)
         self._table.publish(known)
         self.lifecycle.touch(known)
+        if not release:
+            self.lifecycle.empty(known)
         return [self._table.epoch(name) for name in names]
 
     def expire(self) -> int:
@@ -190,7 +192,7 @@ class Memory:
         self.lifecycle.admit(names if is_pinned else ())
         self.lifecycle.touch(names)
         self._do([Pinned(name, is_pinned) for name in names if self._table[name].is_pinned != is_pinned])
-        return sum(sequence.is_pinned for sequence in self._table)
+        return self._ledger.num_pinned
 
     def fork(self, source: str, target: str, as_of: int | None, epoch: int) -> SequenceResult:
         """Gives a new sequence the live positions of another below `as_of`, by copying: its place is reserved anyway.
@@ -224,7 +226,7 @@ class Memory:
             appended_rows=appended,
             evicted_rows=evicted,
             index=self._index.counts(),
-            num_pinned=sum(sequence.is_pinned for sequence in self._table),
+            num_pinned=self._ledger.num_pinned,
             expired_sequences=self.lifecycle.num_expired,
             spill=self.lifecycle.counts(),
         )
@@ -239,6 +241,8 @@ class Memory:
 
     def wake(self) -> None:
         """After it was refilled: lets the index begin with what is here."""
+        if self.device.type == "cuda":  # the other thread's copies
+            torch.cuda.synchronize(self.device)
         if self._index.is_told:
             self._tell_appended(name for name, _ in self._table.items())
 

@@ -23,7 +23,7 @@ import torch
 
 from memstore.codes import BITS, NUM_TERMS, code_bytes, encode
 from memstore.errors import DeviceMemoryFull
-from memstore.region import make_region, padded
+from memstore.region import make_region, padded, pinned
 from memstore.region.base import array
 from memstore.types import KEY, MemorySpec, Metric
 
@@ -86,7 +86,7 @@ class Slab:
         self.num_places = spec.max_sequences
         self.device = device
         self.region = region
-        self._is_pinned = False
+        self._unpin: Callable[[], None] | None = None
         _check_host_room(spec, device)
         try:
             if is_shared:
@@ -203,12 +203,8 @@ class Slab:
         ]
 
     def pin(self, device: torch.device) -> None:
-        """Lets a device copy to and from this slab of the host's while others go on; slower where that cannot be."""
-        if device.type == "cuda":
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for tensor in self._tensors():
-                runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
-            self._is_pinned = True
+        """Lets a GPU copy from and to this slab of the host's while nobody waits, where that can be."""
+        self._unpin = pinned(self._tensors(), device)
 
     def _tensors(self) -> list[torch.Tensor]:
         some = [self.keys, self.norms, *self.payloads.values(), self.codes, self.terms]
@@ -216,11 +212,8 @@ class Slab:
 
     def free(self) -> None:
         """Gives the storage back; the slab is of no use afterwards."""
-        if self._is_pinned:
-            torch.cuda.synchronize()
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for tensor in self._tensors():
-                runtime.cudaHostUnregister(tensor.data_ptr())
+        if self._unpin is not None:
+            self._unpin()
         empty = torch.empty(0)
         self.keys, self.norms, self.payloads, self.codes, self.terms = empty, None, {}, None, None
         if self.region is not None:

@@ -84,12 +84,10 @@ class Spill:
         del self.away[name]
         self._num_returns += 1
 
-    def used_away(self, name: str, now: float) -> None:
-        """A sequence was reset where it is, or given another epoch: its writers are forgotten."""
-        self.away[name] = now
-        self.away.move_to_end(name)
+    def empty(self, name: str) -> None:
+        """A sequence, which may be away, was reset where it is: nothing of it is left."""
         sequence = self._table[name]
-        if not sequence.next_position and self.tiers.is_filed(sequence.place):
+        if self.tiers.is_filed(sequence.place):
             sequence.place = self.tiers.empty(sequence.place)
 
     def forget(self, name: str) -> None:

@@ -6,7 +6,7 @@ piece at a time, and beside that no more than a copy of what is overwritten mean
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,10 @@ import torch
 from memstore import ring
 from memstore.appending import cells_of
 from memstore.row_bytes import RowFormat
+from memstore.sequence import Sequence, Writer
 
 if TYPE_CHECKING:
-    from memstore.sequence import Sequence, SequenceTable
+    from memstore.sequence import SequenceTable
     from memstore.slab import Slab, StagedRows
     from memstore.tiers import Tiers
     from memstore.types import MemorySpec
@@ -154,12 +155,11 @@ class Pictures:
 
 def copy_of(sequence: Sequence) -> Sequence:
     """The same sequence, which nobody changes. Replies are values, and shared."""
-    twin = copy.copy(sequence)
-    twin.writers = copy.copy(sequence.writers)
-    for name, writer in sequence.writers.items():
-        twin.writers[name] = copy.copy(writer)
-        twin.writers[name].replies = copy.copy(writer.replies)
-    return twin
+    writers = OrderedDict(
+        (name, Writer(writer.next_seq, writer.replies.copy())) for name, writer in sequence.writers.items()
+    )
+    counters = sequence.place, sequence.epoch, sequence.next_position, sequence.floor
+    return Sequence(*counters, writers, sequence.is_pinned, sequence.num_appended, sequence.loan)
 
 
 def _pieces(sequence: Sequence, capacity: int, length: int) -> list[Piece]:

@@ -165,3 +165,10 @@ def picture(memory: Memory) -> Picture:
         rows[names[piece.place]].append(b"".join(bytes(part) for part in still.take(piece)))
     sequences = {name: still.whole(name, sequence) for name, sequence in still.sequences.items()}
     return {"counts": memory.counts(), "sequences": sequences, "rows": rows}
+
+
+def contents(memory: Memory) -> Picture:
+    """The same, wherever it lies."""
+    seen = picture(memory)
+    sequences = {name: replace(sequence, place=0) for name, sequence in dict(seen["sequences"]).items()}  # type: ignore[call-overload]
+    return {**seen, "sequences": sequences, "counts": replace(memory.counts(), spill=None, reserved_bytes=0)}

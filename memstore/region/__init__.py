@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from memstore.region.host import HostRegion
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
 
     from memstore.region.base import Region
@@ -40,6 +42,22 @@ def map_region(descriptor: int, size_bytes: int, device: torch.device) -> Region
     from memstore.region.cuda import CudaRegion
 
     return CudaRegion.map(descriptor, size_bytes, device)
+
+
+def pinned(tensors: Sequence[torch.Tensor], device: torch.device) -> Callable[[], None]:
+    """Lets a GPU copy from and to these tensors of the host's while nobody waits; what is given ends that.
+
+    Where that cannot be, or the device is the host, copies are as they were: slower, and waited for.
+    """
+    if device.type == "cpu" or not can_share(device):
+        return _nothing
+    from memstore.region.cuda import pin
+
+    return pin(tensors, device)
+
+
+def _nothing() -> None:
+    """Nothing was pinned."""
 
 
 def padded(size_bytes: int, device: torch.device) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import ModuleType
 
 
@@ -20,6 +21,21 @@ def is_available(device: torch.device) -> bool:
     driver = _driver(device)
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
     return bool(_done(driver, driver.cuDeviceGetAttribute(attribute, device.index or 0)))
+
+
+def pin(tensors: Sequence[torch.Tensor], device: torch.device) -> Callable[[], None]:
+    """Pins the memory of tensors of the host's, as far as that can be; what is given unpins it."""
+    driver = _driver(device)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    codes = [driver.cuMemHostRegister(tensor.data_ptr(), tensor.nbytes, 0)[0] for tensor in tensors]
+    pinned = [at for at, code in zip(addresses, codes, strict=True) if code == driver.CUresult.CUDA_SUCCESS]
+
+    def unpin() -> None:
+        torch.cuda.synchronize(device)
+        for address in pinned:
+            _driver(device).cuMemHostUnregister(address)
+
+    return unpin
 
 
 class CudaRegion:

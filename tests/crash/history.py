@@ -112,7 +112,13 @@ class History:
         """Makes the memories where they are not there, finishes what was under way, and looks at every row."""
         for name, durability in MEMORIES.items():
             made = pb.MemorySpec(
-                name=name, dim=2, capacity=CAPACITY, max_sequences=4, dtype=pb.DATA_TYPE_FP32, durability=durability
+                name=name,
+                dim=2,
+                capacity=CAPACITY,
+                max_sequences=1,
+                dtype=pb.DATA_TYPE_FP32,
+                durability=durability,
+                spill=pb.SpillSpec(max_sequences=1, host_sequences=int(name == "interval")),
             )
             stub.CreateMemory(pb.CreateMemoryRequest(spec=made, exist_ok=True))
         for track in self._tracks:
@@ -172,7 +178,7 @@ def lives(folder: Path, random: Random, number: int) -> Tally:
     try:
         for at in range(number):
             point = POINTS[at % len(POINTS)]
-            is_often = point.startswith(("log.write", "log.sync"))
+            is_often = point.startswith(("log.write", "log.sync", "sequence"))
             history.live(point, random.randint(3, 40) if is_often else random.randint(1, 3))
         return history.tally
     finally:

@@ -36,8 +36,12 @@ POINTS = [
     "snapshot.rename:after",
     "log.remove:before",
     "log.remove:after",
+    "sequence.create:after",
+    "sequence.write:torn",
+    "sequence.write:after",
+    "sequence.remove:after",
 ]
-"""Every change of files that a durable memory makes while it serves, before and after it."""
+"""Every change of files that a durable memory makes while it serves, before and after it; `sequence`: a spilled one."""
 
 
 class KillingDisk(SystemDisk):
@@ -64,6 +68,11 @@ class KillingDisk(SystemDisk):
 
     def create(self, path: Path) -> AppendFile:
         file = KillingFile(super().create(path), _kind(path), self)
+        self.passes(f"{_kind(path)}.create:after")
+        return file
+
+    def scratch(self, path: Path) -> AppendFile:
+        file = KillingFile(super().scratch(path), _kind(path), self)
         self.passes(f"{_kind(path)}.create:after")
         return file
 

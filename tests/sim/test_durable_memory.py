@@ -1,7 +1,8 @@
 """One durable memory through random lives: calls, full and failing disks, snapshots, kills, losses of power.
 
 A volatile twin is given every call that the memory took. After each stop the memory must be as the twin was after some
-call, and no earlier one than what was promised. Everything follows from one seed; a failure prints it.
+call, and no earlier one than what was promised. Some have one place fewer than sequences; the twin has one for each.
+Everything follows from one seed; a failure prints it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import pytest
 import torch
 
 from memstore import still
-from memstore.errors import Corrupt, MemstoreError, NotReady, ReadOnly
+from memstore.errors import Corrupt, MemstoreError, NotReady, QuotaExceeded, ReadOnly
 from memstore.memory import Memory
-from memstore.types import Durability, Metric, StepBatch
+from memstore.types import Durability, Metric, SpillSpec, StepBatch
 from tests.fakes import Diligent, FakeDisk
-from tests.lives import SPEC, Life, batch, picture
+from tests.lives import SPEC, Life, batch, contents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "150"))
 FIRST_SEED = int(os.environ.get("SIMULATION_FIRST_SEED", "0"))
 NAMES = ["a", "b", "c", "d"]
+SPILLS = [SpillSpec(), SpillSpec(max_sequences=1), SpillSpec(max_sequences=1, host_sequences=1)]
 T = TypeVar("T")
 
 
@@ -113,7 +115,7 @@ class Simulation:
         self.life = Life(self.disk, self.spec, is_new=True, syncer=self.syncer, epochs=self.epochs)
         self.twin = self.new_twin()
         self.calls: list[Done] = []
-        self.pictures = [picture(self.twin)]
+        self.pictures = [contents(self.twin)]
         self.answered = self.synced = 0
         self.under_way: Done | None = None
         self.num_snapshots = self.num_stops = 0
@@ -146,20 +148,23 @@ class Simulation:
             call(self.life.memory)
         except ReadOnly:
             assert self.disk.is_full or self.life.archive.journal.failure
-            assert self.life.picture() == self.pictures[-1]
+            assert contents(self.life.memory) == self.pictures[-1]
+        except QuotaExceeded:
+            assert self.disk.is_full, "there is room for all names"
+            assert contents(self.life.memory) == self.pictures[-1]
         except MemstoreError as error:
             with pytest.raises(type(error)):
                 self.redo(epoch, call)
         else:
             self.redo(epoch, call)
             self.calls.append((epoch, call))
-            self.pictures.append(picture(self.twin))
+            self.pictures.append(contents(self.twin))
             number = len(self.calls)
             if self.spec.durability is Durability.INTERVAL:
                 self.answered = number
             else:
                 self.life.memory.settle(lambda problem: self.settled(number, problem))
-            assert self.life.picture() == self.pictures[-1]
+            assert contents(self.life.memory) == self.pictures[-1]
         self.under_way = None
 
     def settled(self, number: int, problem: object) -> None:
@@ -243,7 +248,7 @@ class Simulation:
         """
         assert self.life.found is not None
         calls = [*self.calls, *([self.under_way] if self.under_way else [])]
-        got = self.life.picture()
+        got = contents(self.life.memory)
         least = self.least(had_power)
         is_renewed = self.life.found.is_loss_possible and self.spec.durability is Durability.INTERVAL
         last = [(epoch, Memory.renew)] if is_renewed else []
@@ -268,13 +273,13 @@ class Simulation:
     def replayed(self, calls: Sequence[Done]) -> list[Picture] | None:
         """Pictures of a new twin after each call; None where it refuses one."""
         self.twin = self.new_twin()
-        pictures = [picture(self.twin)]
+        pictures = [contents(self.twin)]
         for epoch, call in calls:
             try:
                 self.redo(epoch, call)
             except MemstoreError:
                 return None
-            pictures.append(picture(self.twin))
+            pictures.append(contents(self.twin))
         return pictures
 
     def redo(self, epoch: int, call: Callable[[Memory], object]) -> None:
@@ -285,7 +290,8 @@ class Simulation:
 
     def new_twin(self) -> Memory:
         """A volatile memory that has seen nothing."""
-        spec = replace(self.spec, durability=Durability.VOLATILE)
+        places = self.spec.total_sequences
+        spec = replace(self.spec, durability=Durability.VOLATILE, max_sequences=places, spill=SpillSpec())
         return Memory(spec, torch.device("cpu"), new_epoch=self.epochs.__next__)
 
     def some_call(self) -> Callable[[Memory], object]:
@@ -300,6 +306,9 @@ class Simulation:
             rows, value = self.random.randint(0, 6), self.random.randint(0, 3)
             step = batch(self.spec, name, rows, max(seq, 0), writer=writer, value=value, start=start)
             return lambda memory: _taken(memory, step)
+        if kind < 0.8 and self.spec.spill.max_sequences:
+            is_pinned = self.random.random() < 0.5
+            return lambda memory: memory.pin(["a"], is_pinned)
         if kind < 0.9:
             release = self.random.random() < 0.5
             return lambda memory: memory.reset([name, "never"], release)
@@ -315,6 +324,8 @@ def _spec(random: Random) -> MemorySpec:
         num_layers=random.randint(1, 2),
         metric=random.choice(list(Metric)),
         durability=random.choice([Durability.ALWAYS, Durability.INTERVAL]),
+        max_sequences=4 if (spill := random.choice(SPILLS)) == SpillSpec() else 3,
+        spill=spill,
     )
 
 

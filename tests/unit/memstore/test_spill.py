@@ -172,6 +172,17 @@ def test_exactly_once_survives_a_stay_away() -> None:
     assert found(watched.memory, "a").sequences[0].as_of == 4
 
 
+def test_an_append_of_nothing_is_remembered_by_a_sequence_that_is_unpinned_while_it_is_away() -> None:
+    watched = Watched(replace(SPEC, spill=SpillSpec(max_sequences=1)))
+    watched.append("a", 0)
+    watched.append("bc")
+    assert watched.tiers == (2, 0, 1)
+    watched.memory.pin(["a"], False)
+    (again,) = watched.step(batch(SPEC, "a", 0, 0, value=ord("a")))
+    assert isinstance(again, StepResult)
+    assert again.sequences[0].is_replay
+
+
 def test_a_call_has_no_more_places_than_there_are() -> None:
     watched = Watched()
     watched.append("abc")

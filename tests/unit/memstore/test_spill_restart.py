@@ -13,11 +13,10 @@ from memstore.recovery import Filling
 from memstore.snapshot import Snapshot
 from memstore.types import Durability, Metric, SpillSpec
 from tests.fakes import FakeDisk
-from tests.lives import SPEC, SPILLED, Life, Picture, found, picture
+from tests.lives import SPEC, SPILLED, Life, contents, found
 from tests.unit.memstore.test_spill import RICH
 
 if TYPE_CHECKING:
-    from memstore.memory import Memory
     from memstore.types import MemorySpec
 
 SPILLING = replace(SPEC, max_sequences=2, spill=SpillSpec(max_sequences=3, host_sequences=1))
@@ -26,15 +25,6 @@ SPECS = [
     replace(SPILLING, durability=Durability.INTERVAL, metric=Metric.INNER_PRODUCT, spill=SpillSpec(max_sequences=3)),
     replace(RICH, durability=Durability.ALWAYS, spill=SpillSpec(max_sequences=3, host_sequences=3)),
 ]
-
-
-def contents(memory: Memory) -> Picture:
-    """Everything there is to see of a memory, wherever it lies."""
-    seen = picture(memory)
-    sequences: dict[str, object] = {}
-    for name, sequence in dict(seen["sequences"]).items():  # type: ignore[call-overload]
-        sequences[name] = replace(sequence, place=0)
-    return {**seen, "sequences": sequences, "counts": replace(memory.counts(), spill=None)}
 
 
 def filled(spec: MemorySpec) -> Life:
