@@ -136,6 +136,7 @@ def test_the_limits_are_those_of_the_contract() -> None:
         limits.MAX_CAPACITY,
         limits.MAX_LARGE_CAPACITY,
         limits.MAX_SEQUENCES,
+        limits.MAX_SPILLED,
         limits.MAX_LAYERS,
         limits.MAX_PAYLOADS,
         limits.MAX_PARTS,
