@@ -42,8 +42,10 @@ class Expirer:
             self.check()
 
     def _check(self, loaded: Loaded) -> None:
+        num_expired = 0
         try:
-            num_expired = self._registry.worker.control(loaded.engine.expire).result()
+            while some := self._registry.worker.control(loaded.engine.expire).result():
+                num_expired += some
         except NotReady:  # the server is stopping
             return
         except Exception as error:  # the root of this thread: what fails for one memory fails for no other

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
     from memstore.control import ControlBlock, Progress
 
+RECALL_S = 0.02
+"""How long a process that is asked for its lease needs, as a rule."""
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Lease:

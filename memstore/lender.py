@@ -12,7 +12,7 @@ import torch
 from memstore import ring
 from memstore.control import ControlBlock
 from memstore.errors import Corrupt, DeviceMemoryFull, NotFound, NotReady, QuotaExceeded
-from memstore.lease import Lease, Loan
+from memstore.lease import RECALL_S, Lease, Loan
 from memstore.sequence import MAX_WRITERS
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from memstore.sequence import BatchPlan, SequenceTable, Writer
     from memstore.sequence import Sequence as Stream
     from memstore.slab import Slab
-
-RECALL_S = 0.02
-"""How long a process that is asked for its lease needs, as a rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,12 @@ What was not used for `idle_ttl_s` ends, as by a reset with `release`, unless it
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memstore.changes import Appended, Forked, Pinned
 from memstore.errors import Corrupt, MemstoreError, NotReady, QuotaExceeded
+from memstore.lease import RECALL_S
 from memstore.seams import SystemClock
 from memstore.spill import Spill
 
@@ -32,8 +34,15 @@ if TYPE_CHECKING:
 
 MAX_EXPIRED = 4096
 """Sequences that end for being idle in one change of the log."""
-RECALL_S = 0.02
-"""How long a process that is asked for its lease needs, as a rule."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Batches that are run together, by their numbers: their sequences, and how many of these are new."""
+
+    numbers: list[int] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
+    num_new: int = 0
 
 
 class Lifecycle:
@@ -146,13 +155,12 @@ class Lifecycle:
             self.spill.forget(name)
 
     def expire(self, end: Callable[[list[str]], object]) -> int:
-        """Has sequences ended whose time is over, MAX_EXPIRED at a time; their number. Raises what `end` raises."""
-        num_expired = 0
-        while names := self._expired():
+        """Has sequences ended whose time is over, MAX_EXPIRED at most; their number. Raises what `end` raises."""
+        names = self._expired()
+        if names:
             end(names)
-            num_expired += len(names)
             self.num_expired += len(names)
-        return num_expired
+        return len(names)
 
     def _expired(self) -> list[str]:
         """Sequences that were not used for `idle_ttl_s` and may end, MAX_EXPIRED at most.
@@ -204,42 +212,45 @@ class Lifecycle:
     def _share(self, batches: Sequence[StepBatch], carry: Carry, run: Run) -> list[StepResult | MemstoreError]:
         """Runs as many batches at a time as can have their places together."""
         results: dict[int, StepResult | MemstoreError] = {}
-        group: list[int] = []
-        held: set[str] = set()
-        num_new = 0
-
-        def run_group() -> None:
-            nonlocal num_new
-            chosen, (group[:], num_new) = tuple(group), ([], 0)
-            held.clear()
-            try:
-                done = run([batches[at] for at in chosen], lambda at, hits: carry(chosen[at], hits))
-            except MemstoreError as error:  # those of groups before are done
-                done = [error] * len(chosen)
-            results.update(zip(chosen, done, strict=True))
-
+        group = _Group()
         for at, batch in enumerate(batches):
-            names = [part.sequence for part in batch.parts]
-            new = sum(name not in self._table for name in names) if batch.append else 0
             try:
                 try:
-                    self.admit(names, new, held, num_new)
+                    self._join(group, at, batch)
                 except QuotaExceeded:
-                    if not group:
+                    if not group.numbers:
                         raise
-                    run_group()
-                    new = sum(name not in self._table for name in names) if batch.append else 0
-                    self.admit(names, new)
+                    results |= self._run_group(group, batches, carry, run)
+                    group = _Group()
+                    self._join(group, at, batch)
             except MemstoreError as error:
                 results[at] = error
-                continue
-            group.append(at)
-            held.update(names)
-            num_new += new
-        if group:
-            run_group()
-        self._touch_new(batches)
+        results |= self._run_group(group, batches, carry, run)
         return [results[at] for at in range(len(batches))]
+
+    def _join(self, group: _Group, at: int, batch: StepBatch) -> None:
+        """Adds a batch to a group, with places for all of it. Raises what `admit` does; it is not added then."""
+        names = [part.sequence for part in batch.parts]
+        num_new = sum(name not in self._table for name in names) if batch.append else 0
+        self.admit(names, num_new, group.held, group.num_new)
+        group.numbers.append(at)
+        group.held.update(names)
+        group.num_new += num_new
+
+    def _run_group(
+        self, group: _Group, batches: Sequence[StepBatch], carry: Carry, run: Run
+    ) -> dict[int, StepResult | MemstoreError]:
+        """Runs the batches of a group; what came of each, by its number."""
+        numbers = group.numbers
+        if not numbers:
+            return {}
+        chosen = [batches[at] for at in numbers]
+        try:
+            done = run(chosen, lambda at, hits: carry(numbers[at], hits))
+        except MemstoreError as error:  # those of groups before are done
+            done = [error] * len(numbers)
+        self._touch_new(chosen)  # they may have to leave for those of groups to come
+        return dict(zip(numbers, done, strict=True))
 
     def _make_room(self, spill: Spill, held: AbstractSet[str], returning: str | None, *, asks_back: bool) -> None:
         """Spills one sequence. Raises QuotaExceeded, NotReady; nothing is changed then.

@@ -178,7 +178,7 @@ class Memory:
         return [self._table.epoch(name) for name in names]
 
     def expire(self) -> int:
-        """Ends sequences whose `idle_ttl_s` is over, as `reset` does with `release`; their number. Raises ReadOnly."""
+        """Ends some of those whose `idle_ttl_s` is over, as `reset` with `release`; their number. Raises ReadOnly."""
         return self.lifecycle.expire(lambda names: self.reset(names, release=True))
 
     def pin(self, names: SequenceOf[str], is_pinned: bool) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from memstore import lifecycle
 from memstore.errors import Corrupt, InvalidRequest, MemstoreError, NotFound, PositionExpired, QuotaExceeded
 from memstore.memory import Memory
 from memstore.spill_file import SpillFolder
@@ -30,6 +33,9 @@ from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec, encode_spec
 from tests.fakes import FakeClock, FakeDisk
 from tests.lives import batch, found
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CPU = torch.device("cpu")
 FOLDER = Path("/data/spilled/t/m")
@@ -218,6 +224,45 @@ def test_joined_calls_are_done_by_as_many_as_have_places() -> None:
     assert carried == [0, 1, 3, 4]
 
 
+def test_joined_calls_may_bring_more_new_sequences_than_there_are_places() -> None:
+    watched = Watched()
+    results = watched.step(*(batch(SPEC, name, 2, 0, value=ord(name)) for name in "abcdef"))
+    assert [type(each) for each in results] == [StepResult] * 5 + [QuotaExceeded]
+    assert watched.tiers == (2, 1, 2)
+    for name in "abcde":
+        assert found(watched.memory, name).sequences[0].as_of == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_joined_is_answered_as_with_places_for_all(seed: int) -> None:
+    random = Random(seed)
+    places, host = random.randint(2, 3), random.randint(0, 2)
+    spec = replace(SPEC, max_sequences=places, spill=SpillSpec(max_sequences=7 - places, host_sequences=host))
+    watched, ample = Watched(spec), Watched(plain(spec))
+    seqs: Counter[str] = Counter()
+    for number in range(30):
+        names = random.sample("abcdefg", random.randint(1, 7))
+        steps = []
+        while names:
+            together = [names.pop() for _ in range(min(len(names), random.randint(1, places)))]
+            one = _together(together, random.randint(0, 3), [seqs[name] for name in together], number)
+            is_append = random.random() < 0.7
+            if is_append:
+                seqs.update(together)
+            steps.append(replace(one, append=is_append, retrieve=RetrieveOptions(top_k=3, window_before=1)))
+        for one, other in zip(watched.step(*steps), ample.step(*steps), strict=True):
+            assert isinstance(one, StepResult)
+            assert isinstance(other, StepResult)
+            assert one.sequences == other.sequences
+            assert _shown(one.hits) == _shown(other.hits)
+        if random.random() < 0.2:
+            name = random.choice("abcdefg")
+            release = random.random() < 0.5
+            assert watched.memory.reset([name], release) == ample.memory.reset([name], release)
+            seqs[name] = 0
+    assert watched.counts.returns > 10
+
+
 def test_a_call_that_is_refused_for_want_of_scratch_refuses_no_other() -> None:
     watched = Watched()
     watched.append("abcd")
@@ -371,6 +416,15 @@ def test_idle_sequences_end_and_pins_and_use_are_honoured() -> None:
     watched.append("abcde")
 
 
+def test_many_that_are_idle_end_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "MAX_EXPIRED", 2)
+    watched = Watched(replace(SPEC, idle_ttl_s=60))
+    watched.append("abcde")
+    watched.clock.advance(60)
+    assert [watched.memory.expire() for _ in range(4)] == [2, 2, 1, 0]
+    assert not watched.disk.files
+
+
 def test_idle_sequences_end_where_nothing_is_spilled_too() -> None:
     watched = Watched(replace(plain(SPEC), idle_ttl_s=60))
     watched.append("ab")
@@ -418,9 +472,16 @@ def test_a_spec_survives_the_wire() -> None:
     assert not encode_spec(plain(SPEC)).HasField("spill")
 
 
-def _together(names: str) -> StepBatch:
+def _shown(hits: Hits | None) -> list[object]:
+    assert hits is not None
+    assert hits.scores is not None
+    return [hits.positions.tolist(), hits.index.tolist(), hits.scores.tolist(), hits.arrays["key"].tolist()]
+
+
+def _together(names: Sequence[str], rows: int = 1, seqs: Sequence[int] | None = None, value: float = 0.0) -> StepBatch:
     """One call that appends to several sequences."""
-    each = [batch(SPEC, name, 1, 1) for name in names]
+    numbers = seqs or [1] * len(names)
+    each = [batch(SPEC, name, rows, seq, value=value) for name, seq in zip(names, numbers, strict=True)]
     return replace(
         each[0],
         parts=tuple(step.parts[0] for step in each),
