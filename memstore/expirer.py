@@ -44,7 +44,7 @@ class Expirer:
     def _check(self, loaded: Loaded) -> None:
         num_expired = 0
         try:
-            while some := self._registry.worker.control(loaded.engine.expire).result():
+            while some := self._registry.worker.control(loaded.engine.expire, behind=loaded.id.tenant).result():
                 num_expired += some
         except NotReady:  # the server is stopping
             return
