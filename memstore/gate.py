@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memstore import access
+from memstore.errors import MemstoreError
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -29,6 +30,14 @@ class Gate:
         identity = self.authenticator.identify(credentials)
         access.check(path, identity)
         return identity
+
+    def is_open(self, path: str, credentials: Credentials) -> bool:
+        """True while the caller may enter."""
+        try:
+            self.enter(path, credentials)
+        except MemstoreError:
+            return False
+        return True
 
     def admit(self, path: str, identity: Identity, request: Message) -> None:
         """Lets one request of an identity that has entered through. Raises NotAllowed, Overloaded."""

@@ -178,14 +178,15 @@ class GrpcFront:
         plane = ReplyPlane(Reader(self.replies), self.max_reply_bytes)
         try:
             path = _path(method)
-            identity = self._gate.enter(path, credentials_of(metadata, context, self._gate.authenticator))
+            credentials = credentials_of(metadata, context, self._gate.authenticator)
+            identity = self._gate.enter(path, credentials)
             whole = _whole(request)
             self._gate.admit(path, identity, whole)
             deadline = _deadline(began, context.time_remaining())
             caller = Caller(tenant=identity.tenant, plane=plane, deadline=deadline, request_id=request_id)
             lending = self._lending if is_local(context.peer()) else None
             if lending is not None and isinstance(whole, pb.OpenPlaneRequest):
-                reply: Message = lending.offer(whole, caller.tenant)
+                reply: Message = lending.offer(whole, caller.tenant, lambda: self._gate.is_open(path, credentials))
             else:
                 reply = await asyncio.wrap_future(self._service.call(method, whole, caller))
             if lending is not None and isinstance(reply, pb.ServerInfoResponse):

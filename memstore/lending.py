@@ -30,6 +30,8 @@ MAX_LEASES = 256
 """Leases that one server has given out, or offered, at once; each takes two descriptors and a control block."""
 MAX_LENT = 8192
 """Sequences of all of them: a control block has 32 KiB for each, which no memory reserves."""
+WELCOME_S = 5.0
+"""How often it is looked at whether the credentials that leases were asked for with are good still."""
 SETTLE_S = 1.0
 """How long a GPU may still be writing for a process whose connection has ended."""
 _log = logging.getLogger(__name__)
@@ -41,6 +43,11 @@ def _nobody(_: bytes) -> None:
 
 def _nothing() -> None:
     """Nobody needs to know."""
+
+
+def _always() -> bool:
+    """Every holder is welcome."""
+    return True
 
 
 def _close_all(descriptors: Iterable[int]) -> None:
@@ -57,14 +64,20 @@ class Lending:
         self.loop = loop
         self.registry = registry
         self._handover = handover
+        self._looking = loop.call_later(WELCOME_S, self._look)
 
     @property
     def plane(self) -> pb.Plane.ValueType:
         """The plane on which memories are lent."""
         return plane_of(self.registry.worker.device)
 
-    def offer(self, request: pb.OpenPlaneRequest, tenant: str) -> pb.OpenPlaneResponse:
-        """A token for the lease that is asked for. Raises what is wrong with the request, QuotaExceeded, NotAllowed."""
+    def offer(
+        self, request: pb.OpenPlaneRequest, tenant: str, is_welcome: Callable[[], bool] = _always
+    ) -> pb.OpenPlaneResponse:
+        """A token for the lease that is asked for. Raises what is wrong with the request, QuotaExceeded, NotAllowed.
+
+        is_welcome: False once the caller's credential is good no more; the lease is recalled then.
+        """
         loaded = self.registry.find(tenant, request.memory)
         wire.sequence_names(request.sequences, "sequences")
         wire.writer_name(request.writer, "writer")
@@ -76,13 +89,23 @@ class Lending:
             raise QuotaExceeded("no more leases can be given out")
         if sum(holder.num_sequences for holder in self.holders) + len(request.sequences) > MAX_LENT:
             raise QuotaExceeded("sequences: no more can be lent")
-        holder = Holder(self, loaded, request)
+        holder = Holder(self, loaded, request, is_welcome)
         self.holders.add(holder)
         token = self._handover.offer(holder.claimed, holder.let_go)
         return pb.OpenPlaneResponse(socket_path=self._handover.path, token=token)
 
+    def recall_unwelcome(self) -> None:
+        """Asks back, in the loop, what processes hold whose credentials are good no more."""
+        for holder in self.holders:
+            holder.check_welcome()
+
+    def _look(self) -> None:
+        self.recall_unwelcome()
+        self._looking = self.loop.call_later(WELCOME_S, self._look)
+
     def close(self) -> None:
         """Ends lending, in the loop. Leases are not ended: their holders may go on, and find a successor."""
+        self._looking.cancel()
         self._handover.close()
         for holder in tuple(self.holders):
             holder.let_go()
@@ -91,8 +114,11 @@ class Lending:
 class Holder:
     """A process that asks for a lease, has it, and gives it back or dies. On the loop, where nothing else is said."""
 
-    def __init__(self, lending: Lending, loaded: Loaded, request: pb.OpenPlaneRequest) -> None:
+    def __init__(
+        self, lending: Lending, loaded: Loaded, request: pb.OpenPlaneRequest, is_welcome: Callable[[], bool]
+    ) -> None:
         self._lending = lending
+        self._is_welcome = is_welcome
         self._loaded = loaded
         self._request = request
         self._link: Link | None = None
@@ -106,6 +132,16 @@ class Holder:
         remains = claim.remains if claim.HasField("remains") else None
         descriptors = link.take_descriptors()
         self._in_device_thread(lambda: self._grant(link, remains, descriptors), lambda: _close_all(descriptors))
+
+    def check_welcome(self) -> None:
+        """Asks the lease back, once, where the credential it was asked for with is good no more."""
+        if self._lease is not None and not self._lease.is_recalled and not self._is_welcome():
+            event(_log, logging.INFO, "lease recalled, its credential has ended", memory=self._loaded.id.name)
+            self._in_device_thread(self._ask_back)
+
+    def _ask_back(self) -> None:
+        if self._lease is not None and self._lease in self._loaded.engine.lender:
+            self._lease.ask_back()
 
     def let_go(self) -> None:
         """Forgets the process, which keeps its lease, if it has one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from model_client.stats import ClientStats
     from model_client.transport.base import Transport
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 class TransportOptions(TypedDict, total=False):
     """What a transport may be given besides its target."""
 
-    token: str | None
-    """Bearer token. ValueError where it would travel in the clear, unless `allow_insecure_token`."""
+    token: str | Callable[[], str] | None
+    """Bearer token, or what gives the one of now: asked for each call and stream, quick, and raises nothing.
+
+    ValueError where it would travel in the clear, unless `allow_insecure_token`.
+    """
     allow_insecure_token: bool
     """True: a token may travel over plaintext TCP to another host."""
     tls_root: bytes | str | None

@@ -21,6 +21,8 @@ from model_client.transport.pieces import PiecesPlane
 from model_client.transport.stream import StepStream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from google.protobuf.message import Message
 
     from model_client.stats import ClientStats
@@ -59,14 +61,19 @@ _ABANDONED: list[grpc.Channel] = []
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpcOptions:
-    """Where to connect to, and as whom. tls_*: PEM. metadata: sent with every call."""
+    """Where to connect to, and as whom. tls_*: PEM. token: gives the one of now."""
 
     target: str
     tls_root: bytes | None
     tls_cert: bytes | None
     tls_key: bytes | None = field(repr=False)
-    metadata: tuple[tuple[str, str], ...] = field(repr=False)
+    token: Callable[[], str] | None = field(repr=False)
     use_stream: bool
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What is sent with a call that begins now."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token()}"),)
 
     @staticmethod
     def of(target: str, options: TransportOptions) -> GrpcOptions:
@@ -81,7 +88,7 @@ class GrpcOptions:
             tls_root=root,
             tls_cert=_pem(options.get("tls_cert")),
             tls_key=_pem(options.get("tls_key")),
-            metadata=(("authorization", f"Bearer {token}"),) if token else (),
+            token=(lambda: token) if isinstance(token, str) and token else token or None,
             use_stream=options.get("use_stream", True),
         )
 

@@ -18,6 +18,8 @@ from memstore.v1 import memstore_pb2 as pb
 from memstore.v1 import memstore_pb2_grpc
 from model_client import MemoryClient, Retrieval, errors
 from model_client.transport.grpc import MAX_MESSAGE_BYTES, GrpcOptions, is_local
+from tests.calling import hashed, tokens
+from tests.fakes import FakeClock
 from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
@@ -138,6 +140,26 @@ def test_the_token_is_sent_with_every_call() -> None:
             with MemoryClient(target, token=TOKEN, use_stream=use_stream) as client:
                 append(client)
     assert seen[0]["authorization"] == servicer.metadata[0]["authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("use_stream", [True, False], ids=["stream", "unary"])
+def test_a_session_goes_on_with_the_next_token(use_stream: bool) -> None:
+    clock, now = FakeClock(), ["old"]
+    known = tokens(hashed("old", "red", "expires=1970-01-01T00:16:50Z"), hashed("new", "red"), clock=clock)
+    options: dict[str, Any] = {"plane": "inline", "use_stream": use_stream, "timeout_s": 20.0}
+    with (
+        serving(Setting(authenticator=known)) as server,
+        MemoryClient(server.target, token=lambda: now[0], **options) as client,
+    ):
+        client.create_memory("m", dim=2, capacity=8, max_sequences=1, dtype=torch.float32)
+        session = client.session("m", ["a"])
+        assert session.append(torch.ones(1, 2), [1]).sequences[0].first_position == 0
+        clock.now = 1010.0
+        with pytest.raises(errors.NotAuthenticated):
+            session.append(torch.ones(1, 2), [1])
+        now[0] = "new"
+        assert session.append(torch.ones(1, 2), [1]).sequences[0].first_position == 1
+        assert client.describe_memory("m").status.num_rows == 2
 
 
 def test_a_root_certificate_may_be_a_file(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval, errors
 from model_client.transport import mapped
 from tests.calling import hashed, tokens
+from tests.fakes import FakeClock
 from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
@@ -225,6 +226,30 @@ def test_a_tenant_cannot_have_the_memory_of_another() -> None:
             assert isinstance(
                 stranger._transport.call("OpenPlane", wanted, 10.0).exception(10), errors.NotAuthenticated
             )
+
+
+def test_a_lease_is_asked_back_once_its_token_has_expired() -> None:
+    clock = FakeClock()
+    known = tokens(hashed("one", "first", "expires=1970-01-01T00:16:50Z"), hashed("two", "first"), clock=clock)
+    with serving(Setting(lends=True, authenticator=known)) as server, client_of(server, token="one") as client:  # noqa: S106
+        create(client)
+        session = client.session("m", ["a"])
+        session.append(rows(1), [1])
+        session.step(rows(2), [1], retrieve=Retrieval(1), append=True)
+        (loaded,) = server.registry.all()
+        assert server.lending is not None
+        for now, is_recalled in ((1009.0, False), (1010.0, True)):
+            clock.now = now
+            server.loop.call_soon_threadsafe(server.lending.recall_unwelcome)
+            with client_of(server, "inline", token="two") as other:  # noqa: S106
+                other.info()  # what was asked for in the loop is done, and then what that asked for
+            server.registry.worker.control(lambda: None).result()
+            if not is_recalled:
+                assert [lease.is_recalled for lease in loaded.engine.lender._leases] == [False]
+        until(lambda: len(loaded.engine.lender) == 0)
+        with pytest.raises(errors.NotAuthenticated):
+            session.append(rows(3), [1])
+        assert loaded.engine.counts().num_rows == 2
 
 
 @pytest.mark.parametrize("peer", ["ipv4:10.0.0.1:5", "ipv6:[2001:db8::1]:5", "ipv4:128.0.0.1:9", "vsock:1:2", ""])
