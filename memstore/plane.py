@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 MAX_TENSOR_DIMS = 8
+MAX_EXTENTS = 1 << 48
+"""Product of the extents of a tensor without elements, those that are 0 left out: torch multiplies them in 64 bits."""
 DTYPES: dict[pb.DataType.ValueType, torch.dtype] = {
     pb.DATA_TYPE_FP32: torch.float32,
     pb.DATA_TYPE_FP16: torch.float16,
@@ -103,6 +105,8 @@ class InlinePlane:
                 f"{field}.data", f"{len(content)} bytes, {expected} expected for {list(shape)} {dtype}"
             )
         if not content:
+            if math.prod(max(extent, 1) for extent in shape) > MAX_EXTENTS:
+                raise InvalidRequest(f"{field}.shape", f"{list(shape)}: extents but 0 give at most {MAX_EXTENTS}")
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(content, dtype=dtype).view(shape)
 

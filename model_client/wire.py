@@ -172,6 +172,10 @@ class InlinePlane:
         """Nothing is held."""
 
 
+MAX_EXTENTS = 1 << 48
+"""Product of the extents of a tensor, those that are 0 left out: torch multiplies them in 64 bits."""
+
+
 def tensor_of(
     message: pb.Tensor, buffer: bytes | bytearray | NDArray[np.uint8], offset: int, num_bytes: int, device: torch.device
 ) -> torch.Tensor:
@@ -180,11 +184,12 @@ def tensor_of(
     if dtype is None:
         raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
     count = math.prod(shape)
-    if count * dtype.itemsize != num_bytes or offset < 0:
+    is_shape = min(shape, default=0) >= 0 and math.prod(max(extent, 1) for extent in shape) <= MAX_EXTENTS
+    if not is_shape or count * dtype.itemsize != num_bytes or offset < 0:
         raise Internal(f"the reply has a tensor of {num_bytes} bytes at {offset} and shape {list(shape)}")
-    if not num_bytes:
-        return torch.empty(shape, dtype=dtype, device=device)
     try:
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype, device=device)
         return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape).to(device)
     except ValueError as error:
         raise Internal(f"the reply has a tensor beyond its bytes: {num_bytes} at {offset}") from error

@@ -38,6 +38,8 @@ from memstore.service import Caller
 from memstore.tokens import parse_tokens
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import leave_states
+from model_client import wire as client_wire
+from model_client.errors import MemstoreClientError
 from tests.fakes import FakeDisk, FakeReadFile
 from tests.fuzz.mutating import mutated, mutated_json
 from tests.lives import FOLDER, SPEC, Life, batch
@@ -343,6 +345,26 @@ def adapter(name: str, folder: Path) -> Target:
     return Target([seed], run, mutated_json if name == CONFIG_FILE else mutated)
 
 
+def reply() -> Target:
+    """What a server answers to a step, as the client reads it."""
+    server, caller = _server(), Caller(tenant=TENANT, plane=InlinePlane(1 << 20))
+    server._service.call("CreateMemory", pb.CreateMemoryRequest(spec=spec(), exist_ok=True), caller).result(30)
+    server._service.call("Step", step(("reply",), rows=3), caller).result(30)
+    asked = step(("reply",), rows=2, append=False, writer="")
+    answer = server._service.call("Step", asked, caller).result(30)
+    plane, host = client_wire.InlinePlane(), torch.device("cpu")
+
+    def run(content: bytes) -> None:
+        message = _message(pb.StepResponse, content)
+        if isinstance(message, pb.StepResponse):
+            try:
+                client_wire.step_result(plane, message, host)
+            except MemstoreClientError:
+                return
+
+    return Target([answer.SerializeToString()], run)
+
+
 def tokens() -> Target:
     """The file of tokens."""
 
@@ -378,6 +400,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "control-block": lambda folder: control_block(),
     "adapter-config": lambda folder: adapter(CONFIG_FILE, folder),
     "adapter-weights": lambda folder: adapter(WEIGHTS_FILE, folder),
+    "reply": lambda folder: reply(),
     "tokens": lambda folder: tokens(),
 }
 """By name; each is made when it is asked for, with a folder of its own."""

@@ -57,6 +57,7 @@ def test_reading_does_not_copy_and_does_not_warn() -> None:
         (pb.Tensor(dtype=pb.DATA_TYPE_INT8, shape=[2], data=b"a"), "keys.data"),
         (pb.Tensor(dtype=pb.DATA_TYPE_FP32, shape=[1], data=b"abc"), "keys.data"),
         (pb.Tensor(dtype=pb.DATA_TYPE_INT8, shape=[1 << 62, 1 << 62], data=b"a"), "keys.data"),
+        (pb.Tensor(dtype=pb.DATA_TYPE_INT8, shape=[1 << 40, 1 << 40, 0], data=b""), "keys.shape"),
         (pb.Tensor(dtype=pb.DATA_TYPE_INT8, shape=[0]), "keys.data"),
         (pb.Tensor(dtype=pb.DATA_TYPE_INT8, shape=[1], region=pb.RegionSlice(region=1)), "keys.data"),
     ],

@@ -40,6 +40,9 @@ def test_strides_and_gradients_do_not_travel() -> None:
         pb.Tensor(dtype=pb.DATA_TYPE_FP32, shape=[1], data=b"123"),
         pb.Tensor(shape=[1], data=b"1"),
         pb.Tensor(dtype=pb.DATA_TYPE_FP32, shape=[3]),
+        pb.Tensor(dtype=pb.DATA_TYPE_FP32, shape=[-1, -1], data=b"1234"),
+        pb.Tensor(dtype=pb.DATA_TYPE_FP32, shape=[-1, 0]),
+        pb.Tensor(dtype=pb.DATA_TYPE_FP32, shape=[1 << 40, 1 << 40, 0]),
     ],
 )
 def test_a_malformed_reply_is_the_servers_fault(message: pb.Tensor) -> None:
