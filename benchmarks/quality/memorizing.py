@@ -64,8 +64,10 @@ class MemorizingWeights(nn.Module):
         read = []
         for head in range(self.num_heads):
             with torch.no_grad():
-                kept = ring.key[:, :, head].to(queries.dtype)
-                scores = torch.bmm(queries[:, :, head].detach(), kept.transpose(1, 2))
+                dtype = torch.float16 if queries.is_cuda else queries.dtype
+                kept = ring.key[:, :, head].to(dtype)
+                with torch.autocast(queries.device.type, enabled=False):
+                    scores = torch.bmm(queries[:, :, head].detach().to(dtype), kept.transpose(1, 2))
                 slots = exact_top(scores.masked_fill_(is_empty[:, None], float("-inf")), top_k)
             is_live = ~is_empty.gather(1, slots.flatten(1)).view(slots.shape)
             found = (ring.key[rows, slots, head], ring.value[rows, slots, head])
