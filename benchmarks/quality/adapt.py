@@ -205,8 +205,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LlamaForCausalLM.from_pretrained(options.base, dtype=torch.float32).to(device)
-    sizes = {"hidden": model.config.hidden_size, "heads": model.config.num_attention_heads}
-    spec, segment = spec_of(options.variant, json.loads(options.shared), **sizes)
+    spec, segment = spec_of(options.variant, json.loads(options.shared), model.config)
     batch = max(2, options.batch * 512 // max(512, segment))
     options = argparse.Namespace(**(vars(options) | {"batch": batch}))
     segment = min(segment, options.max_segment)
@@ -277,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=4000, help="at most; 0: by time only")
     parser.add_argument("--seconds", type=float, default=0.0, help="at most; 0: by steps only")
     parser.add_argument("--batch", type=int, default=32, help="documents read at once")
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--lora-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shared", default="{}", help="JSON: changes that all variants share")

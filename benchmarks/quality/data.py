@@ -111,6 +111,16 @@ def documentation(roots: list[Path], max_bytes: int = 4_000_000) -> list[dict[st
     return found
 
 
+def sampled(texts: dict[tuple[str, str], list[dict[str, str]]], seed: int) -> list[str]:
+    """Pieces of the training documents, as many bytes of each domain."""
+    sample = []
+    for domain in ("books", "code"):
+        cut = [piece for document in texts[domain, "train"] for piece in pieces(document["text"], 8_192)]
+        random.Random(seed).shuffle(cut)
+        sample += cut[: SAMPLE_BYTES // 8_192]
+    return sample
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,6 +130,7 @@ def parse() -> argparse.Namespace:
         "--docs", type=Path, nargs="*", default=[], help="folders of technical prose, one document each"
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of learning one")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -133,12 +144,10 @@ def main() -> int:
         path = options.books / f"{split}.jsonl.xz" if domain == "books" else options.code / f"code-{split}.jsonl.xz"
         texts[domain, split] = list(read_documents(path))
     texts["docs", "test"] = documentation(options.docs)
-    sample = []
-    for domain in ("books", "code"):
-        cut = [piece for document in texts[domain, "train"] for piece in pieces(document["text"], 8_192)]
-        random.Random(options.seed).shuffle(cut)
-        sample += cut[: SAMPLE_BYTES // 8_192]
-    tokenizer = train_tokenizer(sample)
+    if options.tokenizer:
+        tokenizer = Tokenizer.from_file(str(options.tokenizer))
+    else:
+        tokenizer = train_tokenizer(sampled(texts, options.seed))
     save(tokenizer, options.out)
     (options.out / "token_bytes.json").write_text(json.dumps(token_bytes(tokenizer)))
     for (domain, split), documents in texts.items():

@@ -39,7 +39,12 @@ class MemorizingWeights(nn.Module):
     def states(self, hidden: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of (..., hidden_size), each (..., heads, head_dim)."""
         keys, values = attention.k_proj(hidden).detach(), attention.v_proj(hidden).detach()
-        return self.heads(self.queries(hidden)), self.heads(keys), self.heads(values)
+        return self.heads(self.queries(hidden)), self._shared(keys), self._shared(values)
+
+    def _shared(self, flat: Tensor) -> Tensor:
+        """Heads of keys or values, each as often as query heads share it."""
+        given = flat.unflatten(-1, (-1, self.head_dim))
+        return given.repeat_interleave(self.num_heads // given.shape[-2], dim=-2)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, is_live: Tensor) -> Tensor:
         """(n, heads, d), (n, heads, k, d) twice, (n, heads, k) -> (n, heads * d), zero where nothing is live."""

@@ -46,6 +46,24 @@ def _fused(norm: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def merge_forward(model: nn.Module) -> None:
+    """One product a LoRA layer: W + BA first, which is small, instead of casts and sums of the states."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            module.forward = _merged(module)  # type: ignore[method-assign]
+
+
+def _merged(layer: Any) -> Callable[[Tensor], Tensor]:
+    down, up, scale = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
+
+    def forward(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            weight = layer.base_layer.weight + scale * (up.weight @ down.weight)
+        return functional.linear(states, weight, layer.base_layer.bias)
+
+    return forward
+
+
 def run_layers(decoder: Any, ids: Tensor, before: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """(batch, length) ids -> (batch, length, hidden_size) of the last layer. before: told what enters each layer."""
     hidden = decoder.embed_tokens(ids)
@@ -162,6 +180,7 @@ class Network(nn.Module):
         if spec.kind == "memory":
             self.weights = MemoryWeights.for_model(model, spec.config, dtype=torch.float32).train()
         self.model: Any = add_lora(model, spec.lora_rank) if spec.lora_rank else model
+        merge_forward(self.model)
         self.decoder = decoder_of(self.model)
         if spec.kind == "mt":
             from benchmarks.quality.memorizing import MemorizingWeights
@@ -278,17 +297,10 @@ def initialise(network: Network, states: Tensor) -> None:
     spec, weights = network.spec, network.weights
     if spec.kind != "memory":
         return
-    projection = weights.projection
     if spec.projection == "pca":
-        projection.fit(states)
-    for number in spec.config.attention_layers:
-        own, layer = weights.cache_attention(number), network.decoder.layers[number]
-        if spec.init == "similar":
-            own.similarity.fill_(1.0)
-        if spec.init == "model":
-            back = torch.linalg.pinv(projection.linear.weight.float())
-            keys = projection(states[:4096])
-            wanted = layer.input_layernorm(states[:4096].float())
-            scale = wanted.norm() / (keys @ back.T).norm()
-            own.k_proj.weight.copy_(layer.self_attn.k_proj.weight.float() @ (back * scale))
-            own.v_proj.weight.copy_(layer.self_attn.v_proj.weight.float() @ (back * scale))
+        weights.projection.fit(states)
+    if spec.init == "model":
+        weights.read_as_layers(network.model, states)
+    if spec.init == "similar":
+        for number in spec.config.attention_layers:
+            weights.cache_attention(number).similarity.fill_(1.0)

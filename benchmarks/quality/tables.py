@@ -59,7 +59,7 @@ class Table:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.options = name, options
-        self.report = reports.Report(f"quality-{name}")
+        self.report = reports.Report(f"quality-{name}" + (f"@{options.part}" if options.part else ""))
         self.documents: dict[str, Any] = {}
         self.client = MemoryClient(":memory:", device="cuda" if torch.cuda.is_available() else "cpu", timeout_s=120.0)
         self._variants: dict[str, Variant] = {}
@@ -69,10 +69,21 @@ class Table:
         """A trained variant by name, loaded once; KeyError where its folder is missing."""
         if name not in self._variants:
             folder = self.options.runs / name
+            until = time.monotonic() + self.options.wait
+            while not (folder / "report.json").exists() and time.monotonic() < until:
+                time.sleep(0.2)
             if not (folder / "report.json").exists():
                 raise KeyError(name)
             self._variants = {name: Variant.load(self.options.base, folder)}
         return self._variants[name]
+
+    def warm(self) -> None:
+        """Compiles what the first step would wait for."""
+        session = self.client.create_memory("warm", dim=8, capacity=64, exist_ok=True) and self.client.session(
+            "warm", ["a"]
+        )
+        session.append(torch.zeros(64, 8, device="cuda" if torch.cuda.is_available() else "cpu"), [64])
+        self.client.drop_memory("warm")
 
     def windows(self, domain: str, split: str = "test", length: int = 0) -> data.Windows:
         """The documents of a domain, `length` tokens each."""
@@ -114,45 +125,40 @@ class Table:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+SAID = {"lora-1024": "LoRA only, window 1,024", "mt": "Memorizing Transformers", "ours": "ours"}
+
+
 def capacity(table: Table) -> None:
-    """Table 1: perplexity against capacity."""
+    """Table 1: perplexity against capacity, and with another document's memory."""
     options, losses = table.options, {}
-    for domain, split in (("books", "test"), ("books", "validation"), ("code", "test")):
-        windows, label = table.windows(domain, split), domain if split == "test" else f"{domain} ({split})"
+    for domain in options.domains:
+        windows = table.windows(domain)
         goals = {16 * K: -8.0 if domain == "books" else -15.0, 128 * K: -10.0}
         base = read(table.variant("lora"), windows.ids)
-        table.add(f"{label}, LoRA only", base, windows)
-        for name, said in (
-            ("lora-1024", "LoRA only, window 1,024"),
-            ("mt", "Memorizing Transformers"),
-            ("ours", "ours"),
-        ):
-            try:
-                variant = table.variant(name)
-            except KeyError:
-                continue
-            capacities = (0,) if name == "lora-1024" else options.capacities
-            for entries in capacities:
-                reading = read(variant, windows.ids, capacity=entries, client=table.client)
-                case = f"{label}, {said}, {entries // K}K entries" if name != "lora-1024" else f"{label}, {said}"
-                goal = goals.get(entries) if name == "ours" and split == "test" else None
-                table.add(case, reading, windows, base, goal=goal)
-                table.report.add(case, "time a token", 1e6 * reading.seconds / reading.losses.size, "us")
-                if split == "test" and (name == "ours" or entries in (0, 128 * K)):
+        table.add(f"{domain}, LoRA only", base, windows)
+        losses[f"{domain}/lora/0"] = base.losses.astype(np.float16)
+        for name in options.variants:
+            entries_of = (0,) if name == "lora-1024" else options.capacities
+            for entries in entries_of:
+                reading = read(table.variant(name), windows.ids, capacity=entries, client=table.client)
+                said = SAID.get(name, name)
+                case = f"{domain}, {said}, {entries // K}K entries" if name != "lora-1024" else f"{domain}, {said}"
+                table.add(case, reading, windows, base, goal=goals.get(entries) if name == "ours" else None)
+                if name == "ours" or entries in (0, 16 * K):
                     losses[f"{domain}/{name}/{entries}"] = reading.losses.astype(np.float16)
             if name == "ours":
-                other = read(variant, windows.ids, capacity=16 * K, client=table.client, other=True)
-                table.add(f"{label}, another document's memory, 16K entries", other, windows, base)
-        if split == "test":
-            losses[f"{domain}/lora/0"] = base.losses.astype(np.float16)
+                other = read(table.variant(name), windows.ids, capacity=16 * K, client=table.client, other=True)
+                table.add(f"{domain}, another document's memory, 16K entries", other, windows, base)
+                losses[f"{domain}/other/{16 * K}"] = other.losses.astype(np.float16)
+            table.write()
     if options.losses:
-        np.savez_compressed(options.losses, **losses)
+        np.savez_compressed(options.losses.with_name(f"losses-{options.part or 'all'}.npz"), **losses)
 
 
 def compare(table: Table, names: list[str], baseline: str = "lora-short") -> None:
     """One line a variant at 16K entries, books and code, against a variant."""
     for domain in ("books", "code"):
-        windows = table.windows(domain, length=table.options.length // 2)
+        windows = table.windows(domain, length=table.options.length // 4)
         base = None
         for name in [baseline, *names]:
             try:
@@ -163,19 +169,20 @@ def compare(table: Table, names: list[str], baseline: str = "lora-short") -> Non
             reading = read(variant, windows.ids, capacity=entries, client=table.client)
             table.add(f"{domain}, {name}", reading, windows, base)
             base = base or reading
+        table.write()
 
 
 def compression(table: Table) -> None:
     """Table 3: width of the key; how well neighbours in the narrow space are those of the full one."""
-    compare(table, ["dim-512", "dim-256", "ours-short", "dim-64", "dim-32", "pca-fixed", "random-fixed"])
+    compare(table, ["dim-256", "ours-short", "dim-64", "dim-32", "dim-16", "pca-fixed", "random-fixed"])
     for domain in ("books", "code"):
-        windows = table.windows(domain, length=min(table.options.length, 32 * K))
+        windows = table.windows(domain, length=min(table.options.length, 16 * K))
         variant = table.variant("ours")
         layer = int(variant.report["layer"])
         states = states_at(variant, windows.ids, layer)
-        for name in ("dim-512", "dim-256", "ours", "dim-64", "dim-32"):
+        for name in ("dim-256", "ours", "ours-short", "dim-64", "dim-32", "dim-16"):
             fidelity(table, f"{domain}, learned, {name}", states, _learned(table, name))
-        for dim in (512, 256, 128, 64, 32):
+        for dim in (256, 128, 64, 32, 16):
             for method in ("pca", "random"):
                 fidelity(table, f"{domain}, {method}, dim-{dim}", states, _made(states, method, dim))
 
@@ -282,6 +289,7 @@ def eviction(table: Table) -> None:
                             kept.append(network.losses(part))
                 reading = Reading(losses=torch.cat(kept, dim=1).cpu().numpy(), seconds=0.0)
                 table.add(f"{domain}, 1/{share} of the document, {policy}", reading, windows, services[share])
+            table.write()
         network.cache = None
         table._variants = {}
 
@@ -295,6 +303,7 @@ def domains(table: Table) -> None:
         for entries in (16 * K, 128 * K):
             reading = read(table.variant("ours"), windows.ids, capacity=entries, client=table.client)
             table.add(f"{domain}, ours, {entries // K}K entries", reading, windows, base)
+        table.write()
 
 
 def ages(table: Table) -> None:
@@ -408,16 +417,33 @@ TABLES = {
 }
 
 
+def join(name: str) -> None:
+    """Makes quality-NAME.json of quality-NAME@*.json."""
+    parts = sorted(reports.RESULTS.glob(f"quality-{name}@*.json"))
+    contents = [json.loads(part.read_text()) for part in parts]
+    rows = {(row["case"], row["figure"]): row for content in contents for row in content["rows"]}
+    joined = contents[0] | {"rows": list(rows.values()), "nats_of_each_document": {}}
+    for content in contents:
+        joined["nats_of_each_document"] |= content["nats_of_each_document"]
+    (reports.RESULTS / f"quality-{name}.json").write_text(json.dumps(joined, indent=1) + "\n")
+    for part in parts:
+        part.unlink()
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", help=f"one or more of {', '.join(TABLES)}, joined by commas")
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--length", type=int, default=128 * K, help="tokens of each document")
     parser.add_argument("--capacity", type=int, default=16 * K, help="where a table has one")
     parser.add_argument("--capacities", type=int, nargs="+", default=[0, 4 * K, 16 * K, 64 * K, 128 * K])
+    parser.add_argument("--domains", nargs="+", default=["books", "code"], help="of capacity")
+    parser.add_argument("--variants", nargs="+", default=["ours", "mt", "lora-1024"], help="of capacity")
+    parser.add_argument("--part", default="", help="names the file of a part; `join` makes one file of all parts")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a variant that is in training")
     parser.add_argument("--losses", type=Path, help=".npz for the losses of each token")
     return parser.parse_args()
 
@@ -425,9 +451,13 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Makes tables; one that fails does not stop the others."""
     options, failed = parse(), 0
+    if options.table.startswith("join:"):
+        join(options.table.removeprefix("join:"))
+        return 0
     torch.set_float32_matmul_precision("high")
     for name in options.table.split(","):
         begun, table = time.perf_counter(), Table(name, options)
+        table.warm()
         try:
             TABLES[name](table)
         except Exception as error:

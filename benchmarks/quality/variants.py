@@ -7,7 +7,6 @@ from typing import Any
 from benchmarks.quality.network import NetworkSpec
 from integration.config import MemoryConfig
 
-LAYERS, HIDDEN, HEADS = 8, 512, 8
 OURS: dict[str, Any] = {
     "retrieval_layer": 6,
     "attention_layers": (6, 7),
@@ -15,6 +14,7 @@ OURS: dict[str, Any] = {
     "top_k": 16,
     "after": 1,
     "context": 2,
+    "init": "model",
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -24,14 +24,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora-short": {"kind": "lora"},
     "lora-1024": {"kind": "lora", "segment": 1024},
     "mt": {"kind": "mt", "top_k": 32},
-    "init-model": {"init": "model"},
+    "init-plain": {"init": "plain"},
     "init-similar": {"init": "similar"},
     "top-32": {"top_k": 32},
     "top-8": {"top_k": 8},
-    "dim-512": {"dim": 512},
     "dim-256": {"dim": 256},
     "dim-64": {"dim": 64},
     "dim-32": {"dim": 32},
+    "dim-16": {"dim": 16},
     "pca-fixed": {"fixed_projection": True},
     "random-fixed": {"fixed_projection": True, "projection": "random"},
     "store-6-read-7": {"attention_layers": (7,)},
@@ -49,15 +49,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """name -> changes. wN: neighbours after each hit. cN: tokens before it whose hits a token reads as well."""
 
 
-def spec_of(name: str, base: dict[str, Any], *, hidden: int = HIDDEN, heads: int = HEADS) -> tuple[NetworkSpec, int]:
-    """The spec of a variant, and its segment. base: changes that all variants share."""
+def spec_of(name: str, base: dict[str, Any], shape: Any) -> tuple[NetworkSpec, int]:
+    """The spec of a variant, and its segment. base: changes that all share. shape: the model's configuration."""
     changes = OURS | base | VARIANTS[name]
     segment = changes.pop("segment", 512)
-    own = {
-        key: changes.pop(key)
-        for key in ("kind", "init", "projection", "fixed_projection", "lora_rank")
-        if key in changes
+    names = ("kind", "init", "projection", "fixed_projection", "lora_rank")
+    own = {key: changes.pop(key) for key in names if key in changes}
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "num_heads": shape.num_attention_heads,
+        "num_kv_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
     }
-    sizes = {"hidden_size": hidden, "num_heads": heads, "num_kv_heads": heads, "head_dim": hidden // heads}
     config = MemoryConfig(memory="quality", segment_length=segment, **sizes, **changes)
     return NetworkSpec(kind=own.pop("kind", "memory"), config=config, **own), segment
