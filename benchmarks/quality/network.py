@@ -104,14 +104,21 @@ class Ring(nn.Module):
     """
 
     def __init__(
-        self, batch: int, capacity: int, segment: int, widths: dict[str, tuple[int, ...]], device: Any
+        self,
+        batch: int,
+        capacity: int,
+        segment: int,
+        widths: dict[str, tuple[int, ...]],
+        *,
+        device: Any,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
         if capacity % segment:
             raise ValueError(f"capacity {capacity} is no multiple of the segment {segment}")
         self.capacity, self.segment = capacity, segment
         for name, width in widths.items():
-            kept = torch.zeros(batch, capacity, *width, dtype=torch.bfloat16, device=device)
+            kept = torch.zeros(batch, capacity, *width, dtype=dtype, device=device)
             self.register_buffer(name, kept, persistent=False)
         self.register_buffer("next", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
         self._rows = torch.arange(batch, device=device)[:, None]
@@ -124,7 +131,8 @@ class Ring(nn.Module):
         """Each (batch, segment, *width)."""
         slots = self.next[:, None] % self.capacity + torch.arange(self.segment, device=self.next.device)
         for name, given in rows.items():
-            getattr(self, name)[self._rows, slots] = given.to(torch.bfloat16)
+            kept = getattr(self, name)
+            kept[self._rows, slots] = given.to(kept.dtype)
         self.next.add_(self.segment)
 
     def is_empty(self) -> Tensor:
@@ -204,14 +212,14 @@ class Network(nn.Module):
         lora = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
         return [(f"memory.{name}", each) for name, each in own] + [(f"lora.{name}", each) for name, each in lora]
 
-    def make_ring(self, batch: int, segment: int) -> None:
-        """An empty memory for a batch of documents."""
+    def make_ring(self, batch: int, segment: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        """An empty memory for a batch of documents. dtype: of what is kept."""
         if self.spec.kind == "lora":
             return
         config, device = self.config, self.head.weight.device
         heads = (config.num_heads, config.head_dim)
         widths = {"hidden": (config.hidden_size,)} if self.spec.kind == "memory" else {"key": heads, "value": heads}
-        self.ring = Ring(batch, config.capacity, segment, widths, device)
+        self.ring = Ring(batch, config.capacity, segment, widths, device=device, dtype=dtype)
 
     def loss(self, windows: Tensor, begun: Tensor | None = None) -> Tensor:
         """Mean nats of windows (batch, segment + 1); retrieves before it appends. begun: rows with a new document."""

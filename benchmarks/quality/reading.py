@@ -101,7 +101,7 @@ def read(
     """Reads all documents (documents, length + 1) in lockstep, segment by segment.
 
     capacity: entries of each document, 0 for no memory. other: each document reads the memory of the one before it,
-    and fills its own. changes: of the memory's configuration. watch: told the first token and the trace of each segment.
+    and fills its own. changes: of the memory's configuration. watch: told first token and trace of each segment.
     """
     device = next(variant.model.parameters()).device
     on_device = torch.from_numpy(windows).to(device)

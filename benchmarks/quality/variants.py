@@ -1,4 +1,4 @@
-"""What is trained, by name: each table's variants differ from `ours` in what the table asks about, and in nothing else."""
+"""What is trained, by name: the variants of a table differ from `ours` in what it asks about, and in nothing else."""
 
 from __future__ import annotations
 
