@@ -164,7 +164,7 @@ QUALITY_COLUMNS = {
         ("loss, ours", "with memory"),
     ),
     "passkey": (("loss of its digits", "loss of its digits, nats a token"),),
-    "cost": (("time a token, in process", "time a token, us"), ("bytes kept a token", "bytes kept a token")),
+    "cost": (("time a token", "time a token, us"), ("bytes kept a token", "bytes kept a token")),
 }
 """Table of docs/quality.md -> figures of its result and how they are headed."""
 

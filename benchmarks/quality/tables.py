@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.quality.cost import cost
 from benchmarks.quality.fidelity import fidelity
 from benchmarks.quality.looking import ages, mentions, passkey
 from benchmarks.quality.network import NetworkSpec
@@ -158,31 +159,6 @@ def domains(table: Table) -> None:
             reading = read(table.variant("ours"), windows.ids, capacity=entries, client=table.client)
             table.add(f"{domain}, ours, {entries // K}K entries", reading, windows, base)
         table.write()
-
-
-def cost(table: Table) -> None:
-    """Table 2: time and bytes a token; ours retrieves once for all heads, Memorizing Transformers once for each."""
-    windows = table.windows("books", length=table.options.length // 2)
-    for name in ("lora", "ours", "mt"):
-        variant = table.variant(name)
-        for entries in (0,) if name == "lora" else (16 * K, 64 * K):
-            read(variant, windows.ids[:, : 4 * 512 + 1], capacity=entries, client=table.client)
-            times = []
-            for _ in range(2):
-                reading = read(variant, windows.ids, capacity=entries, client=table.client)
-                times.append(1e6 * reading.seconds / reading.losses.size)
-            case = f"{name}, {entries // K}K entries"
-            table.report.add(case, "time a token, in process", min(times), "us")
-            if entries:
-                own = variant.adapter.config if variant.adapter else None
-                bytes_kept = 2 * own.dim if own else 2 * 2 * variant.model.config.hidden_size
-                table.report.add(case, "bytes kept a token", bytes_kept, "bytes")
-                table.report.add(
-                    case,
-                    "reserved for the memory, a token",
-                    reading.reserved_bytes / entries / len(windows.ids),
-                    "bytes",
-                )
 
 
 def shorts(table: Table) -> None:
