@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from integration.config import MemoryConfig
 
 
+SCALE_SAMPLE = 4096
+"""States by which the size of a restored state is told."""
+
+
 class MemoryWeights(nn.Module):
     """The projection of the retrieval layer and one cache attention a layer."""
 
@@ -42,6 +46,34 @@ class MemoryWeights(nn.Module):
         return weights.to(parameter.device).train(model.training)
 
     @torch.no_grad()
+    def fit(self, model: nn.Module, states: torch.Tensor) -> None:
+        """Begins from the model: keys are principal directions of states, read as each layer reads its own states.
+
+        states: (n, hidden_size), a sample of what enters the retrieval layer.
+        """
+        self.projection.fit(states)
+        self.read_as_layers(model, states)
+
+    @torch.no_grad()
+    def read_as_layers(self, model: nn.Module, states: torch.Tensor) -> None:
+        """The key and value matrices of each cache attention become those of its layer, for states restored from keys.
+
+        Where a layer has none of that shape they stay as they are. Outputs stay what they are without a memory.
+        """
+        directions = torch.linalg.pinv(self.projection.linear.weight.float())
+        sample = states[:SCALE_SAMPLE].float()
+        restored = self.projection(sample).float() @ directions.T
+        decoder = find_decoder(model)
+        for number, own in self.layers.items():
+            layer = decoder.layers[int(number)]
+            norm = getattr(layer, "input_layernorm", None)
+            entering = sample if norm is None else norm(sample.to(next(norm.parameters()).dtype)).float()
+            back = directions * (entering.norm() / restored.norm())
+            attention = decoder.attention(int(number))
+            _read_as(cast("CacheAttention", own).k_proj, getattr(attention, "k_proj", None), back)
+            _read_as(cast("CacheAttention", own).v_proj, getattr(attention, "v_proj", None), back)
+
+    @torch.no_grad()
     def _copy_queries(self, layer_idx: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         own = self.cache_attention(layer_idx).q_proj
         if own.weight.shape != weight.shape or not weight.is_floating_point():
@@ -49,3 +81,11 @@ class MemoryWeights(nn.Module):
         own.weight.copy_(weight)
         if bias is not None:
             own.bias.copy_(bias)
+
+
+def _read_as(own: nn.Linear, source: nn.Module | None, back: torch.Tensor) -> None:
+    """own: width of a key -> heads; source: hidden_size -> heads; back: (hidden_size, width of a key)."""
+    weight = getattr(source, "weight", None)
+    if weight is None or not weight.is_floating_point() or weight.shape != (own.out_features, len(back)):
+        return
+    own.weight.copy_(weight.float() @ back)

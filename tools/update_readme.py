@@ -146,6 +146,34 @@ def pivot(file: Path, columns: Sequence[tuple[str, str]]) -> str:
     return f"{table}\n\n{result['machine']}; commit {result['commit'][:COMMIT_DIGITS]}; `{result['command']}`."
 
 
+CHANGE = (
+    ("perplexity against baseline", "change, %"),
+    ("the same, low end", "low, %"),
+    ("the same, high end", "high, %"),
+)
+QUALITY_COLUMNS = {
+    "capacity": (("perplexity", "perplexity"), ("bits a byte", "bits a byte"), *CHANGE),
+    "eviction": (("perplexity", "perplexity"), *CHANGE),
+    "shorts": (("training loss", "training loss, nats"), ("perplexity against LoRA only", "change, %")),
+    "fidelity": (("recall@16", "recall@16"), ("distance of those found / of the nearest", "distance ratio")),
+    "domains": (("perplexity", "perplexity"), ("bits a byte", "bits a byte"), *CHANGE),
+    "ages": (("share of hits", "share of hits"), ("share of attention", "share of attention")),
+    "mentions": (
+        ("mentions", "mentions"),
+        ("loss, LoRA only", "loss of a mention, LoRA only"),
+        ("loss, ours", "with memory"),
+    ),
+    "passkey": (("loss of its digits", "loss of its digits, nats a token"),),
+    "cost": (("time a token", "time a token, us"), ("bytes kept a token", "bytes kept a token")),
+}
+"""Table of docs/quality.md -> figures of its result and how they are headed."""
+
+
+def quality(name: str) -> Callable[[Path], str]:
+    """The block of a quality table."""
+    return lambda root: pivot(root / "benchmarks" / "results" / f"quality-{name}.json", QUALITY_COLUMNS[name])
+
+
 def corpus_packages(root: Path) -> str:
     """Every package of the training text with its licence and how much of it was taken."""
     packages = json.loads((root / "integration" / "training" / "corpus.json").read_text(encoding="utf-8"))
@@ -198,6 +226,7 @@ BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("docs/operations.md", "RELIABILITY", reliability),
     ("docs/data.md", "DISJOINT", disjoint),
     ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),
+    *(("docs/quality.md", f"QUALITY_{name.upper()}", quality(name)) for name in QUALITY_COLUMNS),
 )
 """Document, mark, and what stands between the two marks."""
 

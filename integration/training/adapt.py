@@ -47,8 +47,8 @@ class AdaptOptions:
     over `warmup` steps and falls to nothing by whichever limit comes first. batch: documents read at once.
     segment: tokens of each a step. max_segments: longer documents are cut. rate: learning rate of the new weights;
     lora_rate: of the LoRA weights. lora_rank: 0 for none. evaluations: how often the held-out documents are read.
-    judge_rows, judge_segments: how much of them. fit_projection: begin with principal directions. target: where the
-    memory is.
+    judge_rows, judge_segments: how much of them. fit_projection: begin from the model (MemoryWeights.fit). target:
+    where the memory is.
     """
 
     steps: int = 4000
@@ -166,7 +166,7 @@ class _Run:
         self.judge_s = 0.0
 
     def fit_projection(self) -> None:
-        """Begins with the principal directions of the states of the first documents."""
+        """Begins from the states of the first documents and the model's own projections (MemoryWeights.fit)."""
         found: list[torch.Tensor] = []
         layer = find_decoder(self.model).layers[self.config.retrieval_layer]
 
@@ -178,7 +178,7 @@ class _Run:
         with torch.no_grad(), autocast(self.device):
             self.model(input_ids=windows[:, :-1], use_cache=False)
         handle.remove()
-        self.weights.projection.fit(found[0])
+        self.weights.fit(self.model, found[0].flatten(0, 1))
 
     def train(self) -> AdaptReport:
         """Trains until the schedule ends, evaluates and saves."""

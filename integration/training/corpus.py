@@ -180,7 +180,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Builds code-train.jsonl.xz and code-validation.jsonl.xz and records what is in them."""
+    """Builds code-SPLIT.jsonl.xz for each split among the pins and records what is in them."""
     options = parse_arguments()
     # Validation first: a training file that repeats one of its files is then the copy.
     pins = sorted(read_pins(options.pins), key=lambda pin: pin.split, reverse=True)
@@ -191,7 +191,7 @@ def main() -> int:
     stdlib = union(shingles(text) for root in options.stdlib for text in stdlib_texts(root))
     packages = read_packages(pins, options.site, options.wheels)
     built = build(iter(tqdm(packages, total=len(pins), unit="pkg")), Filter(stdlib), options.max_package_bytes)
-    for split in ("train", "validation"):
+    for split in sorted({pin.split for pin in pins}):
         write_split(options.out / f"code-{split}.jsonl.xz", [b for b in built if b[0].split == split])
     rows = [json.dumps(asdict(row)) for row, _ in sorted(built, key=lambda b: b[0].id.lower())]
     options.record.write_text("[\n" + ",\n".join(rows) + "\n]\n")

@@ -24,7 +24,7 @@ PERMISSIVE = frozenset(name.lower() for name in f"{SPDX}, {OTHER_NAMES}".split("
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """One line of packages.txt; `split` is train or validation."""
+    """One line of packages.txt; `split` is train, validation or test."""
 
     name: str
     version: str

@@ -1,0 +1,314 @@
+"""Networks that are compared: the frozen base with LoRA, with a memory (ours), or with Memorizing Transformers' one.
+
+The forward pass is written for training on one device without a host in its way: a step is static in shape, so that a
+CUDA graph holds all of it. What is trained is what `integration.attach` reads: MemoryWeights and LoRA by peft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from integration.adapter import add_lora
+from integration.families import find_decoder
+from integration.weights import MemoryWeights
+from model_client.cache_attention import RetrievedRows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import LlamaForCausalLM
+
+    from integration.config import MemoryConfig
+
+
+def decoder_of(model: Any) -> Any:
+    """The list of layers with its embedding and norm, whatever wraps it."""
+    return find_decoder(model).module
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """One kernel for each norm instead of five; the same numbers up to rounding."""
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = _fused(module)  # type: ignore[method-assign]
+
+
+def _fused(norm: Any) -> Callable[[Tensor], Tensor]:
+    def forward(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return functional.rms_norm(states, norm.weight.shape, norm.weight.to(states.dtype), norm.variance_epsilon)
+
+    return forward
+
+
+def merge_forward(model: nn.Module) -> None:
+    """One product a LoRA layer: W + BA first, which is small, instead of casts and sums of the states."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            module.forward = _merged(module)  # type: ignore[method-assign]
+
+
+def _merged(layer: Any) -> Callable[[Tensor], Tensor]:
+    down, up, scale = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
+
+    def forward(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            weight = layer.base_layer.weight + scale * (up.weight @ down.weight)
+        return functional.linear(states, weight, layer.base_layer.bias)
+
+    return forward
+
+
+def run_layers(decoder: Any, ids: Tensor, before: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """(batch, length) ids -> (batch, length, hidden_size) of the last layer. before: told what enters each layer."""
+    hidden = decoder.embed_tokens(ids)
+    rotary = decoder.rotary_emb(hidden, position_ids=torch.arange(ids.shape[1], device=ids.device)[None])
+    for number, layer in enumerate(decoder.layers):
+        if before is not None:
+            before(number, hidden)
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+    normed: Tensor = decoder.norm(hidden)
+    return normed
+
+
+def exact_top(scores: Tensor, top_k: int, tile: int = 64) -> Tensor:
+    """The columns of the top_k largest of each row (..., C), best first: top tiles by maximum, then within them."""
+    columns = scores.shape[-1]
+    if columns % tile or columns // tile <= top_k:
+        return scores.topk(min(top_k, columns), dim=-1).indices
+    tiled = scores.unflatten(-1, (columns // tile, tile))
+    tiles = tiled.amax(dim=-1).topk(top_k, dim=-1).indices
+    within = torch.gather(tiled, -2, tiles[..., None].expand(*tiles.shape, tile)).flatten(-2)
+    best = within.topk(top_k, dim=-1).indices
+    return torch.gather(tiles, -1, best // tile) * tile + best % tile
+
+
+class Gathered(RetrievedRows):
+    """Rows that lie in the order of their entries already: rows (N, E, d)."""
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """All in one."""
+        yield slice(0, len(self.rows)), self.rows.to(dtype)
+
+
+class Ring(nn.Module):
+    """FIFO of the states of a batch of documents on the device: the memory as training sees it.
+
+    Rows lie at position % capacity. `next`: (batch,) positions given out. Every append is of `segment` rows, which
+    divides the capacity. names: what is kept, (width,) each, as buffers (batch, capacity, *width).
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        segment: int,
+        widths: dict[str, tuple[int, ...]],
+        *,
+        device: Any,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        if capacity % segment:
+            raise ValueError(f"capacity {capacity} is no multiple of the segment {segment}")
+        self.capacity, self.segment = capacity, segment
+        for name, width in widths.items():
+            kept = torch.zeros(batch, capacity, *width, dtype=dtype, device=device)
+            self.register_buffer(name, kept, persistent=False)
+        self.register_buffer("next", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
+        self._rows = torch.arange(batch, device=device)[:, None]
+
+    def begin(self, begun: Tensor) -> None:
+        """Empties the rows where begun (batch,) is true."""
+        self.next.mul_((~begun).long())
+
+    def append(self, **rows: Tensor) -> None:
+        """Each (batch, segment, *width)."""
+        slots = self.next[:, None] % self.capacity + torch.arange(self.segment, device=self.next.device)
+        for name, given in rows.items():
+            kept = getattr(self, name)
+            kept[self._rows, slots] = given.to(kept.dtype)
+        self.next.add_(self.segment)
+
+    def is_empty(self) -> Tensor:
+        """(batch, capacity): slots that hold nothing yet."""
+        return torch.arange(self.capacity, device=self.next.device) >= self.next[:, None]
+
+    def neighbours(self, slots: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+        """Slots (batch, T, k) of hits -> slots and whether they are live, both (batch, T, k, before + 1 + after)."""
+        end = self.next[:, None, None, None]
+        first = (end - self.capacity).clamp_min(0)
+        positions = first + (slots[..., None] - first) % self.capacity
+        is_hit = positions < end
+        positions = positions + torch.arange(-before, after + 1, device=slots.device)
+        return positions % self.capacity, is_hit & (positions >= first) & (positions < end)
+
+
+def widen(rows: Tensor, is_live: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """(B, T, E, d), (B, T, E) -> (B, T, context * E, d): each token's rows and those of the tokens before it."""
+    if context == 1:
+        return rows, is_live
+    shifted_rows, shifted_live = [rows], [is_live]
+    for back in range(1, context):
+        shifted_rows.append(functional.pad(rows, (0, 0, 0, 0, back, 0))[:, : rows.shape[1]])
+        shifted_live.append(functional.pad(is_live, (0, 0, back, 0))[:, : rows.shape[1]])
+    return torch.cat(shifted_rows, dim=2), torch.cat(shifted_live, dim=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """What is trained. kind: "lora", "memory" or "mt". lora_rank: 0 for none. fixed_projection: train all but W_p.
+
+    init: of the cache attention, "plain" (keys and values at random), "model" (the layer's own, carried through the
+    projection) or "similar" (plain, and each head begins by weighing how near a row is).
+    """
+
+    kind: str
+    config: MemoryConfig
+    lora_rank: int = 16
+    init: str = "plain"
+    projection: str = "pca"
+    fixed_projection: bool = False
+
+
+class Network(nn.Module):
+    """A frozen model and what is trained beside it."""
+
+    def __init__(self, model: LlamaForCausalLM, spec: NetworkSpec) -> None:
+        super().__init__()
+        model.requires_grad_(False).eval()
+        fuse_norms(model)
+        self.spec, self.config = spec, spec.config
+        self.weights: Any = None
+        if spec.kind == "memory":
+            self.weights = MemoryWeights.for_model(model, spec.config, dtype=torch.float32).train()
+        self.model: Any = add_lora(model, spec.lora_rank) if spec.lora_rank else model
+        merge_forward(self.model)
+        self.decoder = decoder_of(self.model)
+        if spec.kind == "mt":
+            from benchmarks.quality.memorizing import MemorizingWeights
+
+            self.weights = MemorizingWeights(self.decoder.layers[spec.config.retrieval_layer].self_attn)
+        self.head = self.decoder_head()
+        self.ring: Any = None
+        self._retrieved: RetrievedRows | None = None
+        self._local: tuple[Tensor, Tensor] | None = None
+        self._hook()
+
+    def decoder_head(self) -> Any:
+        """The output embedding."""
+        return self.model.get_output_embeddings()
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that are trained, memory weights first."""
+        own = [] if self.weights is None else list(self.weights.named_parameters())
+        if self.spec.fixed_projection:
+            own = [(name, each) for name, each in own if not name.startswith("projection")]
+        lora = [(name, each) for name, each in self.model.named_parameters() if each.requires_grad]
+        return [(f"memory.{name}", each) for name, each in own] + [(f"lora.{name}", each) for name, each in lora]
+
+    def make_ring(self, batch: int, segment: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        """An empty memory for a batch of documents. dtype: of what is kept."""
+        if self.spec.kind == "lora":
+            return
+        config, device = self.config, self.head.weight.device
+        heads = (config.num_heads, config.head_dim)
+        widths = {"hidden": (config.hidden_size,)} if self.spec.kind == "memory" else {"key": heads, "value": heads}
+        self.ring = Ring(batch, config.capacity, segment, widths, device=device, dtype=dtype)
+
+    def loss(self, windows: Tensor, begun: Tensor | None = None) -> Tensor:
+        """Mean nats of windows (batch, segment + 1); retrieves before it appends. begun: rows with a new document."""
+        return self.losses(windows, begun).mean()
+
+    def losses(self, windows: Tensor, begun: Tensor | None = None) -> Tensor:
+        """Nats of each token, (batch, segment) float32."""
+        if self.ring is not None and begun is not None:
+            self.ring.begin(begun)
+        self._retrieved = self._local = None
+        hidden = run_layers(self.decoder, windows[:, :-1], self._enter)
+        logits = self.head(hidden)
+        nats = functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten(), reduction="none")
+        return nats.view(windows.shape[0], -1)
+
+    def _enter(self, number: int, hidden: Tensor) -> None:
+        if self.spec.kind == "memory" and self.ring is not None and number == self.config.retrieval_layer:
+            self._retrieved = self.look_up(hidden.detach())
+            self.ring.append(hidden=hidden.detach())
+
+    @torch.no_grad()
+    def search(self, keys: Tensor) -> Tensor:
+        """Slots (batch, T, k) nearest to keys (batch, T, d) among the kept states, projected as they are now."""
+        # Half precision on a GPU: bf16 would tie what differs by less than a hundredth.
+        kept = self.weights.projection(self.ring.hidden).to(torch.float16 if keys.is_cuda else keys.dtype)
+        bias = kept.float().square().sum(dim=-1).div(-2).masked_fill(self.ring.is_empty(), float("-inf"))
+        with torch.autocast(keys.device.type, enabled=False):
+            scores = torch.baddbmm(bias[:, None].to(kept.dtype), keys.to(kept.dtype), kept.transpose(1, 2))
+        return exact_top(scores, self.config.top_k)
+
+    def look_up(self, hidden: Tensor) -> Gathered:
+        """What the tokens of a segment may attend to; gradients reach the projection."""
+        config, (batch, length, _) = self.config, hidden.shape
+        keys = self.weights.projection(hidden)
+        slots, is_live = self.ring.neighbours(self.search(keys.detach()), config.before, config.after)
+        slots, is_live = slots.flatten(2), is_live.flatten(2)
+        rows = torch.arange(batch, device=hidden.device)[:, None, None]
+        found = self.weights.projection(self.ring.hidden[rows, slots])
+        if hidden.is_cuda:
+            found = found.to(torch.bfloat16)
+        found = found.masked_fill(~is_live[..., None], 0.0)
+        found, is_live = widen(found, is_live, config.context)
+        entries = torch.where(is_live, 0, -1).view(batch * length, -1)
+        return Gathered(found.reshape(batch * length, -1, config.dim), entries, keys.flatten(0, 1))
+
+    def _hook(self) -> None:
+        layers = self.decoder.layers
+        if self.spec.kind == "memory":
+            for number in self.config.attention_layers:
+                layers[number].self_attn.register_forward_hook(self._reader(number), with_kwargs=True)
+        if self.spec.kind == "mt":
+            attention = layers[self.config.retrieval_layer].self_attn
+            attention.register_forward_pre_hook(self._remember, with_kwargs=True)
+            attention.o_proj.register_forward_pre_hook(self._mix)
+
+    def _reader(self, number: int) -> Any:
+        attention = self.weights.cache_attention(number)
+
+        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._retrieved is None:
+                return None
+            states = args[0] if args else kwargs["hidden_states"]
+            added = attention(states.flatten(0, 1), self._retrieved).view(states.shape)
+            return (output[0] + added, *output[1:])
+
+        return read
+
+    def _remember(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.ring is None:
+            return
+        states = args[0] if args else kwargs["hidden_states"]
+        self._local = self.weights.read_ring(states, attention, self.ring, self.config.top_k)
+
+    def _mix(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
+        if self._local is None:
+            return None
+        return (self.weights.mix(args[0], *self._local),)
+
+
+@torch.no_grad()
+def initialise(network: Network, states: Tensor) -> None:
+    """Begins with the projection and the cache attention that the spec names; states: (n, hidden_size) of the layer."""
+    spec, weights = network.spec, network.weights
+    if spec.kind != "memory":
+        return
+    if spec.projection == "pca":
+        weights.projection.fit(states)
+    if spec.init == "model":
+        weights.read_as_layers(network.model, states)
+    if spec.init == "similar":
+        for number in spec.config.attention_layers:
+            weights.cache_attention(number).similarity.fill_(1.0)

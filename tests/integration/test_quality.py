@@ -1,0 +1,270 @@
+"""The quality benchmarks: what is trained is what the service runs, policies, and every command at toy size."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from models import random_weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import report as reports
+from benchmarks.quality import adapt, data, mentions, table, tables
+from benchmarks.quality.memorizing import MemorizingWeights
+from benchmarks.quality.network import Network, NetworkSpec, Ring, exact_top, merge_forward
+from benchmarks.quality.policies import POLICIES, PolicyCache
+from benchmarks.quality.reading import Variant, read
+from integration.adapter import Adapter, add_lora
+from integration.config import MemoryConfig
+from integration.demo.command import WEIGHTS
+from integration.weights import MemoryWeights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from model_client import MemoryClient
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # the name of older versions
+
+VOCABULARY, SEGMENT, CAPACITY = 64, 16, 64
+
+
+def _model() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def _config(model: LlamaForCausalLM) -> MemoryConfig:
+    changes: dict[str, Any] = {"retrieval_layer": 1, "attention_layers": (1, 2), "dim": 16, "top_k": 4, "after": 1}
+    return MemoryConfig.for_model(model, capacity=CAPACITY, context=1, segment_length=SEGMENT, dtype="fp32", **changes)
+
+
+def _windows(length: int = 12 * SEGMENT) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, VOCABULARY, (2, length + 1))
+
+
+def _through_network(network: Network, windows: np.ndarray) -> np.ndarray:
+    network.make_ring(len(windows), SEGMENT, torch.float32)
+    parts = [windows[:, begin : begin + SEGMENT + 1] for begin in range(0, windows.shape[1] - 1, SEGMENT)]
+    with torch.no_grad():
+        return torch.cat([network.losses(torch.from_numpy(part)) for part in parts], dim=1).numpy()
+
+
+def test_what_is_trained_is_what_the_service_runs(client: MemoryClient) -> None:
+    model = _model()
+    config = _config(model)
+    weights = random_weights(model, config)
+    network = Network(_model(), NetworkSpec(kind="memory", config=config, lora_rank=0))
+    network.weights.load_state_dict(weights.state_dict())
+    trained = _through_network(network, _windows())
+    variant = Variant(model, {"segment": SEGMENT}, Adapter(config, weights.eval()))
+    served = read(variant, _windows(), capacity=CAPACITY, client=client)
+    without = read(variant, _windows())
+    assert np.abs(served.losses - without.losses).max() > 0.05
+    np.testing.assert_allclose(trained, served.losses, atol=2e-3)
+
+
+def test_memorizing_transformers_are_trained_as_the_service_runs_them(client: MemoryClient) -> None:
+    model = _model()
+    config = replace(_config(model), top_k=4)
+    network = Network(_model(), NetworkSpec(kind="mt", config=config, lora_rank=0))
+    torch.nn.init.constant_(network.weights.gate, 1.0)
+    own = MemorizingWeights(model.model.layers[1].self_attn)
+    own.load_state_dict(network.weights.state_dict())
+    network.make_ring(2, SEGMENT)
+    parts = [_windows()[:, begin : begin + SEGMENT + 1] for begin in range(0, 12 * SEGMENT, SEGMENT)]
+    with torch.no_grad():
+        trained = torch.cat([network.losses(torch.from_numpy(part)) for part in parts], dim=1).numpy()
+    variant = Variant(model, {"segment": SEGMENT, "layer": 1, "top_k": 4}, memorizing=own)
+    served = read(variant, _windows(), capacity=CAPACITY, client=client)
+    without = read(variant, _windows())
+    assert np.abs(served.losses - without.losses).max() > 0.01
+    assert np.abs(trained - served.losses).mean() < 2e-3  # both keep bf16; a tie may fall otherwise
+
+
+def test_another_documents_memory_is_read_without_being_filled(client: MemoryClient) -> None:
+    model = _model()
+    config = _config(model)
+    variant = Variant(model, {"segment": SEGMENT}, Adapter(config, random_weights(model, config).eval()))
+    windows = _windows()
+    same = np.stack([windows[0], windows[0]])
+    own = read(variant, same, capacity=CAPACITY, client=client)
+    other = read(variant, same, capacity=CAPACITY, client=client, other=True)
+    np.testing.assert_allclose(own.losses, other.losses, atol=1e-4)  # another document that is the same one
+    assert (
+        np.abs(read(variant, windows, capacity=CAPACITY, client=client, other=True).losses[0] - own.losses[0]).max()
+        > 0.01
+    )
+
+
+@pytest.mark.parametrize("columns", [64 * 5, 64 * 40, 100])
+def test_top_by_tiles_is_exact(columns: int) -> None:
+    scores = torch.randn(3, 7, columns)
+    assert torch.equal(exact_top(scores, 5), scores.topk(5, dim=-1).indices)
+
+
+def test_a_lora_layer_in_one_product_is_the_same() -> None:
+    adapted = add_lora(_model(), 4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids = torch.from_numpy(_windows(20))
+    with torch.no_grad():
+        before = adapted(input_ids=ids).logits
+        merge_forward(adapted)
+        assert torch.allclose(adapted(input_ids=ids).logits, before, atol=1e-4)
+
+
+def test_a_ring_gives_neighbours_by_position_and_none_beyond_its_ends() -> None:
+    ring = Ring(1, 8, 4, {"hidden": (1,)}, device="cpu")
+    for begin in range(0, 12, 4):
+        ring.append(hidden=torch.arange(begin, begin + 4).view(1, 4, 1).float())
+    places, is_live = ring.neighbours(torch.tensor([[[3, 4]]]), 1, 1)  # positions 11 and 4 of 4..11
+    assert is_live.tolist() == [[[[True, True, False], [False, True, True]]]]
+    assert ring.hidden[0, places[0, 0, 0, :2], 0].tolist() == [10.0, 11.0]
+    ring.begin(torch.tensor([True]))
+    assert ring.is_empty().all()
+
+
+def _positions(policy: str, *, hits: tuple[int, ...] = ()) -> set[int]:
+    """What is kept of 12 rows in 8 places when row 9 onwards came; hits: positions hit before those."""
+    cache = PolicyCache(policy, 1, 8, 4, 64, "cpu")
+    rows = torch.nn.functional.normalize(torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    cache.append(rows[:, :8])
+    if hits:
+        slots = torch.tensor([[int(cache.slots[0, each]) for each in hits]])
+        cache.credit(slots, torch.ones(1, len(hits)))
+    cache.append(rows[:, 8:])
+    return set(cache.positions[0].tolist())
+
+
+def test_policies_keep_what_they_say() -> None:
+    newest = {8, 9, 10, 11}
+    assert _positions("fifo") == {4, 5, 6, 7} | newest
+    assert _positions("lru", hits=(0, 1)) == {0, 1, 6, 7} | newest
+    assert {0, 1} <= _positions("attention", hits=(0, 1))
+    for policy in POLICIES:
+        kept = _positions(policy)
+        assert newest <= kept
+        assert len(kept) == 8
+    assert _positions("random") == _positions("random")
+
+
+def test_a_duplicate_leaves_first() -> None:
+    cache = PolicyCache("duplicates", 1, 8, 8, 64, "cpu")
+    cache.append(torch.eye(8)[None])
+    cache.append(torch.eye(8)[None, 2:4] * 1.0)
+    assert set(cache.positions[0].tolist()) == {0, 1, 4, 5, 6, 7, 8, 9}
+
+
+def test_weights_begin_as_their_layers_read() -> None:
+    model = _model()
+    config = replace(_config(model), dim=32, head_dim=8, num_kv_heads=2)
+    weights = MemoryWeights.for_model(model, config)
+    states = torch.randn(512, 32)
+    weights.fit(model, states)
+    layer = model.model.layers[2]
+    wanted = layer.self_attn.v_proj(layer.input_layernorm(states - states.mean(dim=0)))
+    own = weights.cache_attention(2)
+    found = own.v_proj(weights.projection(states))
+    assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.98
+    assert 0.9 < (found.norm() / wanted.norm()).item() < 1.1
+    assert not own.o_proj.weight.any()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files of two domains and a base model, tiny."""
+    path = tmp_path_factory.mktemp("quality")
+    tokenizer = data.Tokenizer.from_file(str(WEIGHTS / "base" / "tokenizer.json"))
+    data.save(tokenizer, path)
+    (path / "token_bytes.json").write_text(json.dumps(data.token_bytes(tokenizer)))
+    rng = np.random.default_rng(0)
+    for domain, split in data.SPLITS:
+        words = [f"name_{rng.integers(0, 50)}" for _ in range(900)]
+        documents = [{"id": f"{domain}-{n}", "text": " ".join(rng.permutation(words))} for n in range(2)]
+        data.write_split(tokenizer, documents, path / f"{domain}-{split}", None)
+    config = LlamaConfig(**(_model().config.to_dict() | {"vocab_size": 4096}))
+    LlamaForCausalLM(config).save_pretrained(path / "base")
+    return path
+
+
+def test_every_command_runs_at_toy_size(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reports, "RESULTS", folder / "results")
+    shared = json.dumps({"capacity": 64, "dim": 8, "retrieval_layer": 1, "attention_layers": [1, 2]})
+    given = ["--base", str(folder / "base"), "--data", str(folder), "--out", str(folder / "runs"), "--steps", "2"]
+    given += ["--batch", "2", "--max-segment", "32", "--shared", shared]
+    options = adapt.parser().parse_args([*given, "--variant", "-"])
+    for name in ("ours", "lora", "mt"):
+        run = argparse.Namespace(**(vars(options) | {"variant": name, "out": folder / "runs" / name}))
+        assert adapt.run(run)["steps"] == 3
+    words = [
+        "tables",
+        "capacity,fidelity,mentions,passkey",
+        "--base",
+        str(folder / "base"),
+        "--runs",
+        str(folder / "runs"),
+    ]
+    words += ["--data", str(folder), "--length", "1536", "--capacities", "0", "64", "--variants", "ours", "mt"]
+    monkeypatch.setattr("sys.argv", [*words, "--page", str(folder / "page.html")])
+    assert tables.main() == 0, capsys.readouterr().out
+    rows = json.loads((folder / "results" / "quality-capacity.json").read_text())["rows"]
+    figures = {(row["case"], row["figure"]): row["value"] for row in rows}
+    assert figures["books, ours, 0K entries", "perplexity"] > 1
+    assert len([case for case, _ in figures if "another document's memory" in case]) == 10
+    assert "What the memory was read for" in (folder / "page.html").read_text()
+
+
+def test_a_run_goes_on_from_its_checkpoint(folder: Path) -> None:
+    shared = json.dumps({"capacity": 64, "dim": 8, "retrieval_layer": 1, "attention_layers": [1, 2]})
+    given = ["--base", str(folder / "base"), "--data", str(folder), "--out", str(folder / "again"), "--batch", "2"]
+    given += ["--variant", "ours", "--max-segment", "32", "--shared", shared, "--resume"]
+    model = LlamaForCausalLM.from_pretrained(folder / "base")
+    spec, _ = adapt.spec_of("ours", json.loads(shared), model.config)
+    network = Network(model, spec)
+    options = adapt.parser().parse_args([*given, "--steps", "3"])
+    streams = adapt.TwoStreams(folder, 2, 32, 0, torch.device("cpu"))
+    begun = adapt.Adaptation(network, streams, options, 32)
+    for _ in range(2):
+        begun.advance(0.1)
+    (folder / "again").mkdir()
+    torch.save(begun.state(), folder / "again" / "checkpoint.pt")
+    assert adapt.run(options)["steps"] == 4
+    assert streams.state() == begun.state()["streams"]
+
+
+def test_rare_words_are_told_by_their_mentions(folder: Path) -> None:
+    to_bytes = mentions.Bytes(folder)
+    tokenizer = data.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = np.array(tokenizer.encode("see Zanzibar then Zanzibar; common common").ids)
+    assert b"".join(to_bytes.of(ids)) == b"see Zanzibar then Zanzibar; common common"
+    found = list(mentions.mentions(ids, {b"common", b"then"}, to_bytes))
+    assert [(each.word, each.number) for each in found] == [(b"Zanzibar", 1), (b"Zanzibar", 2)]
+    first, second = found
+    assert b"".join(to_bytes.of(ids[first.begin : first.end])).strip() == b"Zanzibar"
+    assert second.since == second.begin - first.begin
+
+
+def test_the_interval_of_differences_is_that_of_student() -> None:
+    low, high = table.interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert (low, high) == pytest.approx((3 - 1.9634, 3 + 1.9634), abs=1e-3)
+    assert table.percent(0.0) == 0.0
