@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from benchmarks.knn_memory import NAME, knn_memory_search
 from benchmarks.report import RESULTS, Report
 from memstore.gpu import few, launch
 from memstore.gpu.coded import reads_codes
@@ -207,7 +208,8 @@ def our_kernels(
 def rivals(rows: torch.Tensor, queries: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Those that are installed."""
     found: dict[str, Callable[[], object]] = {"torch bmm and topk": torch_search(rows, queries)}
-    for name, make in (("faiss.knn_gpu in a loop", faiss_search), ("neurocache", neurocache_search)):
+    others = {"faiss.knn_gpu in a loop": faiss_search, "neurocache": neurocache_search, NAME: memory_search}
+    for name, make in others.items():
         try:
             found[name] = make(rows, queries)
         except ImportError as error:
@@ -248,6 +250,11 @@ def neurocache_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[],
     cache.key_db = rows
     asked = queries.transpose(0, 1)
     return lambda: cache.topk_retrieval(asked, None, OPTIONS.top_k)
+
+
+def memory_search(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
+    """The kNN memory of memorizing-transformers-pytorch, which finds inner products."""
+    return knn_memory_search(rows, queries, OPTIONS.top_k)
 
 
 def draw(report: Report) -> Path:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_BENCHMARKS = {"__init__", "canned", "report", "reader", "goals", "run", "states", "plain_faiss"}
+NOT_BENCHMARKS = {"__init__", "canned", "report", "reader", "goals", "run", "states", "plain_faiss", "knn_memory"}
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 Rivals get the same rows in float32 ready for them: `faiss.knn` once a sequence with its defaults, torch (bmm and topk
 over all sequences for one query each, addmm and topk once a sequence for many), and the cache of the `neurocache`
-package, whose results are approximate (not for many queries of many sequences, which takes it minutes).
+package, whose results are approximate (not for many queries of many sequences, which takes it minutes). So are those of
+the kNN memory of `memorizing-transformers-pytorch`, which is asked where it is installed and has few rows.
 
 The read floor is what compiled code takes to read as many bytes as are stored, in memory that a slab of the same spec
 has reserved, with one thread or with all of them, called and shared out as the search is: whichever is faster. All of
@@ -20,6 +21,7 @@ import faiss
 import torch
 from neurocache.cache import OnDeviceCache
 
+from benchmarks.knn_memory import NAME, knn_memory_search
 from benchmarks.reader import Reader
 from benchmarks.report import Report, interleaved
 from memstore.index.exact import ExactIndex
@@ -76,6 +78,10 @@ def measure(case: Case, report: Report, rounds: int) -> None:
     }
     if case.num_queries == 1 or case.num_sequences == 1:  # the rest takes it minutes
         functions["neurocache (approximate)"] = neurocache_search(case, rows, queries)
+    try:
+        functions[NAME] = knn_memory_search(rows, queries, TOP_K)
+    except ImportError as error:
+        print(f"{NAME}: {error}")
     seconds = interleaved(functions, rounds)
     floor = min(seconds.pop(READ), seconds.pop(READ_ALONE))
     ours, whole = seconds.pop(OURS), seconds.pop(WHOLE)

@@ -97,28 +97,46 @@ def rank_all(
 
 @kernel
 def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], positions: NDArray[Any]) -> None:
-    """Fills in the hits of the rings that were searched."""
-    lists, top_k, most = job.lists, scores.shape[2], job.lists.scores.shape[1]
+    """Fills in the hits of the rings that were searched.
+
+    The rows of one query's candidates are on their way from memory while those of the one before are scored.
+    """
+    top_k, most = scores.shape[2], job.lists.scores.shape[1]
     all_scores, all_positions = scores.reshape(-1, top_k), positions.reshape(-1, top_k)
-    best, places = np.empty(most, np.float32), np.empty(most, np.int64)
+    best, places = np.empty(most, np.float32), np.empty((2, most), np.int64)
+    before, before_query, before_count, turn = -1, 0, 0, 0
     for number in range(job.header[FIRST_RING], job.header[END_RING]):
         ring = rings[number]
         for at in range(ring[NUM_QUERIES]):
-            query, count = ring[FIRST_QUERY] + at, 0
-            for piece in range(ring[NUM_PIECES]):
-                place = ring[FIRST_LIST] + piece * ring[NUM_QUERIES] + at
-                for hit in range(lists.counts[place]):
-                    if job.coded.bits:
-                        if count == most:
-                            count = keep_best(best, places, count, most // 2)
-                        best[count], places[count] = lists.scores[place, hit], lists.positions[place, hit]
-                        count += 1
-                    else:
-                        count = offer(best, places, count, lists.scores[place, hit], lists.positions[place, hit])
+            query, turn = ring[FIRST_QUERY] + at, 1 - turn
+            count = _collected(job, ring, at, best, places[turn])
+            for place in range(count):
+                ask_for(job.rows, ring[FIRST_CELL] + slot_of(places[turn, place], capacity))
+            if before >= 0:
+                hits = all_scores[before_query], all_positions[before_query]
+                candidates = places[1 - turn, :before_count]
+                _rank(rings[before], capacity, job.rows, job.queries[before_query], candidates, hits)
+            before, before_query, before_count = number, query, count
+    if before >= 0:
+        hits = all_scores[before_query], all_positions[before_query]
+        _rank(rings[before], capacity, job.rows, job.queries[before_query], places[turn, :before_count], hits)
+
+
+@kernel
+def _collected(job: Job, ring: NDArray[Any], at: int, best: NDArray[Any], places: NDArray[Any]) -> int:
+    """The best of all lists of query `at` of a ring, in any order: how many; their positions fill the first places."""
+    lists, most, count = job.lists, len(places), 0
+    for piece in range(ring[NUM_PIECES]):
+        place = ring[FIRST_LIST] + piece * ring[NUM_QUERIES] + at
+        for hit in range(lists.counts[place]):
             if job.coded.bits:
-                count = keep_best(best, places, count, most // 2)
-            hits = all_scores[query], all_positions[query]
-            _rank(ring, capacity, job.rows, job.queries[query], places[:count], hits)
+                if count == most:
+                    count = keep_best(best, places, count, most // 2)
+                best[count], places[count] = lists.scores[place, hit], lists.positions[place, hit]
+                count += 1
+            else:
+                count = offer(best, places, count, lists.scores[place, hit], lists.positions[place, hit])
+    return keep_best(best, places, count, most // 2) if job.coded.bits else count
 
 
 @kernel
@@ -128,9 +146,6 @@ def _rank(
     """Fills in hits, (k,) scores and positions, out of positions of a ring: best first, -inf and -1 after the last."""
     scores, positions = hits
     factor = inverse_length(query) if rows.metric == COSINE else np.float32(1)
-    for position in candidates:
-        if position >= 0:
-            ask_for(rows, ring[FIRST_CELL] + slot_of(position, capacity))
     count = 0
     for position in candidates:
         if position >= 0:

@@ -49,7 +49,9 @@ def prepare(device: torch.device) -> None:
 
             warm()
         else:
-            from memstore.gpu import retriever  # noqa: F401  # what it needs is here
+            from memstore.gpu import warming
+
+            warming.warm(device)
     except ImportError as error:
         event(_log, logging.WARNING, "kernels cannot be compiled: search is several times slower", reason=error)
 

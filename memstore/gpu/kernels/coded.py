@@ -100,7 +100,7 @@ def scan_codes_kernel(
             scale, shift = tl.load(scales + query * 2), tl.load(scales + query * 2 + 1)
             kept = (query - first_kept).to(tl.int64)
             best = tl.full([FANOUT], float("-inf"), tl.float32)
-            for slot in tl.static_range(0, SUPER_SLOTS, BLOCK_N):
+            for slot in range(0, SUPER_SLOTS, BLOCK_N):
                 slots = first_slot + slot + columns
                 cells = tl.minimum(first_cell + slots, num_cells - 1)
                 products = _products((codes + cells * WORDS)[:, None], asked, WORDS, BITS, BLOCK_W, HAS_DOT)
