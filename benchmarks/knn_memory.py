@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 NAME = "memorizing-transformers-pytorch (approximate)"
-MOST_ROWS = 140_000
+MOST_ROWS = 70_000
 """Building a graph of more takes it too long."""
 
 
