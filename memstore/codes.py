@@ -31,8 +31,10 @@ NUM_TERMS = 2
 NORMAL_SCALE = 0.498
 """The root mean square of elements, in which the numbers of 2 bits count, to lose least of a normal distribution."""
 
-ROWS_AT_ONCE = 1024
-"""Rows that are encoded at a time, so that appending takes little memory for it."""
+ELEMENTS_AT_ONCE = 1 << 20
+"""Of rows that are encoded at a time: so few that appending takes little memory for it, and no fewer, as on a busy
+machine each operation may wait for a core.
+"""
 
 
 def code_bytes(first_pass: FirstPass, dim: int) -> int:
@@ -112,8 +114,9 @@ def encode(
     num_layers, num_rows, dim = rows.shape
     codes = torch.empty(num_layers, num_rows, code_bytes(first_pass, dim), dtype=torch.uint8, device=rows.device)
     terms = torch.empty(num_layers, num_rows, NUM_TERMS, device=rows.device)
-    for first in range(0, num_rows, ROWS_AT_ONCE):
-        some = slice(first, first + ROWS_AT_ONCE)
+    rows_at_once = max(ELEMENTS_AT_ONCE // (num_layers * dim), 1)
+    for first in range(0, num_rows, rows_at_once):
+        some = slice(first, first + rows_at_once)
         mine = None if norms is None else norms[:, some]
         codes[:, some], terms[:, some] = _encode(rows[:, some], mine, metric, BITS[first_pass])
     return codes, terms
