@@ -62,11 +62,6 @@ class Tiers:
         self._limbo: list[int] = []
 
     @property
-    def num_files(self) -> int:
-        """Files that there are."""
-        return len(self._lengths)
-
-    @property
     def has_room(self) -> bool:
         """Whether a place in host memory is free."""
         return bool(self._free)
