@@ -47,10 +47,13 @@ class Target:
         return made
 
     def connections(self, number: int) -> Iterator[socket.socket]:
-        """So many connections; fewer where the server takes no more."""
+        """So many connections; fewer where the server takes no more, which is not asked again and again."""
         for _ in range(number):
-            with suppress(OSError):
-                yield self.connect()
+            try:
+                connection = self.connect()
+            except OSError:
+                return
+            yield connection
 
     def send(self, connection: socket.socket, *contents: bytes) -> None:
         """Sends all that the server takes."""
