@@ -193,10 +193,11 @@ def point(tally: Tally, seconds: float) -> Point:
 
 
 def tell(report: Report, where: str, curves: dict[str, dict[float, Point]], patience_s: float) -> None:
-    """Rows of one set of curves."""
+    """Rows of one set of curves. Goals are for those that no other work on the machine can disturb."""
     for kind, curve in curves.items():
         case = f"{where}, {NAMES[kind]}"
-        least, most = (0.8, 1.2) if kind == "memstore" else (None, None)
+        has_goal = kind == "memstore" and where == "made up"
+        least, most = (0.8, 1.2) if has_goal else (None, None)
         ratio = curve[3.0][0] / max(goodput for goodput, _ in curve.values())
         report.add(case, "goodput at 3 x / peak", ratio, "ratio", goal=least, better="higher")
         report.add(case, "p99 at 3 x / patience", curve[3.0][1] / patience_s, "ratio", goal=most)
@@ -207,7 +208,7 @@ def tell(report: Report, where: str, curves: dict[str, dict[float, Point]], pati
 
 def tell_share(report: Report, case: str, kind: str, tally: Tally) -> None:
     """The row of a tenant that stays within its share beside a flood."""
-    goal = 0.8 if kind == "memstore" else None
+    goal = 0.8 if kind == "memstore" and case.startswith("made up") else None
     share = tally.useful / tally.offered
     report.add(f"{case}, {NAMES[kind]}", "well-behaved tenant / its share", share, "ratio", goal=goal, better="higher")
 
@@ -229,7 +230,7 @@ def made_up(report: Report, seconds: float) -> dict[str, dict[float, Point]]:
 def real(report: Report, seconds: float, factors: Sequence[float]) -> dict[str, dict[float, Point]]:
     """The same on this machine; patience is forty times what a request takes."""
     servers = {kind: Real(kind) for kind in KINDS}
-    capacity = min(servers[kind].closed_loop(seconds / 2) for kind in KINDS)
+    capacity = max(servers[kind].closed_loop(seconds / 2) for kind in KINDS)
     patience_s = 40 / capacity
     report.add("real", "capacity, four under way", capacity, "1/s", better="higher")
     curves: dict[str, dict[float, Point]] = {kind: {} for kind in KINDS}

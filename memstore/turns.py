@@ -16,8 +16,10 @@ LEAST_JOBS = 4
 FIRST_JOBS = 32
 """Jobs of a turn of which it is not known what they take."""
 LEAST_COST_S = 1e-6
-_UP, _DOWN = 0.2, 0.5
-"""Weights of the last turn in what is known of a lane: one that was slow shall not get others refused."""
+_NEW, _NEW_IF_FAR, _FAR = 0.2, 0.5, 4.0
+"""Weights of the last turn in what is known of a lane. One that took more than four times as long counts as four times,
+and is soon forgotten: it shall not get others refused.
+"""
 _KEPT = 0.9
 """Of what is known of the turns of others, with each turn."""
 _MARGIN = 1.1
@@ -30,7 +32,7 @@ MAX_LANES = 1024
 class _Lane(Generic[T]):
     """One tenant's jobs, in order.
 
-    used_s: time of the device it has had, or gave up. mean_s, turn_s: what a job and a turn take, rather low. ended:
+    used_s: time of the device it has had, or gave up. mean_s, turn_s: what a job and a turn take, lately. ended:
     the end of the last turn, where that left jobs behind. passed_s, had_s: lately, the time from such ends to the next
     ones, and what the lane had of it.
     """
@@ -155,4 +157,5 @@ class Turns(Generic[T]):
 def _mean(known: float, last: float) -> float:
     if known <= 0:
         return last
-    return known + (_UP if last > known else _DOWN) * (last - known)
+    weight = _NEW_IF_FAR if last * _FAR < known else _NEW
+    return known + weight * (min(last, _FAR * known) - known)

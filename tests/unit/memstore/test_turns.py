@@ -153,7 +153,7 @@ def test_one_slow_turn_is_soon_forgotten() -> None:
     device.put("a", 0)
     device.serve()
     device.prices["a"] = 0.001
-    for _ in range(16):
+    for _ in range(24):
         device.put("a", 0)
         device.serve()
     device.put("a", 0)
