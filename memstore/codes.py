@@ -31,9 +31,9 @@ NUM_TERMS = 2
 NORMAL_SCALE = 0.498
 """The root mean square of elements, in which the numbers of 2 bits count, to lose least of a normal distribution."""
 
-ELEMENTS_AT_ONCE = 1 << 20
-"""Of rows that are encoded at a time: so few that appending takes little memory for it, and no fewer, as on a busy
-machine each operation may wait for a core.
+ELEMENTS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}
+"""Of rows that are encoded at a time, by type of device, so that appending takes little memory for it. On the host no
+more than torch does in one thread: on a busy machine each operation that several share takes milliseconds.
 """
 
 
@@ -87,12 +87,28 @@ def rotated(rows: torch.Tensor) -> torch.Tensor:
 def _transformed(rows: torch.Tensor) -> torch.Tensor:
     """The Hadamard transform of the last axis, a power of two, divided by the root of its size.
 
-    By two products with small matrices: each operation on few rows costs more than its arithmetic.
+    On the host without any operation that waits for threads: on a busy machine each of those takes milliseconds.
+    Elsewhere by two products with small matrices.
     """
     size = rows.shape[-1]
+    if rows.device.type == "cpu":
+        return torch.from_numpy(_butterflies(rows.reshape(-1, size).numpy())).view(rows.shape)
     left = 1 << (size.bit_length() // 2)
     left_matrix, right_matrix = (_hadamard(length, rows.device) for length in (left, size // left))
-    return (left_matrix @ rows.reshape(-1, left, size // left) @ right_matrix).reshape(rows.shape)
+    return (left_matrix @ rows.reshape(-1, left, size // left) @ right_matrix).view(rows.shape)
+
+
+def _butterflies(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """See `_transformed`; (n, size), with neighbouring rows side by side meanwhile."""
+    num_rows, size = rows.shape
+    turned, step = np.ascontiguousarray(rows.T), 1
+    while step < size:
+        pairs = turned.reshape(-1, 2, step * num_rows)
+        sums = np.empty_like(pairs)
+        np.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
+        np.subtract(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
+        turned, step = sums, 2 * step
+    return np.ascontiguousarray(turned.reshape(size, num_rows).T) / np.float32(math.sqrt(size))
 
 
 @lru_cache(maxsize=32)
@@ -114,7 +130,7 @@ def encode(
     num_layers, num_rows, dim = rows.shape
     codes = torch.empty(num_layers, num_rows, code_bytes(first_pass, dim), dtype=torch.uint8, device=rows.device)
     terms = torch.empty(num_layers, num_rows, NUM_TERMS, device=rows.device)
-    rows_at_once = max(ELEMENTS_AT_ONCE // (num_layers * dim), 1)
+    rows_at_once = max(ELEMENTS_AT_ONCE[rows.device.type] // (num_layers * dim), 1)
     for first in range(0, num_rows, rows_at_once):
         some = slice(first, first + rows_at_once)
         mine = None if norms is None else norms[:, some]
@@ -126,26 +142,32 @@ def _encode(
     rows: torch.Tensor, norms: torch.Tensor | None, metric: Metric, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     turned = rotated(rows.float())
-    numbers, scales = _rounded(turned, bits)
+    kept, units = _rounded(turned, bits)
+    numbers = kept.float().mul_(step(bits)).sub_(zero(bits))
+    if bits == 2:  # the decoded row is as near as it can be
+        scales = (turned * numbers).sum(-1) / numbers.square().sum(-1)
+    else:
+        scales = units
     if metric is Metric.L2:
         terms = (2 * scales, scales.square() * numbers.square().sum(-1))
     else:
         terms = (scales if norms is None else scales * norms, torch.zeros_like(scales))
-    kept = (numbers.add_(zero(bits)) / step(bits)).to(torch.uint8)
     return _packed(kept, bits), torch.stack(terms, -1)
 
 
 def _rounded(turned: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers, (..., dim) float32, and their scales, (...,)."""
+    """Codes, (..., dim) uint8, and what their numbers count in, (...,).
+
+    Rounded by cutting off, which torch does in one thread where elements are few; its `round` it shares out.
+    """
     if bits == 2:
-        unit = turned.square().mean(-1, keepdim=True).sqrt_().mul_(NORMAL_SCALE)
-        elements = turned / torch.where(unit > 0, unit, 1.0)
-        numbers = elements.add_(1).mul_(0.5).round_().mul_(2).sub_(1).clamp_(-limit(bits), limit(bits))
-        scales = (turned * numbers).sum(-1) / numbers.square().sum(-1)  # the decoded row is as near as it can be
-        return numbers, scales
-    scales = turned.abs().amax(-1, keepdim=True) / limit(bits)
-    numbers = (turned / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-limit(bits), limit(bits))
-    return numbers, scales[..., 0]
+        units = turned.square().mean(-1).sqrt_().mul_(NORMAL_SCALE)
+    else:
+        units = turned.abs().amax(-1) / limit(bits)
+    elements = turned / torch.where(units > 0, units, 1.0)[..., None]
+    lowest, highest = ((zero(bits) + sign * limit(bits)) / step(bits) for sign in (-1, 1))
+    nearest = elements.add_(zero(bits)).div_(step(bits)).clamp_(lowest, highest)
+    return nearest.add_(0.5).to(torch.uint8), units
 
 
 def _packed(kept: torch.Tensor, bits: int) -> torch.Tensor:
