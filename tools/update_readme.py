@@ -126,7 +126,8 @@ def reliability(root: Path) -> str:
 
 
 def _amount(row: dict[str, Any]) -> str:
-    return f"{row['value']:,.0f}" if row["unit"] == "count" else f"{row['value']:,.3g} {row['unit']}"
+    unit = "" if row["unit"] == "count" else f" {row['unit']}"
+    return f"{row['value']:,.0f}{unit}"
 
 
 def pivot(file: Path, columns: Sequence[tuple[str, str]]) -> str:
