@@ -152,10 +152,10 @@ class Gpu:
 
     device, report = torch.device("cuda"), "gpu-codes"
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_profiling: bool) -> None:
         from benchmarks import gpu_search  # which needs Triton
 
-        self._tools, self._ceilings = gpu_search, gpu_search.ceilings()
+        self._tools, self._ceilings, self._is_profiling = gpu_search, gpu_search.ceilings(), is_profiling
 
     def name_of(self, case: tuple[int, int]) -> str:
         """As benchmarks/gpu_search.py does."""
@@ -176,6 +176,8 @@ class Gpu:
         for kind in (FirstPass.ROWS, *CODED):
             kernels = self._tools.our_kernels(rows, queries[:, :1], kind)
             seconds[kind] = self._tools.device_seconds_of(kernels)
+            if self._is_profiling:
+                print(self._tools.kernels_of(kernels))
             report.add(name, f"on the device, {kind.value}", seconds[kind] * 1e6, "us")
             report.add(name, f"on the device / floor, {kind.value}", seconds[kind] / floor, "ratio")
         best = min((seconds[kind] for kind in enough), default=seconds[FirstPass.ROWS])
@@ -187,9 +189,10 @@ def main() -> None:
     """Measures all cases, on a GPU where there is one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first case")
+    parser.add_argument("--profile", action="store_true", help="on a GPU: print what each kernel takes")
     parser.add_argument("--device", choices=list(CASES), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    device: Device = Gpu() if options.device == "cuda" else Host()
+    device: Device = Gpu(is_profiling=options.profile) if options.device == "cuda" else Host()
     report = Report(device.report)
     for case in CASES[options.device][: 1 if options.quick else None]:
         measure(case, report, device)

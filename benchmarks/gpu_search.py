@@ -116,6 +116,16 @@ def device_seconds_of(run: Callable[[], object], rounds: int = 25) -> float:
     return statistics.median(times)
 
 
+def kernels_of(run: Callable[[], object], rounds: int = 10) -> str:
+    """What each kernel of `run` takes, launched one by one: where the time of a case goes."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(rounds):
+            run()
+        torch.cuda.synchronize()
+    return str(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=40))
+
+
 def ceilings() -> Ceilings:
     """Measures the device."""
     source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
