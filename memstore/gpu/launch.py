@@ -11,19 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import triton
 
-from memstore.codes import BITS, zero
-from memstore.gpu.coded import (
-    WIDEST_MATRIX,
-    CodedQueries,
-    as_words,
-    coded_queries,
-    num_leaves,
-    rotation,
-    step_of,
-    tile_of,
-    width_of,
-)
-from memstore.gpu.kernels.coded import number_kernel, scan_codes_kernel
+from memstore.codes import BITS
+from memstore.gpu.coded import as_words, coded_queries, num_leaves, step_of, tile_of
+from memstore.gpu.kernels.coded import scan_codes_kernel
 from memstore.gpu.kernels.rows import count_kernel, gather_kernel, locate_kernel
 from memstore.gpu.kernels.scan import scan_kernel
 from memstore.gpu.kernels.select import choose_kernel, finish_kernel, score_kernel
@@ -271,7 +261,7 @@ def _scan_codes(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, cleare
     words = codes.shape[-1]
     rows_at_once, words_at_once = tile_of(words)
     scan_codes_kernel[(piece.num_blocks * asked.num_supers,)](
-        *_numbered(slab, asked.queries),
+        *coded_queries(slab, asked.queries),
         codes,
         slab.terms,
         asked.tables.blocks,
@@ -293,25 +283,6 @@ def _scan_codes(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, cleare
         num_warps=4,
         **chaining(slab),
     )
-
-
-def _numbered(slab: Slab, queries: torch.Tensor) -> CodedQueries:
-    if slab.dim > WIDEST_MATRIX:
-        return coded_queries(slab, queries)
-    width = width_of(slab)
-    numbers = torch.empty((len(queries), width), dtype=torch.int8, device=slab.device)
-    scales = torch.empty((len(queries), 2), device=slab.device)
-    number_kernel[(len(queries),)](
-        queries,
-        rotation(slab.dim, slab.device),
-        numbers,
-        scales,
-        ZERO=zero(BITS[slab.first_pass]),
-        DIM=slab.dim,
-        WIDTH=width,
-        BLOCK_D=triton.next_power_of_2(width),
-    )
-    return CodedQueries(numbers.view(torch.int32), scales)
 
 
 class Scored(NamedTuple):

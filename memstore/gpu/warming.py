@@ -48,8 +48,8 @@ def warm(device: torch.device, now: Callable[[], float] = time.monotonic) -> Non
             retrieve()
             num_done += 1
         torch.cuda.synchronize(device)
-    except (DeviceMemoryFull, torch.OutOfMemoryError) as error:
-        event(_log, logging.WARNING, "no room to compile search beforehand", reason=error)
+    except (DeviceMemoryFull, RuntimeError) as error:  # whatever it is, the first steps meet it, and say so
+        event(_log, logging.WARNING, "search could not be compiled beforehand", reason=error)
     if now() - begun > WORTH_A_LINE_S:
         kinds = f"{num_done} of {len(COMMON) * len(COUNTS)}"
         event(_log, logging.INFO, "search compiled for common memories", kinds=kinds, seconds=round(now() - begun, 1))

@@ -52,37 +52,6 @@ def _products(codes, numbers, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_W: 
     return tl.sum(total, 1)
 
 
-@triton.jit
-def number_kernel(
-    queries,
-    rotation,
-    numbers,
-    scales,
-    ZERO: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The numbers of one query, -127 to 127, zeros behind the last, and its scales; see scan_codes_kernel.
-
-    queries: (Q, DIM); rotation: (DIM, DIM) float32; numbers: (Q, WIDTH) int8.
-    """
-    query = tl.program_id(0).to(tl.int64)
-    dims, few = tl.arange(0, BLOCK_D), tl.arange(0, 16)
-    turned = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, DIM, 16):
-        some = tl.load(queries + query * DIM + first + few, first + few < DIM, 0.0).to(tl.float32)
-        is_here = (first + few < DIM)[:, None] & (dims < DIM)[None, :]
-        parts = tl.load(rotation + (first + few)[:, None] * DIM + dims[None, :], is_here, 0.0)
-        turned += tl.sum(some[:, None] * parts, 0)
-    scale = tl.max(tl.abs(turned)) / 127
-    nearest = tl.floor(turned / tl.where(scale > 0, scale, 1.0) + 0.5)
-    nearest = tl.minimum(tl.maximum(nearest, -127.0), 127.0)
-    tl.store(numbers + query * WIDTH + dims, nearest.to(tl.int8), dims < WIDTH)
-    tl.store(scales + query * 2, scale)
-    tl.store(scales + query * 2 + 1, tl.sum(nearest) * ZERO)
-
-
 @triton.jit(do_not_specialize=("first_block", "num_blocks", "num_supers", "capacity", "num_cells", "first_kept"))
 def scan_codes_kernel(
     numbers,
@@ -131,7 +100,7 @@ def scan_codes_kernel(
             scale, shift = tl.load(scales + query * 2), tl.load(scales + query * 2 + 1)
             kept = (query - first_kept).to(tl.int64)
             best = tl.full([FANOUT], float("-inf"), tl.float32)
-            for slot in range(0, SUPER_SLOTS, BLOCK_N):
+            for slot in tl.static_range(0, SUPER_SLOTS, BLOCK_N):
                 slots = first_slot + slot + columns
                 cells = tl.minimum(first_cell + slots, num_cells - 1)
                 products = _products((codes + cells * WORDS)[:, None], asked, WORDS, BITS, BLOCK_W, HAS_DOT)
