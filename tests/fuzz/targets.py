@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from memstore.catalog import FILE_NAME, FileCatalog, MemoryId
 from memstore.config import ConfigError
 from memstore.control import ControlBlock
 from memstore.embedded import TENANT, Embedded
-from memstore.errors import Corrupt, Internal, InvalidRequest, MemstoreError
+from memstore.errors import Corrupt, Internal, InvalidRequest, MemstoreError, QuotaExceeded
 from memstore.grpc_front import SERVICE
 from memstore.journal import read_step
 from memstore.lender import LentState
@@ -223,7 +224,8 @@ def _starts(life: Life) -> None:
         again = life.again()
     except Corrupt:
         return
-    again.append("new", 1, 0)
+    with suppress(QuotaExceeded):  # a log that is cut short may have as many sequences as there is room for
+        again.append("new", 1, 0)
     again.memory.counts()
 
 
