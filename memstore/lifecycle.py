@@ -99,11 +99,8 @@ class Lifecycle:
         stay = held | set(names)
         for name in names:
             if name in spill.away:
-                if self._table.num_free <= num_kept:
-                    self._make_room(spill, stay, name, asks_back=not held)
-                spill.come_back(name)
-                self._used[name] = self.clock.monotonic()
-        while num_new and self._table.num_free < num_kept + num_new:
+                self._bring_back(spill, name, stay, num_kept, asks_back=not held)
+        while num_new and self._table.num_free_places < num_kept + num_new:
             self._make_room(spill, stay, None, asks_back=not held)
 
     def admit_changes(self, changes: Sequence[Change]) -> None:
@@ -252,8 +249,25 @@ class Lifecycle:
         self._touch_new(chosen)  # they may have to leave for those of groups to come
         return dict(zip(numbers, done, strict=True))
 
-    def _make_room(self, spill: Spill, held: AbstractSet[str], returning: str | None, *, asks_back: bool) -> None:
-        """Spills one sequence. Raises QuotaExceeded, NotReady; nothing is changed then.
+    def _bring_back(self, spill: Spill, name: str, held: AbstractSet[str], num_kept: int, *, asks_back: bool) -> None:
+        """Gives one that is away a place. Where that fails, whoever left for it comes back, as far as it can."""
+        left, used_at = None, 0.0
+        if self._table.num_free_places <= num_kept:
+            left, used_at = self._make_room(spill, held, name, asks_back=asks_back)
+        try:
+            spill.come_back(name)
+        except MemstoreError:
+            if left is not None:  # else one more than has room would be away
+                spill.come_back(left)
+                self._used[left] = used_at
+                self._used.move_to_end(left, last=False)
+            raise
+        self._used[name] = self.clock.monotonic()
+
+    def _make_room(
+        self, spill: Spill, held: AbstractSet[str], returning: str | None, *, asks_back: bool
+    ) -> tuple[str, float]:
+        """Spills one sequence; its name, and when it was used. Raises QuotaExceeded, NotReady; nothing is changed then.
 
         asks_back: where that makes room, the lease that was used least recently is asked back.
         """
@@ -261,7 +275,7 @@ class Lifecycle:
         if name is None:
             raise self._no_place(held if asks_back else self._used.keys())
         spill.leave(name, self._used[name], returning)
-        del self._used[name]
+        return name, self._used.pop(name)
 
     def _may_leave(self, name: str) -> bool:
         sequence = self._table[name]

@@ -124,8 +124,8 @@ class Memory:
         self, batches: SequenceOf[StepBatch], carry: Callable[[int, Hits], None]
     ) -> list[StepResult | MemstoreError]:
         """See `step`; all sequences that exist have a place."""
-        outcomes = self._plan(batches)
         try:
+            outcomes = self._plan(batches)
             found = self._retrieve(outcomes)
             for at, hits in found.items():
                 try:

@@ -143,7 +143,12 @@ class SequenceTable:
 
     @property
     def num_free(self) -> int:
-        """Sequences that can still begin to exist."""
+        """Sequences that can still begin to exist: each needs a place of the slab, and to be one of those in all."""
+        return min(len(self._free_places), self._num_places + self._num_beyond - len(self._by_name))
+
+    @property
+    def num_free_places(self) -> int:
+        """Places of the slab that nothing lies in."""
         return len(self._free_places)
 
     def places_of_new(self, names: SequenceOf[str]) -> Iterator[int]:

@@ -274,7 +274,9 @@ def _check_host_room(spec: MemorySpec, device: torch.device) -> None:
 
 def _touched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
-        return torch.empty(shape, dtype=dtype, device=device).zero_()
+        zeros = torch.empty(shape, dtype=dtype, device=device).zero_()
+        torch.cuda.current_stream(device).synchronize()  # rows of a snapshot are put there by another thread
+        return zeros
     # numpy asks for huge pages, torch does not: without them a scan takes a third longer
     content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(content).view(dtype).view(shape).zero_()

@@ -60,6 +60,7 @@ class SpillingStore(DurableStore):
         assert all(table[name].place < self.spec.max_sequences for name in self.reference.pinned)
         assert spill is not None
         assert spill.tiers.has_room
+        type(self).num_files += spill.counts().num_on_disk
 
     @rule(names=st.sampled_from(["a", "a", "b", "c", "ab"]), unpin=st.sampled_from([False, False, True]))
     def pin(self, names: str, unpin: bool) -> None:
@@ -112,7 +113,6 @@ class SpillingStore(DurableStore):
         spill = self.client.describe_memory("m").status.spill
         type(self).num_spills += spill.spills
         type(self).num_returns += spill.returns
-        type(self).num_files += spill.num_on_disk
 
 
 @pytest.mark.timeout(300)

@@ -83,6 +83,29 @@ def test_a_damaged_file_is_said_and_a_restart_has_the_rows() -> None:
     assert contents(life.again().memory) == before
 
 
+@pytest.mark.parametrize("has_snapshot", [False, True], ids=["log", "snapshot"])
+def test_a_come_back_that_fails_in_a_full_memory_leaves_it_as_it_was(has_snapshot: bool) -> None:
+    life = Life(FakeDisk(), replace(SPEC, max_sequences=2, spill=SpillSpec(max_sequences=2)), is_new=True)
+    for name in "abcd":
+        life.append(name, 1, 0, value=ord(name))
+    counts = life.memory.counts().spill
+    path = min(path for path in life.disk.files if SPILLED in path.parents)
+    content = life.disk.files[path]
+    life.disk.files[path] = content[:-1]
+    with pytest.raises(Corrupt):
+        life.append("a", 1, 1)
+    life.disk.files[path] = content
+    after = life.memory.counts().spill
+    assert counts is not None and after is not None
+    assert (after.num_resident, after.num_on_host, after.num_on_disk) == (2, 0, 2)
+    with pytest.raises(QuotaExceeded):
+        life.append("e", 1, 0)
+    assert not has_snapshot or life.snapshot()
+    before = contents(life.memory)
+    again = life.again()
+    assert contents(again.memory) == before
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=["both", "disk", "host"])
 def test_a_snapshot_is_of_one_moment_though_sequences_come_and_go(
     spec: MemorySpec, monkeypatch: pytest.MonkeyPatch
