@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from integration.training.disjoint import read_documents
 from integration.training.documents import Documents
-from integration.training.tokenizer import END_OF_TEXT, new_tokenizer, pieces, save
+from integration.training.tokenizer import END_OF_TEXT, pieces, save, train
 
 VOCAB_SIZE = 8_192
 SAMPLE_BYTES = 12_000_000
@@ -66,15 +66,7 @@ def windows(folder: Path, domain: str, split: str, length: int, max_documents: i
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """A byte-level BPE of VOCAB_SIZE tokens; END_OF_TEXT is token 0."""
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[AddedToken(END_OF_TEXT, special=True)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer = new_tokenizer()
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return train(iter(texts), VOCAB_SIZE)
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[int]:

@@ -30,10 +30,10 @@ def new_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def train(texts: Iterator[str]) -> Tokenizer:
-    """A tokenizer of VOCAB_SIZE tokens learned from `texts`; END_OF_TEXT is token 0."""
+def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """A tokenizer of so many tokens learned from `texts`; END_OF_TEXT is token 0."""
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[AddedToken(END_OF_TEXT, special=True)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
