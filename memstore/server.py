@@ -84,6 +84,7 @@ class Server:
         self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, named)
         self._registry = self._make_registry()
         self._metrics.watch(self._registry)
+        self._metrics.follow("tokens", lambda: self._authenticator.is_stale)
         self._snapshotter = Snapshotter(self._registry, self._clock, config.snapshot_interval, self._metrics)
         stack.callback(self._snapshotter.close)
         stack.callback(Expirer(self._registry).close)
@@ -210,7 +211,7 @@ class Server:
         server.add_generic_rpc_handlers((front.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         listen.add_reflection(server, config, (SERVICE.full_name, "grpc.health.v1.Health"))
-        address = listen.bind(server, config, self._clock)
+        address = listen.bind(server, config, self._clock, self._metrics.follow)
         await server.start()
         event(_log, logging.INFO, "listening", address=address, device=str(self._registry.worker.device))
         return server, front, health, address

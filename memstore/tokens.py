@@ -72,10 +72,13 @@ def parse_tokens(text: str) -> TokenFile:
     """A token file. ConfigError names the line that is wrong.
 
     Lines `sha256:HEX TENANT [scopes=read,write,admin] [expires=TIME]` and `quota TENANT [bytes=8G] [sequences=N]
-    [calls_per_s=N]`; empty lines and those beginning with # are passed over.
+    [calls_per_s=N]`; empty lines and those beginning with # are passed over. A last line without its end is refused: it
+    may have been cut short, and without `scopes=` or `expires=` a token reaches further.
     """
     identities: dict[bytes, Identity] = {}
     quotas: dict[str, Quota] = {}
+    if text and not text.endswith("\n"):
+        raise ConfigError("--token-file: the last line has no end, and may have been cut short; write a newline there")
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):

@@ -86,7 +86,7 @@ def test_a_token_is_good_until_it_expires() -> None:
 
 def test_tokens_come_from_the_configured_file(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
-    path.write_text(hashed("new", "red", "scopes=read"))
+    path.write_text(f"{hashed('new', 'red', 'scopes=read')}\n")
     identity = authenticator_of(Config(token_file=path), FakeClock()).identify(carrying("new"))
     assert (identity.tenant, identity.scopes) == ("red", {Scope.READ})
     with pytest.raises(ConfigError, match="No such file"):
@@ -98,7 +98,7 @@ def test_tokens_come_from_the_configured_file(tmp_path: Path) -> None:
 
 def test_tokens_are_rotated_without_a_restart(tmp_path: Path) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
-    path.write_text(hashed("old", "red"))
+    path.write_text(f"{hashed('old', 'red')}\n")
     known = authenticator_of(Config(token_file=path), clock)
 
     def goes(token: str) -> bool:
@@ -111,7 +111,7 @@ def test_tokens_are_rotated_without_a_restart(tmp_path: Path) -> None:
     assert (goes("old"), goes("new")) == (True, False)
     path.write_text(f"{hashed('old', 'red')}\n{hashed('new', 'red')}\n")
     assert (goes("old"), goes("new")) == (True, True)
-    path.write_text(hashed("new", "red"))
+    path.write_text(f"{hashed('new', 'red')}\n")
     assert (goes("old"), goes("new")) == (False, True)
 
 
@@ -119,7 +119,7 @@ def test_a_file_that_is_spoilt_later_changes_nothing_and_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
-    path.write_text(hashed("good", "red"))
+    path.write_text(f"{hashed('good', 'red')}\n")
     known = authenticator_of(Config(token_file=path), clock)
     for spoil in (lambda: path.write_text("nonsense here\n"), path.unlink):
         caplog.clear()
@@ -128,16 +128,34 @@ def test_a_file_that_is_spoilt_later_changes_nothing_and_is_logged_once(
             clock.advance(FOLLOW_S)
             assert known.identify(carrying("good")).tenant == "red"
         assert [record.getMessage() for record in caplog.records] == ["changed file not taken, what was known stays"]
-    path.write_text(hashed("next", "red"))
+    path.write_text(f"{hashed('next', 'red')}\n")
     clock.advance(FOLLOW_S)
     assert known.identify(carrying("next")).tenant == "red"
 
 
+def test_a_file_that_is_read_half_written_is_not_taken_and_says_so(tmp_path: Path) -> None:
+    path, clock = tmp_path / "tokens", FakeClock()
+    whole = f"{hashed('other', 'red')}\n{hashed('passing', 'red', 'scopes=read', 'expires=2030-01-31T12:00:00Z')}\n"
+    path.write_text(f"{hashed('other', 'red')}\n")
+    known = authenticator_of(Config(token_file=path), clock)
+    assert not known.is_stale
+    path.write_text(whole[: whole.index(" scopes")])  # by now good for ever, for everything
+    clock.advance(FOLLOW_S)
+    with pytest.raises(NotAuthenticated):
+        known.identify(carrying("passing"))
+    assert known.identify(carrying("other")).tenant == "red"
+    assert known.is_stale
+    path.write_text(whole)
+    clock.advance(FOLLOW_S)
+    assert not known.is_stale  # asking is looking
+    assert known.identify(carrying("passing")).scopes == {Scope.READ}
+
+
 def test_a_file_of_the_same_size_and_time_is_told_by_its_inode(tmp_path: Path) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
-    path.write_text(hashed("one", "red"))
+    path.write_text(f"{hashed('one', 'red')}\n")
     known, before = authenticator_of(Config(token_file=path), clock), path.stat()
-    (tmp_path / "next").write_text(hashed("two", "red"))
+    (tmp_path / "next").write_text(f"{hashed('two', 'red')}\n")
     os.utime(tmp_path / "next", ns=(before.st_atime_ns, before.st_mtime_ns))
     (tmp_path / "next").replace(path)
     clock.advance(FOLLOW_S)
@@ -148,6 +166,7 @@ def test_without_a_file_everyone_is_one_tenant() -> None:
     made = authenticator_of(Config(), FakeClock())
     assert isinstance(made, Open)
     assert made.identify(Credentials()).tenant == DEFAULT_TENANT
+    assert not made.is_stale
 
 
 def test_a_certificate_names_its_tenant() -> None:
@@ -155,6 +174,7 @@ def test_a_certificate_names_its_tenant() -> None:
     made = authenticator_of(config, FakeClock())
     assert isinstance(made, Certificates)
     assert made.identify(Credentials(common_names=("red",))).tenant == "red"
+    assert not made.is_stale
     for names in ((), ("red", "blue"), ("../red",), ("",)):
         with pytest.raises(NotAuthenticated):
             made.identify(Credentials(common_names=names))
