@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from memstore.access import ALL, Identity, Scope
 from memstore.config import ConfigError, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 PREFIX = "mst_"
 """Of tokens that are made here, so that scanners for leaked secrets know one."""
 TOKEN_BYTES = 32
+PREFIX_BYTES = 8
+"""Of a token's hash: by them it is looked up, so that hardly ever two are compared."""
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -42,6 +45,27 @@ class TokenFile:
 
     identities: Mapping[bytes, Identity]
     quotas: Mapping[str, Quota]
+    _alike: Mapping[bytes, Sequence[tuple[bytes, Identity]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        alike: dict[bytes, list[tuple[bytes, Identity]]] = {}
+        for digest, identity in self.identities.items():
+            alike.setdefault(digest[:PREFIX_BYTES], []).append((digest, identity))
+        object.__setattr__(self, "_alike", alike)
+
+    def find(self, digest: bytes) -> Identity | None:
+        """Whose token has this SHA-256; None where it is of none. Takes as long among many tokens as among few.
+
+        The beginning of the hash leads to those that begin alike, all of which are compared in constant time. What time
+        tells of the beginning is of no use: who calls chooses a token and not its hash, so that only trying 2^64 tokens
+        finds one that begins alike, which is then no nearer to the rest; and hashes are no secret, as none leads back
+        to its token of 256 random bits.
+        """
+        found = None
+        for known, identity in self._alike.get(digest[:PREFIX_BYTES], ()):
+            if hmac.compare_digest(known, digest):
+                found = identity
+        return found
 
 
 def is_tenant(name: str) -> bool:

@@ -19,6 +19,7 @@ from memstore.auth import (
 )
 from memstore.config import Config, ConfigError
 from memstore.errors import NotAuthenticated
+from memstore.tokens import PREFIX_BYTES, hash_of, parse_tokens
 from tests.calling import hashed, tokens
 from tests.fakes import FakeClock
 
@@ -57,20 +58,46 @@ def test_anything_else_is_refused_without_saying_why(metadata: dict[str, str]) -
     assert str(caught.value) == "a valid token is needed: authorization: Bearer TOKEN"
 
 
-def test_every_known_token_is_compared_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However early one fits: time says nothing about which, or whether."""
-    compared: list[tuple[bytes, bytes]] = []
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
+    """What is compared in constant time."""
+    made: list[tuple[bytes, bytes]] = []
 
     def compare(known: bytes, given: bytes) -> bool:
-        compared.append((known, given))
+        made.append((known, given))
         return known == given
 
-    monkeypatch.setattr("memstore.auth.hmac.compare_digest", compare)
-    for token in ("old", "other"):
+    monkeypatch.setattr("memstore.tokens.hmac.compare_digest", compare)
+    return made
+
+
+def test_one_token_of_many_is_compared_whole_and_in_constant_time(compared: list[tuple[bytes, bytes]]) -> None:
+    """However many there are: a thousand tokens cost what one does."""
+    many = tokens(*(hashed(str(number), f"t{number}") for number in range(1000)))
+    for number in (0, 500, 999):
         compared.clear()
-        KNOWN.identify(carrying(token))
-        assert len(compared) == 3
-        assert len({given for _, given in compared}) == 1
+        assert many.identify(carrying(str(number))).tenant == f"t{number}"
+        assert compared == [(hash_of(str(number)), hash_of(str(number)))]
+    compared.clear()
+    with pytest.raises(NotAuthenticated):
+        many.identify(carrying("wrong"))
+    assert len(compared) <= 1
+
+
+def test_what_leads_to_a_token_does_not_let_in(compared: list[tuple[bytes, bytes]]) -> None:
+    """Hashes that begin alike are told apart, and one that is of no token is none."""
+    alike = [bytes(PREFIX_BYTES) + bytes([end]) * (32 - PREFIX_BYTES) for end in range(4)]
+    lines = [f"sha256:{digest.hex()} t{number}\n" for number, digest in enumerate(alike[:3])]
+    file = parse_tokens("".join(lines))
+    for number, digest in enumerate(alike[:3]):
+        found = file.find(digest)
+        assert found is not None
+        assert found.tenant == f"t{number}"
+    compared.clear()
+    assert file.find(alike[3]) is None
+    assert {known for known, _ in compared} == set(alike[:3])
+    for cut in (b"", alike[0][:PREFIX_BYTES], alike[0][:-1], alike[0] + b"0"):
+        assert file.find(cut) is None
 
 
 def test_a_token_is_good_until_it_expires() -> None:
