@@ -1,4 +1,4 @@
-"""Listen: where the gRPC server is bound, with which credentials and options, and which methods it has at all."""
+"""Listen: where the gRPC server is bound, with which credentials and options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_reflection.v1alpha import reflection
 
-from memstore.access import SCOPES
 from memstore.auth import is_loopback
 from memstore.config import ConfigError
 from memstore.followed import Followed
@@ -138,20 +137,6 @@ def _certificates(cert: Path, key: Path, ca: Path | None) -> Any:
 
 def _missing(*paths: Path | None) -> Path | None:
     return next((path for path in paths if path is not None and not path.is_file()), None)
-
-
-class Door(grpc.aio.ServerInterceptor):
-    """Refuses every method that has no row in access.py, whoever added it to the server."""
-
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """The handler of a method; one that refuses for all others."""
-        if handler_call_details.method in SCOPES:
-            return await continuation(handler_call_details)
-        return grpc.stream_stream_rpc_method_handler(_refuse)
-
-
-async def _refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no credential reaches this method")
 
 
 def add_reflection(server: grpc.aio.Server, config: Config, services: Sequence[str]) -> None:

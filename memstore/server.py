@@ -25,6 +25,7 @@ from memstore.catalog import Catalog, FileCatalog, NoCatalog, RedisCatalog
 from memstore.config import Config, ConfigError
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
+from memstore.door import Door
 from memstore.expirer import Expirer
 from memstore.gate import Gate
 from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
@@ -33,6 +34,7 @@ from memstore.journal import INTERVAL_S, Syncer
 from memstore.lending import Lending
 from memstore.logs import event, trouble
 from memstore.metrics import Metrics, MetricsServer, named_memories
+from memstore.outcomes import Outcomes
 from memstore.quotas import Quotas
 from memstore.region import can_share
 from memstore.registry import Registry
@@ -201,12 +203,12 @@ class Server:
     async def _listen(self, lending: Lending | None) -> tuple[grpc.aio.Server, GrpcFront, Health, str]:
         """Bound before anything is loaded, so that health can say so."""
         config = self._config
-        server = grpc.aio.server(options=listen.SERVER_OPTIONS, interceptors=(listen.Door(),))
+        gate, outcomes = Gate(self._authenticator, self._quotas), Outcomes(self._metrics, self._clock)
+        door = Door(gate, outcomes, self._clock)
+        server = grpc.aio.server(options=listen.SERVER_OPTIONS, interceptors=(door,))
         service = Service(self._registry, self._clock.wall())
         limits = FrontLimits(stream_in_flight=config.stream_in_flight, reply_bytes=config.reply_bytes)
-        front = GrpcFront(
-            service, Gate(self._authenticator, self._quotas), self._metrics, self._clock, limits, lending=lending
-        )
+        front = GrpcFront(service, gate, outcomes, self._clock, limits, lending=lending)
         health = Health(self._registry, self._authenticator)
         server.add_generic_rpc_handlers((front.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(health, server)

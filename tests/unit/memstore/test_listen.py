@@ -14,10 +14,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from memstore.arrival import credentials_of
 from memstore.auth import authenticator_of
 from memstore.config import Config, ConfigError
 from memstore.errors import NotReady
-from memstore.grpc_front import credentials_of
 from memstore.listen import SERVER_OPTIONS, _unwatched, add_reflection, address_lock, bind
 from memstore.seams import SystemClock, SystemDisk
 from memstore.server import StopSignals

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from memstore import descriptors, lending
+from memstore.arrival import is_local
 from memstore.catalog import FileCatalog
-from memstore.grpc_front import is_local
 from memstore.seams import SystemDisk
 from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval, errors
