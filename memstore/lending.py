@@ -235,9 +235,9 @@ class Holder:
             self._lending.loop.call_soon_threadsafe(self._link.close)
 
     def _in_device_thread(self, run: Callable[[], None], after: Callable[[], None] = _nothing) -> None:
-        """Runs something there, then `after` whatever came of it; that alone where it takes no more, as it stops."""
+        """Runs something there in the tenant's turn, then `after` whatever came of it; that alone if it is closed."""
         try:
-            future = self._lending.registry.worker.control(run)
+            future = self._lending.registry.worker.control(run, behind=self._loaded.id.tenant)
         except MemstoreError as error:
             trouble(_log, "lease not settled", error)
             after()

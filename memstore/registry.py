@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +18,7 @@ from memstore import wire
 from memstore.admission import CapacityBudget
 from memstore.auth import Open
 from memstore.catalog import MemoryId
+from memstore.errands import Errands, run
 from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.index import build_thread, prepare
 from memstore.logs import event, trouble
@@ -28,14 +28,17 @@ from memstore.seams import new_epoch
 from memstore.store import NoStore
 from memstore.tiers import host_bytes
 from memstore.tokens import Quota
+from memstore.turns import SERVER
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from memstore.archive import Archive
     from memstore.catalog import Catalog
     from memstore.device import DeviceWorker
+    from memstore.errands import Steps
     from memstore.seams import Clock
     from memstore.store import Store
     from memstore.types import MemorySpec
@@ -74,7 +77,8 @@ class Loaded:
 class Registry:
     """The memories of all tenants on one device.
 
-    Changes run one at a time in a thread of their own, so that a slow catalogue holds up neither device nor loop.
+    Changes run in a thread of their own, so that a slow catalogue holds up neither device nor loop; those of one tenant
+    one at a time. What they need of the device is done in the tenant's turn.
     """
 
     def __init__(
@@ -110,7 +114,8 @@ class Registry:
         self._loaded: dict[MemoryId, Loaded] = {}
         self._damaged: dict[MemoryId, MemstoreError] = {}
         self._stopping = threading.Event()
-        self._admin = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memstore-admin")
+        self._num_begun = 0  # memories that are being made
+        self._errands = Errands("memstore-admin")
         self._builds = build_thread()
 
     def load(self) -> Future[None]:
@@ -118,7 +123,7 @@ class Registry:
 
         Tries again while the catalogue is out of reach.
         """
-        return self._admin.submit(self._load)
+        return self._errands.submit(self._load)
 
     def drain(self) -> None:
         """Takes no more changes; the memories go on."""
@@ -133,7 +138,7 @@ class Registry:
         """
         self.on_change = _nobody
         self.drain()
-        self._admin.shutdown(wait=True)
+        self._errands.close()
         with suppress(NotReady):  # the worker is closed already
             for loaded in self.all():
                 self.worker.control(loaded.engine.stop_builds)
@@ -187,25 +192,25 @@ class Registry:
 
     def create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> Future[tuple[Loaded, bool]]:
         """The memory, and whether it is new. AlreadyExists, DeviceMemoryFull, QuotaExceeded, NotReady."""
-        return self._change(lambda: self._create(memory, spec, exist_ok))
+        return self._change(memory.tenant, self._create(memory, spec, exist_ok))
 
     def drop(self, memory: MemoryId) -> Future[None]:
         """Takes a memory out of catalogue and device. NotFound, NotReady."""
-        return self._change(lambda: self._drop(memory))
+        return self._change(memory.tenant, self._drop(memory))
 
     def listing(self, tenant: str, prefix: str) -> Future[list[Loaded | MemorySpec]]:
         """A tenant's memories whose names begin with `prefix`, by name; only the spec of one that is not loaded.
 
         NotReady when the catalogue is out of reach.
         """
-        return self._change(lambda: self._list(tenant, prefix))
+        return self._change(tenant, self._list(tenant, prefix))
 
-    def _change(self, run: Callable[[], T]) -> Future[T]:
+    def _change(self, tenant: str, steps: Steps[T]) -> Future[T]:
         if self.state is not State.SERVING:
             raise NotReady(f"the server is {self.state.value}")
-        return self._admin.submit(run)
+        return self._errands.add(tenant, steps)
 
-    def _create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> tuple[Loaded, bool]:
+    def _create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> Steps[tuple[Loaded, bool]]:
         existing = self._loaded.get(memory)
         if existing is not None:
             if exist_ok and existing.spec == spec:
@@ -214,7 +219,7 @@ class Registry:
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
         if memory in self._damaged:
             raise self._damage(memory)
-        if len(self._loaded) >= self._max_memories:
+        if len(self._loaded) + self._num_begun >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
         reserved = self._bytes_needed(spec) + self._host_bytes(spec)
         needed = Held(reserved_bytes=reserved, sequences=spec.total_sequences)
@@ -223,18 +228,22 @@ class Registry:
         created_at = self._clock.wall()
         text = _text_of(spec, created_at)
         keep = partial(self._store.create, memory, _identity(memory, text))
-        loaded = self._reserve(memory, spec, created_at, keep)
+        self._num_begun += 1
+        try:
+            loaded = yield from self._reserve(memory, spec, created_at, keep)
+        finally:
+            self._num_begun -= 1
         try:
             self._catalog.put(memory, text)
         except MemstoreError:
-            self._discard(loaded)
+            yield from self._discard(loaded)
             raise
         self._loaded[memory] = loaded
         event(_log, logging.INFO, "memory created", memory=memory.name, reserved_bytes=loaded.engine.reserved_bytes)
         self.on_change()
         return loaded, True
 
-    def _drop(self, memory: MemoryId) -> None:
+    def _drop(self, memory: MemoryId) -> Steps[None]:
         loaded = self._loaded.get(memory)
         if loaded is None and memory not in self._damaged:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
@@ -244,7 +253,7 @@ class Registry:
             self._store.remove(memory)
         else:
             del self._loaded[memory]
-            self._discard(loaded)
+            yield from self._discard(loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
 
@@ -252,18 +261,20 @@ class Registry:
         """What kept a memory from being loaded, without the frames, and requests, of those who were told before."""
         return self._damaged[memory].with_traceback(None)
 
-    def _list(self, tenant: str, prefix: str) -> list[Loaded | MemorySpec]:
+    def _list(self, tenant: str, prefix: str) -> Steps[list[Loaded | MemorySpec]]:
         found: dict[MemoryId, Loaded | MemorySpec] = {}
         for memory, text in self._catalog.load().items():
             with suppress(Corrupt):
                 found[memory] = _spec_of(memory, text)[0]
         found |= self._loaded
         return [found[memory] for memory in sorted(found) if memory.tenant == tenant and memory.name.startswith(prefix)]
+        yield  # nothing is waited for
 
     def _reserve(
         self, memory: MemoryId, spec: MemorySpec, created_at: float, keep: Callable[[Memory], Archive | None]
-    ) -> Loaded:
+    ) -> Steps[Loaded]:
         """Makes a memory on the device. keep: begins its files, or fills it with what they hold."""
+        lane = SERVER if self.state is State.LOADING else memory.tenant
         device = self.worker.device
         is_shared = self._is_shared(spec)
         needed, on_host = self._bytes_needed(spec), self._host_bytes(spec)
@@ -274,15 +285,14 @@ class Registry:
             self.host_budget.release(on_host)
             raise
         try:
-            make = self.worker.control(
-                lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared)
+            engine = yield self.worker.control(
+                lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared), behind=lane
             )
-            engine = make.result()
             try:
                 self._prepare(memory, engine)
                 return Loaded(id=memory, engine=engine, created_at=created_at, archive=keep(engine))
             except BaseException:
-                self.worker.control(engine.free).result()
+                yield self.worker.control(engine.free, behind=lane)
                 raise
         except BaseException:
             self.budget.release(needed)
@@ -305,15 +315,15 @@ class Registry:
         """Bytes of host memory that a memory reserves beside what it reserves on the device."""
         return 0 if self.worker.device.type == "cpu" else host_bytes(spec)
 
-    def _discard(self, loaded: Loaded) -> None:
+    def _discard(self, loaded: Loaded) -> Steps[None]:
         """Removes a memory's files, which ends a snapshot of it, then its rows."""
         try:
             self._store.forget(loaded.archive, loaded.spec)
         finally:
-            self._free(loaded)
+            yield from self._free(loaded)
 
-    def _free(self, loaded: Loaded) -> None:
-        self.worker.control(loaded.engine.free, behind=loaded.id.tenant).result()
+    def _free(self, loaded: Loaded) -> Steps[None]:
+        yield self.worker.control(loaded.engine.free, behind=loaded.id.tenant)
         loaded.engine.join()
         self.budget.release(loaded.engine.reserved_bytes)
         self.host_budget.release(self._host_bytes(loaded.spec))
@@ -343,7 +353,7 @@ class Registry:
         try:
             spec, created_at = _spec_of(memory, text)
             keep = partial(self._fill, memory, text)
-            self._loaded[memory] = self._reserve(memory, spec, created_at, keep)
+            self._loaded[memory] = run(self._reserve(memory, spec, created_at, keep))
             self.on_change()
         except MemstoreError as error:
             self._damaged[memory] = error

@@ -17,7 +17,7 @@ ORDER = """
     retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
     log journal ledger refill memory
     folder snapshot recovery archive
-    admission capacity catalog store turns joining device plane replies
+    admission capacity catalog store turns errands joining device plane replies
     wire status access followed tokens auth quotas gate registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes door grpc_front health
     server console issuing backup __main__
