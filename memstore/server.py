@@ -31,7 +31,7 @@ from memstore.gate import Gate
 from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
 from memstore.journal import INTERVAL_S, Syncer
-from memstore.lending import Lending
+from memstore.lending import TENANT_LEASES, Lending
 from memstore.logs import event, trouble
 from memstore.metrics import Metrics, MetricsServer, named_memories
 from memstore.outcomes import Outcomes
@@ -80,7 +80,8 @@ class Server:
         self._stack = stack
         self._clock = SystemClock()
         self._authenticator = authenticator_of(config, self._clock)
-        self._quotas = Quotas(self._authenticator, _default_quota(config), self._clock)
+        default = default_quota(config, has_tenants=self._authenticator.has_tenants)
+        self._quotas = Quotas(self._authenticator, default, self._clock)
         stack.enter_context(listen.address_lock(config, disk))
         named = named_memories(config.metrics_memories, has_tenants=self._authenticator.has_tenants)
         self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, named)
@@ -295,8 +296,14 @@ async def _first(wanted: asyncio.Future[None] | Coroutine[None, None, None], sto
     return True
 
 
-def _default_quota(config: Config) -> Quota:
-    return Quota(reserved_bytes=config.tenant_bytes, sequences=config.tenant_sequences, calls_per_s=config.tenant_calls)
+def default_quota(config: Config, *, has_tenants: bool) -> Quota:
+    """What a tenant may take of which the file of tokens says nothing."""
+    return Quota(
+        reserved_bytes=config.tenant_bytes,
+        sequences=config.tenant_sequences,
+        calls_per_s=config.tenant_calls,
+        leases=config.tenant_leases or (TENANT_LEASES if has_tenants else 0),
+    )
 
 
 def _tune_malloc() -> None:

@@ -9,6 +9,7 @@ import re
 import secrets
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memstore.access import ALL, Identity, Scope
@@ -31,12 +32,13 @@ class Quota:
     """What one tenant may take; 0 where nothing bounds it.
 
     reserved_bytes: of the device, by all its memories. sequences: places of all its memories. calls_per_s: calls, and
-    steps of streams; as many as in one second may come at once.
+    steps of streams; as many as in one second may come at once. leases: of mapped memory, at once.
     """
 
     reserved_bytes: int = 0
     sequences: int = 0
     calls_per_s: float = 0.0
+    leases: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +98,8 @@ def parse_tokens(text: str) -> TokenFile:
     """A token file. ConfigError names the line that is wrong.
 
     Lines `sha256:HEX TENANT [scopes=read,write,admin] [expires=TIME]` and `quota TENANT [bytes=8G] [sequences=N]
-    [calls_per_s=N]`; empty lines and those beginning with # are passed over. A last line without its end is refused: it
-    may have been cut short, and without `scopes=` or `expires=` a token reaches further.
+    [calls_per_s=N] [leases=N]`; empty lines and those beginning with # are passed over. A last line without its end is
+    refused: it may have been cut short, and without `scopes=` or `expires=` a token reaches further.
     """
     identities: dict[bytes, Identity] = {}
     quotas: dict[str, Quota] = {}
@@ -173,16 +175,17 @@ def _rate(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def _count(name: str, text: str) -> int:
     value = int(text)
     if value < 0:
-        raise ValueError(f"sequences={text} is below 0")
+        raise ValueError(f"{name}={text} is below 0")
     return value
 
 
 _IDENTITY_FIELDS = {"scopes": ("scopes", parse_scopes), "expires": ("expires_at", parse_time)}
-_QUOTA_FIELDS = {
+_QUOTA_FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "bytes": ("reserved_bytes", size),
-    "sequences": ("sequences", _count),
+    "sequences": ("sequences", partial(_count, "sequences")),
     "calls_per_s": ("calls_per_s", _rate),
+    "leases": ("leases", partial(_count, "leases")),
 }

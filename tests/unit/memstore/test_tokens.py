@@ -29,7 +29,7 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             hashed("all", "red"),
             hashed("reader", "red", "scopes=read"),
             hashed("passing", "blue", "expires=2030-01-31T12:00:00+01:00", "scopes=read,write"),
-            "quota red bytes=8G sequences=4096 calls_per_s=200.5",
+            "quota red bytes=8G sequences=4096 calls_per_s=200.5 leases=12",
             "",
         )
     )
@@ -41,7 +41,7 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             tenant="blue", scopes=frozenset({Scope.READ, Scope.WRITE}), expires_at=1896087600.0
         ),
     }
-    assert file.quotas == {"red": Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5)}
+    assert file.quotas == {"red": Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5, leases=12)}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def test_fields_say_how_far_a_token_reaches() -> None:
         (f"{GOOD}\nquota red calls_per_s=-1", "line 2: calls_per_s=-1 is outside"),
         (f"{GOOD}\nquota red calls_per_s=nan", "line 2: calls_per_s=nan is outside"),
         (f"{GOOD}\nquota red sequences=-1", "line 2: sequences=-1 is below 0"),
+        (f"{GOOD}\nquota red leases=-1", "line 2: leases=-1 is below 0"),
         (f"{GOOD}\nquota red bytes=much", "line 2: not a size"),
         (f"{GOOD}\nquota red\nquota red", "line 3: tenant red has a quota already"),
         (f"{GOOD}\nquota", "line 2: not `sha256"),
