@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 MAX_LEASES = 256
 """Leases that one server has given out, or offered, at once; each takes two descriptors and a control block."""
 TENANT_LEASES = MAX_LEASES // 4
-"""Those of one tenant, where there are several and nobody says how many: enough for the models of a host, and so few that
-others find some left.
+"""Those of one tenant, where there are several and nobody says how many: enough for the models of a host, and few
+enough that others find some left.
 """
 MAX_LENT = MAX_LEASES * SEQUENCES_A_LEASE
 """Sequences of all of them: a control block has 32 KiB for each, which no memory reserves."""
