@@ -113,13 +113,12 @@ class Archive:
             if not self.journal.has_failed:
                 self._folder.mark_closed(self.journal.next_number)
 
-    def remove(self) -> None:
-        """Removes everything; the memory is dropped. Raises OSError."""
+    def end(self) -> None:
+        """Ends what is under way, and writes nothing any more; the memory is dropped. Raises OSError."""
         self._is_closing.set()
         with self._busy:
             self._drop_spare()
             self.journal.close("the memory is dropped")
-            self._folder.disk.remove_folder(self._folder.path)
 
     def _take(self, memory: Memory, spare: AppendFile, control: Control) -> bool:
         still, state = self._hold(memory, spare, control)

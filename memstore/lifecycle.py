@@ -187,9 +187,14 @@ class Lifecycle:
         return None if self.spill is None else self.spill.counts()
 
     def free(self) -> None:
-        """Gives back what lies beyond the slab."""
+        """Gives back what lies in memory beyond the slab."""
         if self.spill is not None:
             self.spill.tiers.free()
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes the files of those that are away."""
+        if self.spill is not None:
+            self.spill.tiers.remove_files()
 
     def _touch_parts(self, batches: Sequence[StepBatch]) -> bool:
         """Notes that the sequences of these batches are used now; whether all of them have places."""

@@ -48,6 +48,7 @@ class Tiers:
     def __init__(self, spec: MemorySpec, slab: Slab) -> None:
         """Raises DeviceMemoryFull where the host has no room."""
         self.folder: SpillFolder | None = None
+        self._rest: SpillFolder | None = None
         self.disk_bytes = 0
         self._spec = spec
         self._slab = slab
@@ -195,10 +196,14 @@ class Tiers:
             self.drop(place)
 
     def free(self) -> None:
-        """Gives host memory and files back."""
+        """Gives host memory back; nothing is spilled any more."""
         self._host.free()
-        if self.folder is not None:
-            self.folder.clear()
+        self._rest, self.folder = self.folder, None
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes what lies in files, which may take long."""
+        if self._rest is not None:
+            self._rest.clear()
 
     def _next_file(self) -> int:
         self._num_filed += 1
