@@ -16,7 +16,7 @@ ORDER = """
     ring window codes region slab control lease search host gpu index sequence lent
     retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
     log journal ledger refill memory
-    folder snapshot recovery archive
+    folder snapshot salvage recovery archive
     admission capacity catalog store turns joining device plane replies
     wire status access followed tokens auth quotas gate entries removals registry snapshotter expirer metrics service
     embedded mapped lending listen grpc_front health
