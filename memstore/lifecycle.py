@@ -61,6 +61,8 @@ class Lifecycle:
         self.is_needed = pictures is not None and bool(spec.spill.max_sequences or spec.idle_ttl_s)
         self.spill = Spill(spec, slab, table, pictures) if pictures is not None and spec.spill.max_sequences else None
         self.num_expired = 0
+        self.has_damage = False
+        """Whether a spilled file has failed since the last snapshot began, which mends it; see Archive.snapshot."""
         self._spec = spec
         self._table = table
         self._used: OrderedDict[str, float] = OrderedDict()
@@ -182,14 +184,28 @@ class Lifecycle:
             self.spill.restore(sequences, self.clock.monotonic())
         self.touch(name for name, each in sequences.items() if each.place < self._spec.max_sequences)
 
+    def mend(self, name: str, found: Stream, scratch: Slab) -> None:
+        """Gives a sequence a new file whose own cannot be read, if nobody has changed it since.
+
+        found: as it was then, with its writers. scratch: in host memory, with its rows. Raises QuotaExceeded; nothing
+        is changed then.
+        """
+        if self.spill is not None:
+            self.spill.mend(name, found, scratch)
+
     def counts(self) -> SpillCounts | None:
         """Where sequences lie; None where nothing is spilled."""
         return None if self.spill is None else self.spill.counts()
 
     def free(self) -> None:
-        """Gives back what lies beyond the slab."""
+        """Gives back what lies in memory beyond the slab."""
         if self.spill is not None:
             self.spill.tiers.free()
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes the files of those that are away."""
+        if self.spill is not None:
+            self.spill.tiers.remove_files()
 
     def _touch_parts(self, batches: Sequence[StepBatch]) -> bool:
         """Notes that the sequences of these batches are used now; whether all of them have places."""
@@ -256,7 +272,8 @@ class Lifecycle:
             left, used_at = self._make_room(spill, held, name, asks_back=asks_back)
         try:
             spill.come_back(name)
-        except MemstoreError:
+        except MemstoreError as error:
+            self.has_damage |= isinstance(error, Corrupt)
             if left is not None:  # else one more than has room would be away
                 spill.come_back(left)
                 self._used[left] = used_at

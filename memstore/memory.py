@@ -253,7 +253,7 @@ class Memory:
     def free(self) -> None:
         """Gives everything back to the device, but for what `join` waits for; the memory is of no use afterwards.
 
-        Nor is it to those it is lent to.
+        Nor is it to those it is lent to. Files of spilled sequences stay until `remove_files`.
         """
         self.stop_builds()
         self.lender.revoke()
@@ -263,6 +263,10 @@ class Memory:
     def join(self) -> None:
         """After `free`, in any thread: returns when the background work has ended, too."""
         self._index.join()
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes the files of spilled sequences, which may take long."""
+        self.lifecycle.remove_files()
 
     def _plan(self, batches: SequenceOf[StepBatch]) -> list[BatchPlan | MemstoreError]:
         num_free = self._table.num_free

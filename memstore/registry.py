@@ -12,24 +12,25 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from google.protobuf import json_format
 
 from memstore import wire
 from memstore.admission import CapacityBudget
 from memstore.auth import Open
 from memstore.catalog import MemoryId
+from memstore.entries import identity, spec_of, text_of
 from memstore.errands import Errands, run
-from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.errors import AlreadyExists, Corrupt, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.futures import then
 from memstore.index import build_thread, prepare
 from memstore.logs import event, trouble
 from memstore.memory import Memory
 from memstore.quotas import Held, Quotas
+from memstore.removals import Removals
 from memstore.seams import new_epoch
 from memstore.store import NoStore
 from memstore.tiers import host_bytes
 from memstore.tokens import Quota
 from memstore.turns import SERVER
-from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,8 +78,10 @@ class Loaded:
 class Registry:
     """The memories of all tenants on one device.
 
-    Changes run in a thread of their own, so that a slow catalogue holds up neither device nor loop; those of one tenant
-    one at a time. What they need of the device is done in the tenant's turn.
+    Changes run in a thread of their own (errands.py), so that a slow catalogue holds up neither device nor loop; those
+    of one tenant one at a time. What they need of the device is done in its turn, and no other tenant's change waits.
+    What is left of a memory that was dropped is removed in other threads (removals.py): nobody waits for the jobs of
+    its tenant that are still queued, nor for its files. Until its bytes are given back its name is taken.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class Registry:
         self._store = store or NoStore()
         self._loaded: dict[MemoryId, Loaded] = {}
         self._damaged: dict[MemoryId, MemstoreError] = {}
+        self._going: dict[MemoryId, Loaded | None] = {}
+        self._removals = Removals()
         self._stopping = threading.Event()
         self._num_begun = 0  # memories that are being made
         self._errands = Errands("memstore-admin")
@@ -139,6 +144,7 @@ class Registry:
         self.on_change = _nobody
         self.drain()
         self._errands.close()
+        self._removals.close()
         with suppress(NotReady):  # the worker is closed already
             for loaded in self.all():
                 self.worker.control(loaded.engine.stop_builds)
@@ -174,8 +180,9 @@ class Registry:
         return MemoryId(tenant, name) in self._loaded
 
     def held(self, tenant: str) -> Held:
-        """What the memories of a tenant have reserved."""
-        own = [loaded for loaded in self.all() if loaded.id.tenant == tenant]
+        """What the memories of a tenant have reserved, with those that were dropped until they have given it back."""
+        every = [*self.all(), *(loaded for loaded in list(self._going.values()) if loaded is not None)]
+        own = [loaded for loaded in every if loaded.id.tenant == tenant]
         return Held(
             reserved_bytes=sum(loaded.engine.reserved_bytes + self._host_bytes(loaded.spec) for loaded in own),
             sequences=sum(loaded.spec.total_sequences for loaded in own),
@@ -195,8 +202,8 @@ class Registry:
         return self._change(memory.tenant, self._create(memory, spec, exist_ok))
 
     def drop(self, memory: MemoryId) -> Future[None]:
-        """Takes a memory out of catalogue and device. NotFound, NotReady."""
-        return self._change(memory.tenant, self._drop(memory))
+        """Takes a memory out of catalogue and device, and returns when its files are gone too. NotFound, NotReady."""
+        return then(self._change(memory.tenant, self._drop(memory)), lambda removal: removal)
 
     def listing(self, tenant: str, prefix: str) -> Future[list[Loaded | MemorySpec]]:
         """A tenant's memories whose names begin with `prefix`, by name; only the spec of one that is not loaded.
@@ -219,15 +226,17 @@ class Registry:
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
         if memory in self._damaged:
             raise self._damage(memory)
-        if len(self._loaded) + self._num_begun >= self._max_memories:
+        if memory in self._going:
+            raise NotReady(f"memory {memory.name!r} was dropped, and is still being removed")
+        if len(self._loaded) + len(self._going) + self._num_begun >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
         reserved = self._bytes_needed(spec) + self._host_bytes(spec)
         needed = Held(reserved_bytes=reserved, sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
         self._store.check(spec)
         created_at = self._clock.wall()
-        text = _text_of(spec, created_at)
-        keep = partial(self._store.create, memory, _identity(memory, text))
+        text = text_of(spec, created_at)
+        keep = partial(self._store.create, memory, identity(memory, text))
         self._num_begun += 1
         try:
             loaded = yield from self._reserve(memory, spec, created_at, keep)
@@ -236,26 +245,25 @@ class Registry:
         try:
             self._catalog.put(memory, text)
         except MemstoreError:
-            yield from self._discard(loaded)
+            yield self._begin_removal(memory, loaded)
             raise
         self._loaded[memory] = loaded
         event(_log, logging.INFO, "memory created", memory=memory.name, reserved_bytes=loaded.engine.reserved_bytes)
         self.on_change()
         return loaded, True
 
-    def _drop(self, memory: MemoryId) -> Steps[None]:
+    def _drop(self, memory: MemoryId) -> Steps[Future[None]]:
         loaded = self._loaded.get(memory)
         if loaded is None and memory not in self._damaged:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
         self._catalog.remove(memory)
-        if loaded is None:
-            del self._damaged[memory]
-            self._store.remove(memory)
-        else:
-            del self._loaded[memory]
-            yield from self._discard(loaded)
+        self._loaded.pop(memory, None)
+        self._damaged.pop(memory, None)
+        removal = self._begin_removal(memory, loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
+        return removal
+        yield  # nothing is waited for
 
     def _damage(self, memory: MemoryId) -> MemstoreError:
         """What kept a memory from being loaded, without the frames, and requests, of those who were told before."""
@@ -265,7 +273,7 @@ class Registry:
         found: dict[MemoryId, Loaded | MemorySpec] = {}
         for memory, text in self._catalog.load().items():
             with suppress(Corrupt):
-                found[memory] = _spec_of(memory, text)[0]
+                found[memory] = spec_of(memory, text)[0]
         found |= self._loaded
         return [found[memory] for memory in sorted(found) if memory.tenant == tenant and memory.name.startswith(prefix)]
         yield  # nothing is waited for
@@ -293,6 +301,7 @@ class Registry:
                 return Loaded(id=memory, engine=engine, created_at=created_at, archive=keep(engine))
             except BaseException:
                 yield self.worker.control(engine.free, behind=lane)
+                engine.remove_files()
                 raise
         except BaseException:
             self.budget.release(needed)
@@ -315,15 +324,29 @@ class Registry:
         """Bytes of host memory that a memory reserves beside what it reserves on the device."""
         return 0 if self.worker.device.type == "cpu" else host_bytes(spec)
 
-    def _discard(self, loaded: Loaded) -> Steps[None]:
-        """Removes a memory's files, which ends a snapshot of it, then its rows."""
-        try:
-            self._store.forget(loaded.archive, loaded.spec)
-        finally:
-            yield from self._free(loaded)
+    def _begin_removal(self, memory: MemoryId, loaded: Loaded | None) -> Future[None]:
+        """Until it has given its bytes back, they count as its tenant's, and its name is taken."""
+        self._going[memory] = loaded
+        return self._removals.submit(memory.tenant, lambda: self._remove(memory, loaded))
 
-    def _free(self, loaded: Loaded) -> Steps[None]:
-        yield self.worker.control(loaded.engine.free, behind=loaded.id.tenant)
+    def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
+        """Removes a memory that nobody can find any more; None where it could not be loaded, and has files only."""
+        try:
+            archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
+            remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
+        finally:
+            if loaded is not None:
+                self._free(loaded)
+            self._going.pop(memory, None)
+        try:
+            remove()
+        finally:
+            if loaded is not None:
+                loaded.engine.remove_files()
+
+    def _free(self, loaded: Loaded) -> None:
+        """Gives a memory's bytes back, once what its tenant has queued before is done."""
+        self.worker.control(loaded.engine.free, behind=loaded.id.tenant).result()
         loaded.engine.join()
         self.budget.release(loaded.engine.reserved_bytes)
         self.host_budget.release(self._host_bytes(loaded.spec))
@@ -351,7 +374,7 @@ class Registry:
     def _load_one(self, memory: MemoryId, text: str) -> None:
         """One memory; what cannot be loaded is logged and left out, so that the others serve."""
         try:
-            spec, created_at = _spec_of(memory, text)
+            spec, created_at = spec_of(memory, text)
             keep = partial(self._fill, memory, text)
             self._loaded[memory] = run(self._reserve(memory, spec, created_at, keep))
             self.on_change()
@@ -362,7 +385,7 @@ class Registry:
     def _fill(self, memory: MemoryId, text: str, engine: Memory) -> Archive | None:
         """Nobody else has the engine yet, so that the device thread goes on with others meanwhile."""
         with torch.no_grad():
-            archive = self._store.recover(memory, _identity(memory, text), engine)
+            archive = self._store.recover(memory, identity(memory, text), engine)
         if archive is not None:
             self.worker.control(engine.wake).result()
         return archive
@@ -370,26 +393,3 @@ class Registry:
 
 def _nobody() -> None:
     """Nobody listens for changes."""
-
-
-def _identity(memory: MemoryId, text: str) -> str:
-    """What the files of a memory say they belong to; no two memories that ever were have the same."""
-    return f"{memory.tenant}/{text}"
-
-
-def _text_of(spec: MemorySpec, created_at: float) -> str:
-    description = pb.MemoryDescription(spec=wire.encode_spec(spec))
-    description.status.created_at.CopyFrom(wire.encode_time(created_at))
-    return str(json_format.MessageToJson(description, indent=None))
-
-
-def _spec_of(memory: MemoryId, text: str) -> tuple[MemorySpec, float]:
-    """Spec and time of creation as the catalogue has them, checked as any outside input. Raises Corrupt."""
-    try:
-        description = json_format.Parse(text, pb.MemoryDescription())
-        spec = wire.decode_spec(description.spec)
-    except (json_format.ParseError, InvalidRequest) as error:
-        raise Corrupt(f"the catalogue's entry of memory {memory.name!a} is not a spec: {error}") from error
-    if spec.name != memory.name:
-        raise Corrupt(f"the catalogue has {spec.name!r} under {memory.name!a}")
-    return spec, description.status.created_at.ToMicroseconds() / 1e6

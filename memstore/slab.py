@@ -59,6 +59,10 @@ class StagedRows:
         """Some of the rows. chosen: (n,) bool, or int64 numbers."""
         return self._each(lambda array: array[:, chosen])
 
+    def only(self, begin: int, end: int) -> StagedRows:
+        """The rows [begin, end), which share their memory with these."""
+        return self._each(lambda array: array[:, begin:end])
+
     def put(self, places: torch.Tensor, rows: StagedRows) -> None:
         """Overwrites rows here, which are not coded yet, with those of another. places: (m,) int64."""
         self.keys[:, places] = rows.keys

@@ -128,6 +128,12 @@ class Spill:
         if self._arriving:
             raise Corrupt(f"sequences[{min(self._arriving.values())!r}]: the snapshot lacks rows of it")
 
+    def mend(self, name: str, found: Sequence, scratch: Slab) -> None:
+        """See Lifecycle.mend."""
+        sequence = self._table.get(name)
+        if sequence is not None and (sequence.place, sequence.epoch) == (found.place, found.epoch):
+            sequence.place = self.tiers.refile(name, found, scratch)
+
     def counts(self) -> SpillCounts:
         """Of this moment."""
         return SpillCounts(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from memstore.sequence import Sequence as Stream
     from memstore.sequence import Writer
     from memstore.slab import StagedRows
-    from memstore.spill_file import SpillFile, SpillFolder
+    from memstore.spill_file import Parts, SpillFile, SpillFolder
     from memstore.types import MemorySpec
 
 HOST = torch.device("cpu")
@@ -36,6 +36,11 @@ HOST = torch.device("cpu")
 def host_bytes(spec: MemorySpec) -> int:
     """Bytes of host memory that are reserved for spilled sequences of a memory of this spec."""
     return bytes_needed(_host_spec(spec)) if spec.spill.max_sequences else 0
+
+
+def scratch_slab(spec: MemorySpec) -> Slab:
+    """A slab in host memory with room for one sequence. Raises DeviceMemoryFull."""
+    return Slab(replace(spec, max_sequences=1), HOST)
 
 
 class Tiers:
@@ -48,6 +53,7 @@ class Tiers:
     def __init__(self, spec: MemorySpec, slab: Slab) -> None:
         """Raises DeviceMemoryFull where the host has no room."""
         self.folder: SpillFolder | None = None
+        self._rest: SpillFolder | None = None
         self.disk_bytes = 0
         self._spec = spec
         self._slab = slab
@@ -90,11 +96,23 @@ class Tiers:
 
         Raises QuotaExceeded where there is no room for it; nothing is changed then.
         """
+        self._settle()
+        target = self._write(name, sequence, self._parts(self._host, place - self._first, sequence))
+        self.drop(place)
+        return target
+
+    def refile(self, name: str, sequence: Stream, scratch: Slab) -> int:
+        """A new file for one that has a file, with what lies in `scratch`; its new place. Raises QuotaExceeded."""
+        target = self._write(name, sequence, self._parts(scratch, 0, sequence))
+        self.drop(sequence.place)
+        return target
+
+    def _write(self, name: str, sequence: Stream, parts: Parts) -> int:
+        """Writes a file. Raises QuotaExceeded; nothing is changed then."""
         if self.folder is None:
             raise QuotaExceeded("sequences: no place is free, and this server has no folder to spill sequences to")
-        self._settle()
         try:
-            length = self.folder.write(self._num_filed, name, sequence, self._parts(self._host, place, sequence))
+            length = self.folder.write(self._num_filed, name, sequence, parts)
         except OSError as error:
             raise QuotaExceeded(
                 f"sequences: no place is free, and none can be spilled: the disk cannot be written ({error.strerror})"
@@ -102,7 +120,6 @@ class Tiers:
         target = self._next_file()
         self._lengths[target] = length
         self.disk_bytes += length
-        self.drop(place)
         return target
 
     def empty(self, place: int) -> int:
@@ -171,8 +188,8 @@ class Tiers:
         return self._host.rows((place - self._first) * self._spec.capacity + slots)
 
     def scratch(self) -> Slab:
-        """A slab in host memory with room for one sequence."""
-        return Slab(replace(self._spec, max_sequences=1), HOST)
+        """See scratch_slab."""
+        return scratch_slab(self._spec)
 
     def drop(self, place: int) -> None:
         """What lies there is of no use any more; where it is frozen, once it is not."""
@@ -195,10 +212,14 @@ class Tiers:
             self.drop(place)
 
     def free(self) -> None:
-        """Gives host memory and files back."""
+        """Gives host memory back; nothing is spilled any more."""
         self._host.free()
-        if self.folder is not None:
-            self.folder.clear()
+        self._rest, self.folder = self.folder, None
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes what lies in files, which may take long."""
+        if self._rest is not None:
+            self._rest.clear()
 
     def _next_file(self) -> int:
         self._num_filed += 1
@@ -207,9 +228,9 @@ class Tiers:
     def _runs(self, sequence: Stream) -> Sequence[ring.Run]:
         return ring.runs(sequence.begin(self._spec.capacity), sequence.next_position, self._spec.capacity)
 
-    def _parts(self, slab: Slab, place: int, sequence: Stream) -> list[list[memoryview]]:
-        """Where the live rows of a sequence lie in a place in host memory, array by array."""
-        return slab.parts(place - self._first, self._runs(sequence))
+    def _parts(self, slab: Slab, place: int, sequence: Stream) -> Parts:
+        """Where the live rows of a sequence lie in this place of a slab in host memory, array by array."""
+        return slab.parts(place, self._runs(sequence))
 
     def _settle(self) -> None:
         """Waits for copies between host and device, before host memory is read or written by others than the device."""

@@ -26,6 +26,7 @@ from memstore.catalog import FILE_NAME, FileCatalog, MemoryId
 from memstore.config import ConfigError
 from memstore.control import ControlBlock
 from memstore.embedded import TENANT, Embedded
+from memstore.entries import _text_of, spec_of
 from memstore.errors import Corrupt, Internal, InvalidRequest, MemstoreError, QuotaExceeded
 from memstore.grpc_front import SERVICE
 from memstore.journal import read_step
@@ -33,7 +34,6 @@ from memstore.lender import LentState
 from memstore.log import MAGIC, SegmentReader
 from memstore.memory import Memory
 from memstore.plane import InlinePlane
-from memstore.registry import _spec_of, _text_of
 from memstore.sequence import Reply, Writer
 from memstore.service import Caller
 from memstore.tokens import parse_tokens
@@ -240,7 +240,7 @@ def catalogue() -> Target:
             try:
                 entries = FileCatalog(DATA, disk).load()
                 for memory, each in entries.items():
-                    _spec_of(memory, each)
+                    spec_of(memory, each)
             except Corrupt:
                 continue
 
@@ -265,7 +265,7 @@ def catalogue_entry() -> Target:
 
     def run(content: bytes) -> None:
         try:
-            _spec_of(MemoryId("t", "m"), content.decode(errors="replace"))
+            spec_of(MemoryId("t", "m"), content.decode(errors="replace"))
         except Corrupt:
             return
 

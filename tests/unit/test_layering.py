@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Each module of memstore may import those that stand before it.
 ORDER = """
-    v1 types errors config seams logs
+    v1 types errors futures config seams logs
     descriptors
     ring window codes region slab control lease search host gpu index sequence lent
     retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
     log journal ledger refill memory
-    folder snapshot recovery archive
+    folder snapshot salvage recovery archive
     admission capacity catalog store turns errands joining device plane replies
-    wire status access followed tokens auth quotas gate registry snapshotter expirer metrics service
+    wire status access followed tokens auth quotas gate entries removals registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes door grpc_front health
     server console issuing backup __main__
 """.split()

