@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 import torch
@@ -68,7 +68,16 @@ def run(config: Config, disk: Disk | None = None) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, ExitStack() as stack:
-        return runner.run(Server(config, stack, disk or SystemDisk()).serve())
+        code = runner.run(Server(config, stack, disk or SystemDisk()).serve())
+    if code == SICK:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process before its libraries look for the failed device once more, which may abort it."""
+    logging.shutdown()
+    os._exit(code)
 
 
 class Server:
