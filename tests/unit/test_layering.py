@@ -44,6 +44,7 @@ FOREIGN = {
     "numba": {
         "memstore/host/compiling.py",
         "memstore/host/dots.py",
+        "memstore/host/likeness.py",
         "memstore/host/lowering.py",
         "memstore/host/tiles.py",
     },
