@@ -1,4 +1,4 @@
-"""Quotas: what each tenant may take of bytes, sequences and calls."""
+"""Quotas: what each tenant may take of bytes, sequences, calls and leases."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 BURST_S = 1.0
 """So many seconds' calls may come at once."""
+SEQUENCES_A_LEASE = 32
+"""Sequences that can be lent for each lease that may be given out; one lease may have more, and others fewer."""
 MAX_TENANTS = 4096
 """Tenants whose calls are remembered; those that have their whole burst are forgotten beyond that."""
 
@@ -23,6 +25,14 @@ class Held:
     """What all memories of a tenant have reserved of device and host, and sequences that they have room for."""
 
     reserved_bytes: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lent:
+    """Leases that a tenant has, or was offered, and sequences of them all."""
+
+    leases: int
     sequences: int
 
 
@@ -54,6 +64,7 @@ class Quotas:
             reserved_bytes=own.reserved_bytes or self._default.reserved_bytes,
             sequences=own.sequences or self._default.sequences,
             calls_per_s=own.calls_per_s or self._default.calls_per_s,
+            leases=own.leases or self._default.leases,
         )
 
     def check(self, tenant: str, held: Held, needed: Held) -> None:
@@ -65,13 +76,18 @@ class Quotas:
         )
         for name, has, more, limit in rows:
             if limit and has + more > limit:
-                raise QuotaExceeded(
-                    f"quota {name}: the memory would reserve {more}; {limit} are allowed, and {has} are reserved",
-                    quota=name,
-                    limit=limit,
-                    held=has,
-                    needed=more,
-                )
+                text = f"the memory would reserve {more}; {limit} are allowed, and {has} are reserved"
+                raise _exceeded(name, text, (limit, has, more))
+
+    def check_lent(self, tenant: str, held: Lent, num_sequences: int) -> None:
+        """QuotaExceeded where a tenant that has so much lent may have no lease of so many sequences besides."""
+        limit = self.of(tenant).leases
+        if limit and held.leases + 1 > limit:
+            raise _exceeded("leases", f"{limit} are allowed, and {held.leases} are held", (limit, held.leases, 1))
+        most, lent = limit * SEQUENCES_A_LEASE, held.sequences
+        if limit and lent + num_sequences > most:
+            text = f"of sequences {most} can be lent, {lent} are, and {num_sequences} are asked for"
+            raise _exceeded("leases", text, (most, lent, num_sequences))
 
     def call(self, tenant: str) -> None:
         """Counts a call. Overloaded, and it is not counted, where the tenant has made too many."""
@@ -97,3 +113,9 @@ class Quotas:
         """Keeps the table of tenants bounded. Whoever has been quiet for a burst is as good as never seen."""
         if len(self._calls) >= MAX_TENANTS:
             self._calls = {tenant: calls for tenant, calls in self._calls.items() if now - calls.at < BURST_S}
+
+
+def _exceeded(quota: str, text: str, numbers: tuple[int, int, int]) -> QuotaExceeded:
+    """numbers: what is allowed, held and asked for, all of the tenant's own."""
+    limit, held, needed = numbers
+    return QuotaExceeded(f"quota {quota}: {text}", quota=quota, limit=limit, held=held, needed=needed)
