@@ -166,6 +166,9 @@ class _State:
         yield GaugeMetricFamily(
             "memstore_damaged_memories", "Memories that could not be loaded", self._registry.num_damaged
         )
+        yield GaugeMetricFamily(
+            "memstore_waiting_memories", "Memories whose files cannot be read for now", self._registry.num_waiting
+        )
         yield from self._of_files()
         leases = sum(len(loaded.engine.lender) for loaded in self._registry.all())
         yield GaugeMetricFamily("memstore_leases", "Sessions that sequences are lent to", leases)

@@ -43,7 +43,8 @@ class Spill:
     def leave(self, name: str, used_at: float, returning: str | None) -> None:
         """Takes a sequence from its place on the device. returning: one that is away, and will come back next.
 
-        Raises QuotaExceeded where it can lie nowhere else; nothing is changed then.
+        Raises QuotaExceeded where it can lie nowhere else, OSError where a file cannot be written; nothing is changed
+        then.
         """
         self._see_to_room()
         sequence = self._table[name]
@@ -53,7 +54,7 @@ class Spill:
             if not (self.tiers.has_room or is_room_coming or self._file_oldest(returning)):
                 place = self.tiers.file(name, sequence, place)
                 sequence.writers = OrderedDict()
-        except MemstoreError:
+        except (MemstoreError, OSError):
             self.tiers.drop(place)
             raise
         self._table.vacate(name, place)
@@ -65,7 +66,7 @@ class Spill:
     def come_back(self, name: str) -> None:
         """Gives a sequence a place on the device; one is free.
 
-        Raises Corrupt, NotReady, QuotaExceeded, DeviceMemoryFull; it stays away then.
+        Raises Corrupt, NotReady, QuotaExceeded, DeviceMemoryFull, and OSError as `leave`; it stays away then.
         """
         sequence = self._table[name]
         before = sequence.place
@@ -97,7 +98,10 @@ class Spill:
             self.tiers.drop(self._table[name].place)
 
     def restore(self, sequences: Mapping[str, Sequence], now: float) -> None:
-        """Takes note of those of a snapshot that are away; `put` gets their rows next. ValueError: they do not fit."""
+        """Takes note of those of a snapshot that are away; `put` gets their rows next. ValueError: they do not fit.
+
+        Raises as `put`.
+        """
         self._arriving = {
             each.place: name for name, each in sequences.items() if each.place >= self._spec.max_sequences
         }
@@ -112,7 +116,7 @@ class Spill:
         """Puts rows of a sequence that is away, those in front of position `end`, into these slots.
 
         place: as in `restore`. The rows of a sequence come one after another, oldest first. Raises Corrupt,
-        QuotaExceeded.
+        QuotaExceeded, and OSError as `leave`.
         """
         if place not in self._arriving:
             raise Corrupt("the snapshot has rows of a sequence that it does not have")
@@ -147,14 +151,14 @@ class Spill:
         )
 
     def _see_to_room(self) -> None:
-        """Room in host memory to pass through. Raises QuotaExceeded."""
+        """Room in host memory to pass through. Raises QuotaExceeded, OSError."""
         if not self.tiers.has_room and not self._file_oldest(None):
             raise QuotaExceeded("sequences: no place is free, and none in host memory until a snapshot is taken")
 
     def _file_oldest(self, but: str | None) -> bool:
         """Makes room in host memory by moving what is longest there to a file; whether there was any that could go.
 
-        but: one that stays. Raises QuotaExceeded; nothing is changed then.
+        but: one that stays. Raises QuotaExceeded, OSError; nothing is changed then.
         """
         for name in self._hosted:
             sequence = self._table[name]

@@ -94,7 +94,7 @@ class Tiers:
     def file(self, name: str, sequence: Stream, place: int) -> int:
         """Moves a sequence from this place in host memory to a file; its place there.
 
-        Raises QuotaExceeded where there is no room for it; nothing is changed then.
+        Raises QuotaExceeded where there may be no files, OSError where one cannot be written; nothing is changed then.
         """
         self._settle()
         target = self._write(name, sequence, self._parts(self._host, place - self._first, sequence))
@@ -102,21 +102,15 @@ class Tiers:
         return target
 
     def refile(self, name: str, sequence: Stream, scratch: Slab) -> int:
-        """A new file for one that has a file, with what lies in `scratch`; its new place. Raises QuotaExceeded."""
+        """A new file for one that has a file, with what lies in `scratch`; its new place. Raises as `file` does."""
         target = self._write(name, sequence, self._parts(scratch, 0, sequence))
         self.drop(sequence.place)
         return target
 
     def _write(self, name: str, sequence: Stream, parts: Parts) -> int:
-        """Writes a file. Raises QuotaExceeded; nothing is changed then."""
         if self.folder is None:
             raise QuotaExceeded("sequences: no place is free, and this server has no folder to spill sequences to")
-        try:
-            length = self.folder.write(self._num_filed, name, sequence, parts)
-        except OSError as error:
-            raise QuotaExceeded(
-                f"sequences: no place is free, and none can be spilled: the disk cannot be written ({error.strerror})"
-            ) from error
+        length = self.folder.write(self._num_filed, name, sequence, parts)
         target = self._next_file()
         self._lengths[target] = length
         self.disk_bytes += length
