@@ -110,11 +110,19 @@ class Tiers:
     def _write(self, name: str, sequence: Stream, parts: Parts) -> int:
         if self.folder is None:
             raise QuotaExceeded("sequences: no place is free, and this server has no folder to spill sequences to")
-        length = self.folder.write(self._num_filed, name, sequence, parts)
+        length = self._written(self.folder, name, sequence, parts)
         target = self._next_file()
         self._lengths[target] = length
         self.disk_bytes += length
         return target
+
+    def _written(self, folder: SpillFolder, name: str, sequence: Stream, parts: Parts) -> int:
+        """Writes the next file; its length. A number is passed over where a file has it that could not be removed."""
+        while True:
+            try:
+                return folder.write(self._num_filed, name, sequence, parts)
+            except FileExistsError:
+                self._num_filed += 1
 
     def empty(self, place: int) -> int:
         """Drops a file whose sequence has neither rows nor writers any more; the place of one that has no file."""

@@ -31,7 +31,7 @@ from memstore.types import (
 )
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec, encode_spec
-from tests.fakes import FakeClock, FakeDisk
+from tests.fakes import FakeAppendFile, FakeClock, FakeDisk
 from tests.lives import batch, found
 
 if TYPE_CHECKING:
@@ -331,6 +331,37 @@ def test_files_go_when_nobody_needs_them() -> None:
     watched.memory.free()
     watched.memory.remove_files()
     assert not watched.disk.files
+
+
+def test_a_file_that_could_not_be_removed_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, ample = Watched(), Watched(plain(SPEC))
+    watched.disk.files[FOLDER / "sequence-00000001"] = b"left over"
+    for each in (watched, ample):
+        each.append("abc")
+    with monkeypatch.context() as failing:
+        failing.setattr(watched.disk, "remove", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        watched.disk.is_full = True
+        failing.setattr(watched.disk, "scratch", lambda path: _created(watched.disk, path))
+        (refused,) = watched.step(batch(SPEC, "d", 1, 0))
+        assert isinstance(refused, QuotaExceeded)
+    watched.disk.is_full = False
+    assert FOLDER / "sequence-00000000" in watched.disk.files, "half of a file, which could not be removed"
+    for each in (watched, ample):
+        each.append("de")
+    for name in "abcde":
+        assert looked(watched.memory, name) == looked(ample.memory, name)
+    assert watched.disk.files[FOLDER / "sequence-00000001"] == b"left over"
+    watched.memory.free()
+    watched.memory.remove_files()
+    assert not watched.disk.files
+
+
+def _created(disk: FakeDisk, path: Path) -> FakeAppendFile:
+    """A file on a disk on which names have room, and content has none."""
+    if path in disk.files:
+        raise FileExistsError(17, "File exists", str(path))
+    disk.files[path] = b""
+    return FakeAppendFile(disk, path)
 
 
 def test_a_full_disk_refuses_what_needs_it_and_loses_nothing() -> None:
