@@ -108,7 +108,15 @@ class Registry:
         self._clock = clock
         self._max_memories = max_memories
         self._store = store or NoStore()
-        self._rooms = Rooms(worker, budget, host_budget or CapacityBudget(sys.maxsize), clock, self._store, lends=lends)
+        self._rooms = Rooms(
+            worker,
+            budget,
+            host_budget or CapacityBudget(sys.maxsize),
+            clock,
+            self._store,
+            quotas=self.quotas,
+            lends=lends,
+        )
         self._loaded: dict[MemoryId, Loaded] = {}
         self._unloaded: dict[MemoryId, MemstoreError] = {}  # those of the catalogue, and why; NotReady: tried again
         self._going: dict[MemoryId, Loaded | None] = {}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memstore.archive import Archive
     from memstore.catalog import MemoryId
     from memstore.device import DeviceWorker
+    from memstore.quotas import Quotas
     from memstore.seams import Clock
     from memstore.store import Store
     from memstore.types import MemorySpec
@@ -32,6 +33,7 @@ class Rooms:
         clock: Clock,
         store: Store,
         *,
+        quotas: Quotas,
         lends: bool,
     ) -> None:
         """For the arguments see Registry."""
@@ -40,6 +42,7 @@ class Rooms:
         self._host_budget = host_budget
         self._clock = clock
         self._store = store
+        self._quotas = quotas
         self._lends = lends
         self._builds = build_thread()
 
@@ -63,7 +66,9 @@ class Rooms:
             engine = making.result()
             try:
                 self._prepare(memory, engine)
-                return engine, keep(engine)
+                archive = keep(engine)
+                self._bound(engine)
+                return engine, archive
             except BaseException:
                 self._worker.control(engine.free).result()
                 engine.remove_files()
@@ -86,7 +91,14 @@ class Rooms:
         """Gives a memory time, and room for what leaves it."""
         engine.lifecycle.clock = self._clock
         if engine.lifecycle.spill is not None:
-            engine.lifecycle.spill.tiers.folder = self._store.spill_folder(memory)
+            tiers = engine.lifecycle.spill.tiers
+            tiers.folder, tiers.allowance = self._store.spill_folder(memory), self._quotas.spilled(memory.tenant)
+            tiers.is_filling = True
+
+    def _bound(self, engine: Memory) -> None:
+        """From now on the tenant's quota bounds what is spilled; a quota that was lowered takes nothing away."""
+        if engine.lifecycle.spill is not None:
+            engine.lifecycle.spill.tiers.is_filling = False
 
     def _reserve(self, spec: MemorySpec) -> None:
         self._host_budget.reserve(self._host_bytes(spec))

@@ -293,7 +293,12 @@ async def _first(wanted: asyncio.Future[None] | Coroutine[None, None, None], sto
 
 
 def _default_quota(config: Config) -> Quota:
-    return Quota(reserved_bytes=config.tenant_bytes, sequences=config.tenant_sequences, calls_per_s=config.tenant_calls)
+    return Quota(
+        reserved_bytes=config.tenant_bytes,
+        sequences=config.tenant_sequences,
+        calls_per_s=config.tenant_calls,
+        spilled_bytes=config.tenant_spilled_bytes,
+    )
 
 
 def _tune_malloc() -> None:

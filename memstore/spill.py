@@ -148,6 +148,7 @@ class Spill:
             disk_bytes=self.tiers.disk_bytes,
             spills=self._num_spills,
             returns=self._num_returns,
+            refusals=self.tiers.num_refusals,
         )
 
     def _see_to_room(self) -> None:

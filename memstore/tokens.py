@@ -28,12 +28,13 @@ class Quota:
     """What one tenant may take; 0 where nothing bounds it.
 
     reserved_bytes: of the device, by all its memories. sequences: places of all its memories. calls_per_s: calls, and
-    steps of streams; as many as in one second may come at once.
+    steps of streams; as many as in one second may come at once. spilled_bytes: of files of spilled sequences.
     """
 
     reserved_bytes: int = 0
     sequences: int = 0
     calls_per_s: float = 0.0
+    spilled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def parse_tokens(text: str) -> TokenFile:
     """A token file. ConfigError names the line that is wrong.
 
     Lines `sha256:HEX TENANT [scopes=read,write,admin] [expires=TIME]` and `quota TENANT [bytes=8G] [sequences=N]
-    [calls_per_s=N]`; empty lines and those beginning with # are passed over.
+    [calls_per_s=N] [spilled_bytes=100G]`; empty lines and those beginning with # are passed over.
     """
     identities: dict[bytes, Identity] = {}
     quotas: dict[str, Quota] = {}
@@ -158,4 +159,5 @@ _QUOTA_FIELDS = {
     "bytes": ("reserved_bytes", size),
     "sequences": ("sequences", _count),
     "calls_per_s": ("calls_per_s", _rate),
+    "spilled_bytes": ("spilled_bytes", size),
 }

@@ -28,7 +28,7 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             hashed("all", "red"),
             hashed("reader", "red", "scopes=read"),
             hashed("passing", "blue", "expires=2030-01-31T12:00:00+01:00", "scopes=read,write"),
-            "quota red bytes=8G sequences=4096 calls_per_s=200.5",
+            "quota red bytes=8G sequences=4096 calls_per_s=200.5 spilled_bytes=1T",
         )
     )
     file = parse_tokens(text)
@@ -39,7 +39,9 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             tenant="blue", scopes=frozenset({Scope.READ, Scope.WRITE}), expires_at=1896087600.0
         ),
     }
-    assert file.quotas == {"red": Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5)}
+    assert file.quotas == {
+        "red": Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5, spilled_bytes=1 << 40)
+    }
 
 
 @pytest.mark.parametrize(
