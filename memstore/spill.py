@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore.errors import Corrupt, DeviceMemoryFull, MemstoreError, QuotaExceeded
-from memstore.tiers import Tiers, host_bytes
+from memstore.reply_bytes import held_bytes
+from memstore.tiers import Tiers, host_bytes, replies_room
 from memstore.types import SpillCounts
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class Spill:
         self._spec = spec
         self._table = table
         self._pictures = pictures
-        self._hosted: OrderedDict[str, None] = OrderedDict()
+        self._hosted: OrderedDict[str, int] = OrderedDict()  # bytes of what is kept of the writers of each
+        self._writer_bytes = 0
+        self._writers_room = replies_room(spec)
         self._arriving: dict[int, str] = {}
         self._arrival = -1
         self._num_spills = self._num_returns = 0
@@ -49,9 +52,12 @@ class Spill:
         self._see_to_room()
         sequence = self._table[name]
         place = self.tiers.copy_out(sequence)
+        writer_bytes = held_bytes(sequence)
         try:
             is_room_coming = returning is not None and self.tiers.frees(self._table[returning].place)
-            if not (self.tiers.has_room or is_room_coming or self._file_oldest(returning)):
+            has_place = self.tiers.has_room or is_room_coming or self._file_oldest(returning)
+            if not (has_place and self._see_to_writers(writer_bytes, returning)):
+                self._check_files(has_place=has_place)
                 place = self.tiers.file(name, sequence, place)
                 sequence.writers = OrderedDict()
         except (MemstoreError, OSError):
@@ -60,7 +66,7 @@ class Spill:
         self._table.vacate(name, place)
         self.away[name] = used_at
         if not self.tiers.is_filed(place):
-            self._hosted[name] = None
+            self._host(name, writer_bytes)
         self._num_spills += 1
 
     def come_back(self, name: str) -> None:
@@ -81,7 +87,7 @@ class Spill:
         self.tiers.copy_in(name, sequence, place)
         self._table.occupy(name)
         self.tiers.drop(before)
-        self._hosted.pop(name, None)
+        self._unhost(name)
         del self.away[name]
         self._num_returns += 1
 
@@ -90,11 +96,13 @@ class Spill:
         sequence = self._table[name]
         if self.tiers.is_filed(sequence.place):
             sequence.place = self.tiers.empty(sequence.place)
+        elif name in self._hosted:
+            self._host(name, 0)
 
     def forget(self, name: str) -> None:
         """A sequence, which may be away, is about to end."""
         if self.away.pop(name, None) is not None:
-            self._hosted.pop(name, None)
+            self._unhost(name)
             self.tiers.drop(self._table[name].place)
 
     def restore(self, sequences: Mapping[str, Sequence], now: float) -> None:
@@ -166,14 +174,43 @@ class Spill:
             if name != but and self.tiers.frees(sequence.place):
                 sequence.place = self.tiers.file(name, sequence, sequence.place)
                 sequence.writers = OrderedDict()
-                del self._hosted[name]
+                self._unhost(name)
                 return True
         return False
+
+    def _check_files(self, *, has_place: bool) -> None:
+        """Raises QuotaExceeded where there is a place in host memory, but nothing else for what has no room beside."""
+        if has_place and self.tiers.folder is None:
+            raise QuotaExceeded(
+                "sequences: no place is free, host memory has no room for what is kept of writers of more of them, and "
+                "this server has no folder to spill sequences to"
+            )
+
+    def _see_to_writers(self, num_bytes: int, but: str | None) -> bool:
+        """Makes room in host memory for what is kept of a sequence's writers, as `_file_oldest`; whether there is."""
+        if num_bytes > self._writers_room:
+            return False  # nobody need go for it
+        coming = 0 if but is None else self._hosted.get(but, 0)
+        while self._writer_bytes - coming + num_bytes > self._writers_room:
+            if not self._file_oldest(but):
+                return False
+        return True
+
+    def _host(self, name: str, writer_bytes: int) -> None:
+        """A sequence is in host memory, with so much that is kept of its writers."""
+        self._writer_bytes += writer_bytes - self._hosted.get(name, 0)
+        self._hosted[name] = writer_bytes
+
+    def _unhost(self, name: str) -> None:
+        """A sequence is there no more, if it was."""
+        self._writer_bytes -= self._hosted.pop(name, 0)
 
     def _arrive(self, place: int, host_place: int) -> None:
         """All rows of a sequence are in host memory."""
         name = self._arriving.pop(place)
-        self._table[name].place = host_place
-        self._hosted[name] = None
+        sequence = self._table[name]
+        sequence.place = host_place
+        self._host(name, held_bytes(sequence))
+        self._see_to_writers(0, None)
         if not self.tiers.has_room:
             self._file_oldest(None)

@@ -19,6 +19,7 @@ import torch
 
 from memstore import ring
 from memstore.errors import Corrupt, NotReady, QuotaExceeded
+from memstore.reply_bytes import A_WRITER_BYTES
 from memstore.slab import Slab, bytes_needed
 from memstore.spill_file import content_of
 
@@ -37,7 +38,15 @@ HOST = torch.device("cpu")
 
 def host_bytes(spec: MemorySpec) -> int:
     """Bytes of host memory that are reserved for spilled sequences of a memory of this spec."""
-    return bytes_needed(_host_spec(spec)) if spec.spill.max_sequences else 0
+    return bytes_needed(_host_spec(spec)) + replies_room(spec) if spec.spill.max_sequences else 0
+
+
+def replies_room(spec: MemorySpec) -> int:
+    """How many of these are for what is kept of writers: as much as of one writer for each sequence that may lie there.
+
+    All share it. Where it is full, sequences go on to files as where there is no place.
+    """
+    return spec.spill.host_sequences * A_WRITER_BYTES
 
 
 def scratch_slab(spec: MemorySpec) -> Slab:
