@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from memstore.ring import Run
 
 ALONE_BYTES = 64 << 20
-"""The most that one thread copies alone within host memory, in some 8 ms. All threads of torch would be faster together,
-but each that has lost its core to another process is waited for, some 4 ms.
+"""The most that one thread copies alone within host memory, in some 8 ms. All of torch's threads are faster, but each
+that has lost its core to another process is waited for, some 4 ms.
 """
 _ALIGNED = 4096
 """The arrays of a region begin at multiples of this."""
