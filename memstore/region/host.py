@@ -11,28 +11,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memstore.region.mapping import POPULATE_WRITE, Mapping
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """With these nobody can cut the memory off under those that have it mapped: to touch it would end them."""
-_POPULATE_WRITE = 23
-"""MADV_POPULATE_WRITE of Linux 5.14, which Python has no name for."""
-_AT_ONCE = 8 << 20
-"""Bytes entered at once: Python holds its lock meanwhile."""
 
 
 class HostRegion:
     """See Region."""
 
-    def __init__(self, descriptor: int, size_bytes: int) -> None:
-        """Maps a descriptor and takes it over."""
+    def __init__(self, descriptor: int, mapping: Mapping) -> None:
+        """Takes a descriptor over, and what it is mapped as."""
         self.descriptor = descriptor
-        mapping = mmap.mmap(descriptor, size_bytes)
-        with contextlib.suppress(OSError):  # a kernel that has no huge pages for shared memory
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        self._mapping: mmap.mmap | None = mapping
-        self.content = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._mapping: Mapping | None = mapping
+        self.content = torch.frombuffer(mapping.buffer, dtype=torch.uint8)
 
     @staticmethod
     def is_available() -> bool:
@@ -46,7 +41,9 @@ class HostRegion:
         with _kept(descriptor):
             os.ftruncate(descriptor, size_bytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
-            region = cls(descriptor, size_bytes)
+            mapping = Mapping(descriptor, size_bytes)
+            mapping.make_huge()
+            region = cls(descriptor, mapping)
         region.content.zero_()
         return region
 
@@ -57,16 +54,13 @@ class HostRegion:
             raise OSError(errno.EINVAL, "not a region of the expected size")
         own = os.dup(descriptor)
         with _kept(own):
-            return cls(own, size_bytes)
+            return cls(own, Mapping(own, size_bytes))
 
     def populate(self, offset: int, length: int) -> None:
         """Has the pages of a part entered for this process, so that no touch of them faults later."""
         begin, end = offset - offset % mmap.PAGESIZE, offset + length
-        if self._mapping is None:
-            return
-        with contextlib.suppress(OSError):  # an older kernel: they are entered when they are touched
-            for first in range(begin, end, _AT_ONCE):
-                self._mapping.madvise(_POPULATE_WRITE, first, min(_AT_ONCE, end - first))
+        if self._mapping is not None:  # on an older kernel they are entered when they are touched
+            self._mapping.advise(POPULATE_WRITE, begin, end - begin)
 
     def close(self) -> None:
         """The mapping ends with the last tensor of it."""

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from memstore.region import can_share, make_region, map_region, padded
 from memstore.region.base import array
+from memstore.region.mapping import COLLAPSE, HUGE_BYTES, POPULATE_WRITE, Mapping
+
+
+def smaps(address: int) -> list[list[str]]:
+    """What the kernel says of the mapping that begins at an address, line by line."""
+    lines = [line.split() for line in Path("/proc/self/smaps").read_text().splitlines()]
+    begins = [at for at, line in enumerate(lines) if line[0].startswith(f"{address:x}-")]
+    return lines[begins[0] + 1 : begins[0] + 25] if begins else []
+
+
+def is_mapped(address: int) -> bool:
+    """True where a mapping begins there."""
+    return bool(smaps(address))
+
+
+def huge_bytes(address: int) -> int:
+    """Of the shared memory that is mapped there."""
+    return next((int(line[1]) << 10 for line in smaps(address) if line[0] == "ShmemPmdMapped:"), 0)
+
+
+def can_be_huge() -> bool:
+    """True where the kernel makes huge pages of shared memory when it is asked to."""
+    descriptor = os.memfd_create("probe")
+    os.ftruncate(descriptor, HUGE_BYTES)
+    mapping = Mapping(descriptor, HUGE_BYTES)
+    os.close(descriptor)
+    return mapping.advise(POPULATE_WRITE, 0, HUGE_BYTES) and mapping.advise(COLLAPSE, 0, HUGE_BYTES)
 
 
 @pytest.fixture
@@ -72,3 +100,38 @@ def test_a_host_region_cannot_be_cut_off_under_those_that_have_it_mapped() -> No
 def test_a_device_without_room_says_so(shared: torch.device) -> None:
     with pytest.raises((OSError, torch.OutOfMemoryError)):
         make_region(1 << 62, shared)
+
+
+def test_a_large_host_region_lies_where_huge_pages_can() -> None:
+    size = 3 * HUGE_BYTES + 4096
+    region = make_region(size, torch.device("cpu"))
+    other = map_region(region.descriptor, size, torch.device("cpu"))
+    between = make_region(4096, torch.device("cpu"))
+    another = map_region(region.descriptor, size, torch.device("cpu"))
+    assert not any(each.content.data_ptr() % HUGE_BYTES for each in (region, other, another))
+    region.content[-1] = 7
+    assert other.content[-1] == another.content[-1] == 7
+    for each in (region, other, another, between):
+        each.close()
+
+
+@pytest.mark.skipif(not can_be_huge(), reason="this kernel makes no huge pages of shared memory")
+def test_a_host_region_is_made_of_huge_pages() -> None:
+    size = 3 * HUGE_BYTES + 4096
+    region = make_region(size, torch.device("cpu"))
+    other = map_region(region.descriptor, size, torch.device("cpu"))
+    other.populate(0, size)
+    assert huge_bytes(region.content.data_ptr()) == huge_bytes(other.content.data_ptr()) == 3 * HUGE_BYTES
+    region.close()
+    other.close()
+
+
+def test_a_mapping_goes_with_its_last_user() -> None:
+    region = make_region(HUGE_BYTES, torch.device("cpu"))
+    first = region.content.data_ptr()
+    rows = array(region, 4096, (4,), torch.float32)
+    region.close()
+    assert is_mapped(first)
+    rows.fill_(1)
+    del rows
+    assert not is_mapped(first)
