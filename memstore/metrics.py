@@ -97,6 +97,12 @@ class Metrics:
             buckets=LONG_BUCKETS_S,
             registry=self.registry,
         )
+        self._untaken = Gauge(
+            "memstore_file_not_taken",
+            "1 while a changed file is not taken, and what was known stays",
+            ("file",),
+            registry=self.registry,
+        )
         self._sessions = Gauge("memstore_sessions", "Open streams", registry=self.registry)
         build = Gauge("memstore_build_info", "What runs here; always 1", ("version",), registry=self.registry)
         build.labels(version).set(1)
@@ -122,6 +128,10 @@ class Metrics:
     def snapshot(self, outcome: str, seconds: float) -> None:
         """See StoreObserver of store.py."""
         self._snapshots.labels(outcome).observe(seconds)
+
+    def follow(self, file: str, is_stale: Callable[[], bool]) -> None:
+        """Shows, at each scrape, whether a file that is followed has been changed into one that is not taken."""
+        self._untaken.labels(file).set_function(is_stale)
 
     @contextmanager
     def stream(self) -> Iterator[None]:

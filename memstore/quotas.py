@@ -1,4 +1,4 @@
-"""Quotas: what each tenant may take of bytes, sequences, calls and files."""
+"""Quotas: what each tenant may take of bytes, sequences, calls, leases and files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BURST_S = 1.0
 """So many seconds' calls may come at once."""
+SEQUENCES_A_LEASE = 32
+"""Sequences that can be lent for each lease that may be given out; one lease may have more, and others fewer."""
 MAX_TENANTS = 4096
 """Tenants whose calls are remembered; those that have their whole burst are forgotten beyond that."""
 
@@ -24,6 +26,14 @@ class Held:
     """What all memories of a tenant have reserved of device and host, and sequences that they have room for."""
 
     reserved_bytes: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lent:
+    """Leases that a tenant has, or was offered, and sequences of them all."""
+
+    leases: int
     sequences: int
 
 
@@ -60,6 +70,7 @@ class Quotas:
             reserved_bytes=own.reserved_bytes or self._default.reserved_bytes,
             sequences=own.sequences or self._default.sequences,
             calls_per_s=own.calls_per_s or self._default.calls_per_s,
+            leases=own.leases or self._default.leases,
             spilled_bytes=own.spilled_bytes or self._default.spilled_bytes,
         )
 
@@ -72,7 +83,18 @@ class Quotas:
         )
         for name, has, more, limit in rows:
             if limit and has + more > limit:
-                raise _exceeded(name, limit, has, more, ("the memory would reserve", "reserved"))
+                text = f"the memory would reserve {more}; {limit} are allowed, and {has} are reserved"
+                raise _exceeded(name, text, (limit, has, more))
+
+    def check_lent(self, tenant: str, held: Lent, num_sequences: int) -> None:
+        """QuotaExceeded where a tenant that has so much lent may have no lease of so many sequences besides."""
+        limit = self.of(tenant).leases
+        if limit and held.leases + 1 > limit:
+            raise _exceeded("leases", f"{limit} are allowed, and {held.leases} are held", (limit, held.leases, 1))
+        most, lent = limit * SEQUENCES_A_LEASE, held.sequences
+        if limit and lent + num_sequences > most:
+            text = f"of sequences {most} can be lent, {lent} are, and {num_sequences} are asked for"
+            raise _exceeded("leases", text, (most, lent, num_sequences))
 
     def spilled(self, tenant: str) -> SpilledBytes:
         """What a memory of this tenant takes its files from."""
@@ -84,7 +106,8 @@ class Quotas:
         with self._lock:
             has = self._spilled.get(tenant, 0)
             if limit and has + num_bytes > limit:
-                raise _exceeded("spilled_bytes", limit, has, num_bytes, ("a file would take", "taken"))
+                text = f"a file would take {num_bytes}; {limit} are allowed, and {has} are taken"
+                raise _exceeded("spilled_bytes", text, (limit, has, num_bytes))
             self._spilled[tenant] = has + num_bytes
 
     def give_back_spilled(self, tenant: str, num_bytes: int) -> None:
@@ -136,13 +159,7 @@ class SpilledBytes:
         self._quotas.give_back_spilled(self._tenant, num_bytes)
 
 
-def _exceeded(name: str, limit: int, has: int, more: int, words: tuple[str, str]) -> QuotaExceeded:
-    """words: what would take more, and what becomes of what is taken."""
-    what, done = words
-    return QuotaExceeded(
-        f"quota {name}: {what} {more}; {limit} are allowed, and {has} are {done}",
-        quota=name,
-        limit=limit,
-        held=has,
-        needed=more,
-    )
+def _exceeded(quota: str, text: str, numbers: tuple[int, int, int]) -> QuotaExceeded:
+    """numbers: what is allowed, held and asked for, all of the tenant's own."""
+    limit, held, needed = numbers
+    return QuotaExceeded(f"quota {quota}: {text}", quota=quota, limit=limit, held=held, needed=needed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +18,7 @@ from memstore.admission import CapacityBudget
 from memstore.auth import Open
 from memstore.catalog import MemoryId
 from memstore.entries import identity, spec_of, text_of
+from memstore.errands import Errands, run
 from memstore.errors import AlreadyExists, Corrupt, MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.futures import then
 from memstore.index import prepare
@@ -28,13 +28,16 @@ from memstore.removals import Removals
 from memstore.rooms import Rooms
 from memstore.store import NoStore
 from memstore.tokens import Quota
+from memstore.turns import SERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from concurrent.futures import Future
 
     from memstore.archive import Archive
     from memstore.catalog import Catalog
     from memstore.device import DeviceWorker
+    from memstore.errands import Steps
     from memstore.memory import Memory
     from memstore.seams import Clock
     from memstore.store import Store
@@ -75,9 +78,10 @@ class Loaded:
 class Registry:
     """The memories of all tenants on one device.
 
-    Changes run one at a time in a thread of their own, so that a slow catalogue holds up neither device nor loop. What
-    is left of a memory that was dropped is removed in other threads (removals.py): nobody else's change waits for the
-    jobs of its tenant that are still queued, nor for its files. Until its bytes are given back its name is taken.
+    Changes run in a thread of their own (errands.py), so that a slow catalogue holds up neither device nor loop; those
+    of one tenant one at a time. What they need of the device is done in its turn, and no other tenant's change waits.
+    What is left of a memory that was dropped is removed in other threads (removals.py): nobody waits for the jobs of
+    its tenant that are still queued, nor for its files. Until its bytes are given back its name is taken.
     """
 
     def __init__(
@@ -108,29 +112,23 @@ class Registry:
         self._clock = clock
         self._max_memories = max_memories
         self._store = store or NoStore()
-        self._rooms = Rooms(
-            worker,
-            budget,
-            host_budget or CapacityBudget(sys.maxsize),
-            clock,
-            self._store,
-            quotas=self.quotas,
-            lends=lends,
-        )
+        host = host_budget or CapacityBudget(sys.maxsize)
+        self._rooms = Rooms(worker, (budget, host), clock, self._store, self.quotas, lends=lends)
         self._loaded: dict[MemoryId, Loaded] = {}
         self._unloaded: dict[MemoryId, MemstoreError] = {}  # those of the catalogue, and why; NotReady: tried again
         self._going: dict[MemoryId, Loaded | None] = {}
         self._removals = Removals()
         self._reloading: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._admin = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memstore-admin")
+        self._num_begun = 0  # memories that are being made
+        self._errands = Errands("memstore-admin")
 
     def load(self) -> Future[None]:
         """Reserves every memory of the catalogue, and fills the durable ones, in the background.
 
         Tries again while the catalogue is out of reach.
         """
-        return self._admin.submit(self._load)
+        return self._errands.submit(self._load)
 
     def drain(self) -> None:
         """Takes no more changes; the memories go on."""
@@ -147,7 +145,7 @@ class Registry:
         self.drain()
         if self._reloading is not None:
             self._reloading.join()
-        self._admin.shutdown(wait=True)
+        self._errands.close()
         self._removals.close()
         with suppress(NotReady):  # the worker is closed already
             for loaded in self.all():
@@ -209,25 +207,25 @@ class Registry:
 
     def create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> Future[tuple[Loaded, bool]]:
         """The memory, and whether it is new. AlreadyExists, DeviceMemoryFull, QuotaExceeded, NotReady."""
-        return self._change(lambda: self._create(memory, spec, exist_ok))
+        return self._change(memory.tenant, self._create(memory, spec, exist_ok))
 
     def drop(self, memory: MemoryId) -> Future[None]:
         """Takes a memory out of catalogue and device, and returns when its files are gone too. NotFound, NotReady."""
-        return then(self._change(lambda: self._drop(memory)), lambda removal: removal)
+        return then(self._change(memory.tenant, self._drop(memory)), lambda removal: removal)
 
     def listing(self, tenant: str, prefix: str) -> Future[list[Loaded | MemorySpec]]:
         """A tenant's memories whose names begin with `prefix`, by name; only the spec of one that is not loaded.
 
         NotReady when the catalogue is out of reach.
         """
-        return self._change(lambda: self._list(tenant, prefix))
+        return self._change(tenant, self._list(tenant, prefix))
 
-    def _change(self, run: Callable[[], T]) -> Future[T]:
+    def _change(self, tenant: str, steps: Steps[T]) -> Future[T]:
         if self.state is not State.SERVING:
             raise NotReady(f"the server is {self.state.value}")
-        return self._admin.submit(run)
+        return self._errands.add(tenant, steps)
 
-    def _create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> tuple[Loaded, bool]:
+    def _create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> Steps[tuple[Loaded, bool]]:
         existing = self._loaded.get(memory)
         if existing is not None:
             if exist_ok and existing.spec == spec:
@@ -238,7 +236,7 @@ class Registry:
             raise self._reason(memory)
         if memory in self._going:
             raise NotReady(f"memory {memory.name!r} was dropped, and is still being removed")
-        if len(self._loaded) + len(self._going) >= self._max_memories:
+        if len(self._loaded) + len(self._going) + self._num_begun >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
         needed = Held(reserved_bytes=self._rooms.reserved_bytes(spec), sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
@@ -246,47 +244,59 @@ class Registry:
         created_at = self._clock.wall()
         text = text_of(spec, created_at)
         keep = partial(self._store.create, memory, identity(memory, text))
-        loaded = self._make(memory, spec, created_at, keep)
+        self._num_begun += 1
+        try:
+            loaded = yield from self._make(memory, spec, created_at, keep)
+        finally:
+            self._num_begun -= 1
         try:
             self._catalog.put(memory, text)
         except MemstoreError:
-            self._remove(memory, loaded)
+            yield self._begin_removal(memory, loaded)
             raise
         self._loaded[memory] = loaded
         event(_log, logging.INFO, "memory created", memory=memory.name, reserved_bytes=loaded.engine.reserved_bytes)
         self.on_change()
         return loaded, True
 
-    def _drop(self, memory: MemoryId) -> Future[None]:
+    def _drop(self, memory: MemoryId) -> Steps[Future[None]]:
         loaded = self._loaded.get(memory)
         if loaded is None and memory not in self._unloaded:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
         self._catalog.remove(memory)
         self._loaded.pop(memory, None)
         self._unloaded.pop(memory, None)
-        self._going[memory] = loaded
+        removal = self._begin_removal(memory, loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
-        return self._removals.submit(memory.tenant, lambda: self._remove(memory, loaded))
+        return removal
+        yield  # nothing is waited for
 
     def _reason(self, memory: MemoryId) -> MemstoreError:
         """What kept a memory from being loaded, without the frames, and requests, of those who were told before."""
         return self._unloaded[memory].with_traceback(None)
 
-    def _list(self, tenant: str, prefix: str) -> list[Loaded | MemorySpec]:
+    def _list(self, tenant: str, prefix: str) -> Steps[list[Loaded | MemorySpec]]:
         found: dict[MemoryId, Loaded | MemorySpec] = {}
         for memory, text in self._catalog.load().items():
             with suppress(Corrupt):
                 found[memory] = spec_of(memory, text)[0]
         found |= self._loaded
         return [found[memory] for memory in sorted(found) if memory.tenant == tenant and memory.name.startswith(prefix)]
+        yield  # nothing is waited for
 
     def _make(
         self, memory: MemoryId, spec: MemorySpec, created_at: float, keep: Callable[[Memory], Archive | None]
-    ) -> Loaded:
+    ) -> Steps[Loaded]:
         """See Rooms.make."""
-        engine, archive = self._rooms.make(memory, spec, keep)
+        lane = SERVER if self.state is State.LOADING else memory.tenant
+        engine, archive = yield from self._rooms.make(memory, spec, keep, lane)
         return Loaded(id=memory, engine=engine, created_at=created_at, archive=archive)
+
+    def _begin_removal(self, memory: MemoryId, loaded: Loaded | None) -> Future[None]:
+        """Until it has given its bytes back, they count as its tenant's, and its name is taken."""
+        self._going[memory] = loaded
+        return self._removals.submit(memory.tenant, lambda: self._remove(memory, loaded))
 
     def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
         """Removes a memory that nobody can find any more; None where it could not be loaded, and has files only."""
@@ -317,7 +327,7 @@ class Registry:
         for memory, text in sorted(texts.items()):
             if self._stopping.is_set():
                 return
-            self._load_one(memory, text)
+            run(self._load_one(memory, text))
         if self.state is State.LOADING:
             self.state = State.SERVING
         event(_log, logging.INFO, "memories loaded", num_memories=len(self._loaded))
@@ -332,18 +342,18 @@ class Registry:
         while self.num_waiting and not self._stopping.wait(delay_s):
             delay_s = min(2 * delay_s, LONGEST_RETRY_LOAD_S)
             for memory in [memory for memory, error in list(self._unloaded.items()) if isinstance(error, NotReady)]:
-                self._admin.submit(self._load_waiting, memory, texts[memory]).result()
+                self._errands.add(memory.tenant, self._load_waiting(memory, texts[memory])).result()
 
-    def _load_waiting(self, memory: MemoryId, text: str) -> None:
+    def _load_waiting(self, memory: MemoryId, text: str) -> Steps[None]:
         if memory in self._unloaded and not self._stopping.is_set():  # it may have been dropped
-            self._load_one(memory, text)
+            yield from self._load_one(memory, text)
 
-    def _load_one(self, memory: MemoryId, text: str) -> None:
+    def _load_one(self, memory: MemoryId, text: str) -> Steps[None]:
         """One memory; what cannot be loaded is logged and left out, so that the others serve."""
         try:
             spec, created_at = spec_of(memory, text)
             keep = partial(self._fill, memory, text)
-            self._loaded[memory] = self._make(memory, spec, created_at, keep)
+            self._loaded[memory] = yield from self._make(memory, spec, created_at, keep)
             self._unloaded.pop(memory, None)
             self.on_change()
         except MemstoreError as error:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memstore.archive import Archive
     from memstore.catalog import MemoryId
     from memstore.device import DeviceWorker
+    from memstore.errands import Steps
     from memstore.quotas import Quotas
     from memstore.seams import Clock
     from memstore.store import Store
@@ -28,18 +29,16 @@ class Rooms:
     def __init__(
         self,
         worker: DeviceWorker,
-        budget: CapacityBudget,
-        host_budget: CapacityBudget,
+        budgets: tuple[CapacityBudget, CapacityBudget],
         clock: Clock,
         store: Store,
-        *,
         quotas: Quotas,
+        *,
         lends: bool,
     ) -> None:
-        """For the arguments see Registry."""
+        """budgets: of the device, and of the host beside it. For the rest see Registry."""
         self._worker = worker
-        self._budget = budget
-        self._host_budget = host_budget
+        self._budget, self._host_budget = budgets
         self._clock = clock
         self._store = store
         self._quotas = quotas
@@ -51,26 +50,25 @@ class Rooms:
         return self._device_bytes(spec) + self._host_bytes(spec)
 
     def make(
-        self, memory: MemoryId, spec: MemorySpec, keep: Callable[[Memory], Archive | None]
-    ) -> tuple[Memory, Archive | None]:
-        """A memory on the device. keep: begins its files, or fills it with what they hold.
+        self, memory: MemoryId, spec: MemorySpec, keep: Callable[[Memory], Archive | None], lane: str
+    ) -> Steps[tuple[Memory, Archive | None]]:
+        """A memory on the device. keep: begins its files, or fills it with what they hold. lane: whose jobs go before.
 
         Raises DeviceMemoryFull, and what `keep` raises; nothing is reserved then.
         """
         device, is_shared = self._worker.device, self._is_shared(spec)
         self._reserve(spec)
         try:
-            making = self._worker.control(
-                lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared)
+            engine = yield self._worker.control(
+                lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared), behind=lane
             )
-            engine = making.result()
             try:
                 self._prepare(memory, engine)
                 archive = keep(engine)
                 self._bound(engine)
                 return engine, archive
             except BaseException:
-                self._worker.control(engine.free).result()
+                yield self._worker.control(engine.free, behind=lane)
                 engine.remove_files()
                 raise
         except BaseException:

@@ -178,7 +178,7 @@ class Service:
         return future
 
     def _described(self, loaded: Loaded) -> Future[pb.MemoryDescription]:
-        return self._worker.control(lambda: self._description(loaded), _Shown([loaded.engine]))
+        return self._worker.control(lambda: self._description(loaded), _Shown([loaded.engine]), behind=loaded.id.tenant)
 
     def _description(self, memory: Loaded | MemorySpec) -> pb.MemoryDescription:
         """Runs in the device thread."""

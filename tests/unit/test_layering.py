@@ -17,10 +17,10 @@ ORDER = """
     retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
     log journal ledger refill memory
     folder snapshot salvage recovery archive
-    admission capacity catalog store turns joining device plane replies
+    admission capacity catalog store turns errands joining device plane replies
     wire status access followed tokens auth quotas gate
     entries removals rooms registry snapshotter expirer metrics service
-    embedded mapped lending listen grpc_front health
+    embedded mapped lending listen arrival outcomes door grpc_front health
     server console issuing backup __main__
 """.split()
 PACKAGES = ("memstore", "model_client", "integration")
@@ -35,6 +35,9 @@ FOREIGN = {
     "grpc": {
         "memstore/status.py",
         "memstore/listen.py",
+        "memstore/arrival.py",
+        "memstore/outcomes.py",
+        "memstore/door.py",
         "memstore/grpc_front.py",
         "memstore/health.py",
         "memstore/server.py",
@@ -45,6 +48,7 @@ FOREIGN = {
     "numba": {
         "memstore/host/compiling.py",
         "memstore/host/dots.py",
+        "memstore/host/likeness.py",
         "memstore/host/lowering.py",
         "memstore/host/tiles.py",
     },

@@ -238,7 +238,7 @@ def test_what_is_told_of_a_memory_is_synced_first_or_never_can_be(has_failed: bo
         appended = service.call("Step", step(retrieve=None), caller)
         described = service.call("DescribeMemory", pb.DescribeMemoryRequest(name="notes"), caller)
         listed = service.call("ListMemories", pb.ListMemoriesRequest(), caller)
-        server.registry._admin.submit(lambda: None).result()
+        server.registry._errands.submit(lambda: None).result()
         server.registry.worker.control(lambda: None, behind=DEFAULT_TENANT).result()  # all three have been done
         assert not any(each.done() for each in (appended, described, listed))
         disk.cannot_sync = has_failed

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from memstore import descriptors, lending
+from memstore.arrival import is_local
 from memstore.catalog import FileCatalog
-from memstore.grpc_front import is_local
 from memstore.seams import SystemDisk
 from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval, errors
@@ -244,7 +244,7 @@ def test_a_lease_is_asked_back_once_its_token_has_expired() -> None:
             server.loop.call_soon_threadsafe(server.lending.recall_unwelcome)
             with client_of(server, "inline", token="two") as other:  # noqa: S106
                 other.info()  # what was asked for in the loop is done, and then what that asked for
-            server.registry.worker.control(lambda: None).result()
+            server.registry.worker.control(lambda: None, behind="first").result()
             if not is_recalled:
                 assert [lease.is_recalled for lease in loaded.engine.lender._leases] == [False]
         until(lambda: len(loaded.engine.lender) == 0)
