@@ -26,7 +26,7 @@ from memstore.catalog import FILE_NAME, FileCatalog, MemoryId
 from memstore.config import ConfigError
 from memstore.control import ControlBlock
 from memstore.embedded import TENANT, Embedded
-from memstore.entries import text_of, spec_of
+from memstore.entries import spec_of, text_of
 from memstore.errors import Corrupt, Internal, InvalidRequest, MemstoreError, QuotaExceeded
 from memstore.grpc_front import SERVICE
 from memstore.journal import read_step
