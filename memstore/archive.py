@@ -89,7 +89,7 @@ class Archive:
         syncer: Asked,
         progress: Callable[[int, int], None],
     ) -> tuple[Archive, Recovered]:
-        """A memory as its folder has it; `memory` is new, and filled. Raises Corrupt and OSError."""
+        """A memory as its folder has it; `memory` is new, and filled. Raises Corrupt, OSError and NotReady."""
         found = Recovery(folder, identity, progress).run(memory)
         folder.mark_open()  # before the log goes on; its name is gone for good once the new segment's is there
         archive = cls._begin(folder, identity, memory.spec, syncer, found)

@@ -125,6 +125,7 @@ class Config:
     tenant_leases: int = setting(
         whole(0, 256), 0, "leases of mapped memory that one tenant may have; 0 for 64, or no bound without tenants"
     )
+    tenant_spilled_bytes: int = setting(size, 0, "bytes that files of its spilled sequences may have; 0 for no bound")
     tenant_ratio: float = setting(real(0.01, 1.0), 1.0, "share of the queue that one tenant may take, 0.01 to 1")
     lend: str = setting(one_of("auto", "off"), "auto", "lend memories to processes of this host and user: auto or off")
     stream_in_flight: int = setting(whole(1, 1024), 16, "steps of one stream that may be under way")

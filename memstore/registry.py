@@ -21,31 +21,31 @@ from memstore.entries import identity, spec_of, text_of
 from memstore.errands import Errands, run
 from memstore.errors import AlreadyExists, Corrupt, MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.futures import then
-from memstore.index import build_thread, prepare
+from memstore.index import prepare
 from memstore.logs import event, trouble
-from memstore.memory import Memory
 from memstore.quotas import Held, Quotas
 from memstore.removals import Removals
-from memstore.seams import new_epoch
+from memstore.rooms import Rooms
 from memstore.store import NoStore
-from memstore.tiers import host_bytes
 from memstore.tokens import Quota
 from memstore.turns import SERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
     from memstore.archive import Archive
     from memstore.catalog import Catalog
     from memstore.device import DeviceWorker
     from memstore.errands import Steps
+    from memstore.memory import Memory
     from memstore.seams import Clock
     from memstore.store import Store
     from memstore.types import MemorySpec
 
 T = TypeVar("T")
-RETRY_LOAD_S = 1.0
+RETRY_LOAD_S, LONGEST_RETRY_LOAD_S = 1.0, 60.0
+"""How long the catalogue, or files that cannot be read for now, are left alone before they are tried again."""
 _log = logging.getLogger(__name__)
 
 
@@ -104,8 +104,6 @@ class Registry:
         device; no bound but the host's if None.
         """
         self.quotas = quotas or Quotas(Open(), Quota(), clock)
-        self.host_budget = host_budget or CapacityBudget(sys.maxsize)
-        self._lends = lends
         self.state = State.LOADING
         self.worker = worker
         self.budget = budget
@@ -114,14 +112,16 @@ class Registry:
         self._clock = clock
         self._max_memories = max_memories
         self._store = store or NoStore()
+        host = host_budget or CapacityBudget(sys.maxsize)
+        self._rooms = Rooms(worker, (budget, host), clock, self._store, self.quotas, lends=lends)
         self._loaded: dict[MemoryId, Loaded] = {}
-        self._damaged: dict[MemoryId, MemstoreError] = {}
+        self._unloaded: dict[MemoryId, MemstoreError] = {}  # those of the catalogue, and why; NotReady: tried again
         self._going: dict[MemoryId, Loaded | None] = {}
         self._removals = Removals()
+        self._reloading: threading.Thread | None = None
         self._stopping = threading.Event()
         self._num_begun = 0  # memories that are being made
         self._errands = Errands("memstore-admin")
-        self._builds = build_thread()
 
     def load(self) -> Future[None]:
         """Reserves every memory of the catalogue, and fills the durable ones, in the background.
@@ -143,12 +143,14 @@ class Registry:
         """
         self.on_change = _nobody
         self.drain()
+        if self._reloading is not None:
+            self._reloading.join()
         self._errands.close()
         self._removals.close()
         with suppress(NotReady):  # the worker is closed already
             for loaded in self.all():
                 self.worker.control(loaded.engine.stop_builds)
-        self._builds.shutdown(wait=True, cancel_futures=True)
+        self._rooms.close()
 
     def close_files(self) -> None:
         """Makes everything that was written safe, and says so in the files. The device worker is closed."""
@@ -163,13 +165,14 @@ class Registry:
     def find(self, tenant: str, name: str, field: str = "memory") -> Loaded:
         """A memory in service; `field` is where its name stood.
 
-        Raises NotFound; NotReady while it may be loading; Corrupt, or what else kept it, where it cannot be loaded.
+        Raises NotFound; NotReady while it may be loading, or its files cannot be read for now; Corrupt, or what else
+        kept it, where it cannot be loaded.
         """
         memory = MemoryId(tenant, wire.memory_name(name, field))
         loaded = self._loaded.get(memory)
         if loaded is None:
-            if memory in self._damaged:
-                raise self._damage(memory)
+            if memory in self._unloaded:
+                raise self._reason(memory)
             if self.state is State.LOADING:
                 raise NotReady("memories are being loaded")
             raise NotFound(f"no memory {name!r}", memory=name)
@@ -184,14 +187,19 @@ class Registry:
         every = [*self.all(), *(loaded for loaded in list(self._going.values()) if loaded is not None)]
         own = [loaded for loaded in every if loaded.id.tenant == tenant]
         return Held(
-            reserved_bytes=sum(loaded.engine.reserved_bytes + self._host_bytes(loaded.spec) for loaded in own),
+            reserved_bytes=sum(self._rooms.reserved_bytes(loaded.spec) for loaded in own),
             sequences=sum(loaded.spec.total_sequences for loaded in own),
         )
 
     @property
     def num_damaged(self) -> int:
         """Memories of the catalogue that could not be loaded."""
-        return len(self._damaged)
+        return len(self._unloaded) - self.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Memories of the catalogue that could not be read until now, though nothing says that they are damaged."""
+        return sum(isinstance(error, NotReady) for error in list(self._unloaded.values()))
 
     def all(self) -> list[Loaded]:
         """Every memory in service."""
@@ -224,14 +232,13 @@ class Registry:
                 return existing, False
             how = "an equal" if existing.spec == spec else "another"
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
-        if memory in self._damaged:
-            raise self._damage(memory)
+        if memory in self._unloaded:
+            raise self._reason(memory)
         if memory in self._going:
             raise NotReady(f"memory {memory.name!r} was dropped, and is still being removed")
         if len(self._loaded) + len(self._going) + self._num_begun >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
-        reserved = self._bytes_needed(spec) + self._host_bytes(spec)
-        needed = Held(reserved_bytes=reserved, sequences=spec.total_sequences)
+        needed = Held(reserved_bytes=self._rooms.reserved_bytes(spec), sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
         self._store.check(spec)
         created_at = self._clock.wall()
@@ -239,7 +246,7 @@ class Registry:
         keep = partial(self._store.create, memory, identity(memory, text))
         self._num_begun += 1
         try:
-            loaded = yield from self._reserve(memory, spec, created_at, keep)
+            loaded = yield from self._make(memory, spec, created_at, keep)
         finally:
             self._num_begun -= 1
         try:
@@ -254,20 +261,20 @@ class Registry:
 
     def _drop(self, memory: MemoryId) -> Steps[Future[None]]:
         loaded = self._loaded.get(memory)
-        if loaded is None and memory not in self._damaged:
+        if loaded is None and memory not in self._unloaded:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
         self._catalog.remove(memory)
         self._loaded.pop(memory, None)
-        self._damaged.pop(memory, None)
+        self._unloaded.pop(memory, None)
         removal = self._begin_removal(memory, loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
         return removal
         yield  # nothing is waited for
 
-    def _damage(self, memory: MemoryId) -> MemstoreError:
+    def _reason(self, memory: MemoryId) -> MemstoreError:
         """What kept a memory from being loaded, without the frames, and requests, of those who were told before."""
-        return self._damaged[memory].with_traceback(None)
+        return self._unloaded[memory].with_traceback(None)
 
     def _list(self, tenant: str, prefix: str) -> Steps[list[Loaded | MemorySpec]]:
         found: dict[MemoryId, Loaded | MemorySpec] = {}
@@ -278,51 +285,13 @@ class Registry:
         return [found[memory] for memory in sorted(found) if memory.tenant == tenant and memory.name.startswith(prefix)]
         yield  # nothing is waited for
 
-    def _reserve(
+    def _make(
         self, memory: MemoryId, spec: MemorySpec, created_at: float, keep: Callable[[Memory], Archive | None]
     ) -> Steps[Loaded]:
-        """Makes a memory on the device. keep: begins its files, or fills it with what they hold."""
+        """See Rooms.make."""
         lane = SERVER if self.state is State.LOADING else memory.tenant
-        device = self.worker.device
-        is_shared = self._is_shared(spec)
-        needed, on_host = self._bytes_needed(spec), self._host_bytes(spec)
-        self.host_budget.reserve(on_host)
-        try:
-            self.budget.reserve(needed)
-        except BaseException:
-            self.host_budget.release(on_host)
-            raise
-        try:
-            engine = yield self.worker.control(
-                lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared), behind=lane
-            )
-            try:
-                self._prepare(memory, engine)
-                return Loaded(id=memory, engine=engine, created_at=created_at, archive=keep(engine))
-            except BaseException:
-                yield self.worker.control(engine.free, behind=lane)
-                engine.remove_files()
-                raise
-        except BaseException:
-            self.budget.release(needed)
-            self.host_budget.release(on_host)
-            raise
-
-    def _is_shared(self, spec: MemorySpec) -> bool:
-        return self._lends and Memory.can_be_lent(spec)
-
-    def _bytes_needed(self, spec: MemorySpec) -> int:
-        return Memory.bytes_needed(spec, self.worker.device, is_shared=self._is_shared(spec))
-
-    def _prepare(self, memory: MemoryId, engine: Memory) -> None:
-        """Gives a memory time, and room for what leaves it."""
-        engine.lifecycle.clock = self._clock
-        if engine.lifecycle.spill is not None:
-            engine.lifecycle.spill.tiers.folder = self._store.spill_folder(memory)
-
-    def _host_bytes(self, spec: MemorySpec) -> int:
-        """Bytes of host memory that a memory reserves beside what it reserves on the device."""
-        return 0 if self.worker.device.type == "cpu" else host_bytes(spec)
+        engine, archive = yield from self._rooms.make(memory, spec, keep, lane)
+        return Loaded(id=memory, engine=engine, created_at=created_at, archive=archive)
 
     def _begin_removal(self, memory: MemoryId, loaded: Loaded | None) -> Future[None]:
         """Until it has given its bytes back, they count as its tenant's, and its name is taken."""
@@ -336,20 +305,13 @@ class Registry:
             remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
         finally:
             if loaded is not None:
-                self._free(loaded)
+                self._rooms.give_back(memory, loaded.engine)
             self._going.pop(memory, None)
         try:
             remove()
         finally:
             if loaded is not None:
                 loaded.engine.remove_files()
-
-    def _free(self, loaded: Loaded) -> None:
-        """Gives a memory's bytes back, once what its tenant has queued before is done."""
-        self.worker.control(loaded.engine.free, behind=loaded.id.tenant).result()
-        loaded.engine.join()
-        self.budget.release(loaded.engine.reserved_bytes)
-        self.host_budget.release(self._host_bytes(loaded.spec))
 
     def _load(self) -> None:
         prepare(self.worker.device)
@@ -365,21 +327,37 @@ class Registry:
         for memory, text in sorted(texts.items()):
             if self._stopping.is_set():
                 return
-            self._load_one(memory, text)
+            run(self._load_one(memory, text))
         if self.state is State.LOADING:
             self.state = State.SERVING
         event(_log, logging.INFO, "memories loaded", num_memories=len(self._loaded))
         self.on_change()
+        if self.num_waiting:
+            self._reloading = threading.Thread(target=self._reload, args=(texts,), name="memstore-reload", daemon=True)
+            self._reloading.start()
 
-    def _load_one(self, memory: MemoryId, text: str) -> None:
+    def _reload(self, texts: Mapping[MemoryId, str]) -> None:
+        """Tries memories again whose files could not be read, until none waits: at longer and longer intervals."""
+        delay_s = RETRY_LOAD_S
+        while self.num_waiting and not self._stopping.wait(delay_s):
+            delay_s = min(2 * delay_s, LONGEST_RETRY_LOAD_S)
+            for memory in [memory for memory, error in list(self._unloaded.items()) if isinstance(error, NotReady)]:
+                self._errands.add(memory.tenant, self._load_waiting(memory, texts[memory])).result()
+
+    def _load_waiting(self, memory: MemoryId, text: str) -> Steps[None]:
+        if memory in self._unloaded and not self._stopping.is_set():  # it may have been dropped
+            yield from self._load_one(memory, text)
+
+    def _load_one(self, memory: MemoryId, text: str) -> Steps[None]:
         """One memory; what cannot be loaded is logged and left out, so that the others serve."""
         try:
             spec, created_at = spec_of(memory, text)
             keep = partial(self._fill, memory, text)
-            self._loaded[memory] = run(self._reserve(memory, spec, created_at, keep))
+            self._loaded[memory] = yield from self._make(memory, spec, created_at, keep)
+            self._unloaded.pop(memory, None)
             self.on_change()
         except MemstoreError as error:
-            self._damaged[memory] = error
+            self._unloaded[memory] = error
             trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
 
     def _fill(self, memory: MemoryId, text: str, engine: Memory) -> Archive | None:

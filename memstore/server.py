@@ -311,6 +311,7 @@ def default_quota(config: Config, *, has_tenants: bool) -> Quota:
         reserved_bytes=config.tenant_bytes,
         sequences=config.tenant_sequences,
         calls_per_s=config.tenant_calls,
+        spilled_bytes=config.tenant_spilled_bytes,
         leases=config.tenant_leases or (TENANT_LEASES if has_tenants else 0),
     )
 

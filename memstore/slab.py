@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from memstore.region.base import Region
     from memstore.ring import Run
 
+ALONE_BYTES = 64 << 20
+"""The most that one thread copies alone within host memory, in some 8 ms. All of torch's threads are faster, but each
+that has lost its core to another process is waited for, some 4 ms.
+"""
 _ALIGNED = 4096
 """The arrays of a region begin at multiples of this."""
 
@@ -181,7 +185,7 @@ class Slab:
         for ours, theirs in zip(self._tensors(), (other or self)._tensors(), strict=True):
             new, old = ours[:, target, slot : slot + length], theirs[:, source, slot : slot + length]
             if ours.device == theirs.device:
-                new.copy_(old)
+                _copy(new, old)
                 continue
             for layer in range(self.num_layers):  # each is one piece of memory, on both sides
                 new[layer].copy_(old[layer], non_blocking=True)
@@ -284,6 +288,14 @@ def _touched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     # numpy asks for huge pages, torch does not: without them a scan takes a third longer
     content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(content).view(dtype).view(shape).zero_()
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies within one device; on the host by this thread alone, unless that takes long."""
+    if target.device.type == "cpu" and target.nbytes <= ALONE_BYTES:
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+    else:
+        target.copy_(source)
 
 
 def _rounded(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

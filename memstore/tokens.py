@@ -32,13 +32,15 @@ class Quota:
     """What one tenant may take; 0 where nothing bounds it.
 
     reserved_bytes: of the device, by all its memories. sequences: places of all its memories. calls_per_s: calls, and
-    steps of streams; as many as in one second may come at once. leases: of mapped memory, at once.
+    steps of streams; as many as in one second may come at once. leases: of mapped memory, at once. spilled_bytes: of
+    files of spilled sequences.
     """
 
     reserved_bytes: int = 0
     sequences: int = 0
     calls_per_s: float = 0.0
     leases: int = 0
+    spilled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +100,9 @@ def parse_tokens(text: str) -> TokenFile:
     """A token file. ConfigError names the line that is wrong.
 
     Lines `sha256:HEX TENANT [scopes=read,write,admin] [expires=TIME]` and `quota TENANT [bytes=8G] [sequences=N]
-    [calls_per_s=N] [leases=N]`; empty lines and those beginning with # are passed over. A last line without its end is
-    refused: it may have been cut short, and without `scopes=` or `expires=` a token reaches further.
+    [calls_per_s=N] [leases=N] [spilled_bytes=100G]`; empty lines and those beginning with # are passed over. A last
+    line without its end is refused: it may have been cut short, and without `scopes=` or `expires=` a token reaches
+    further.
     """
     identities: dict[bytes, Identity] = {}
     quotas: dict[str, Quota] = {}
@@ -188,4 +191,5 @@ _QUOTA_FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "sequences": ("sequences", partial(_count, "sequences")),
     "calls_per_s": ("calls_per_s", _rate),
     "leases": ("leases", partial(_count, "leases")),
+    "spilled_bytes": ("spilled_bytes", size),
 }

@@ -229,7 +229,7 @@ class IndexCounts:
 class SpillCounts:
     """Where the sequences of a memory lie at one moment, and how often they moved since it is here.
 
-    host_bytes: reserved in host memory. disk_bytes: of files now.
+    host_bytes: reserved in host memory. disk_bytes: of files now. refusals: times that a file could not be written.
     """
 
     num_resident: int
@@ -239,6 +239,7 @@ class SpillCounts:
     disk_bytes: int
     spills: int
     returns: int
+    refusals: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from memstore.host.compiling import kernel
+from memstore.host.compiling import inlined, kernel
 from memstore.host.likeness import ROWS, nearness, nearness_of_one, product, product_of_one
 from memstore.host.lowering import prefetch, widened
 from memstore.types import Metric
@@ -52,14 +52,6 @@ def score(rows: Rows, cell: int, query: NDArray[Any], scores: NDArray[Any]) -> N
     else:
         _compare(keys.view(np.float32), rows.metric, query, scores)
     _weigh(rows, cell, scores)
-
-
-@kernel
-def score_of(rows: Rows, cell: int, query: NDArray[Any]) -> Any:
-    """The same of one row."""
-    one = np.empty(1, np.float32)
-    score(rows, cell, query, one)
-    return one[0]
 
 
 @kernel
@@ -120,7 +112,7 @@ def _compare_one(keys: NDArray[Any], row: int, metric: int, query: NDArray[Any],
         product_of_one(keys, row, query, scores)
 
 
-@kernel
+@inlined
 def ask_ahead(keys: NDArray[Any], row: int, num_rows: int) -> None:
     """Asks memory for what will be read AHEAD_BYTES after some rows.
 

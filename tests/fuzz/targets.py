@@ -26,7 +26,7 @@ from memstore.catalog import FILE_NAME, FileCatalog, MemoryId
 from memstore.config import ConfigError
 from memstore.control import ControlBlock
 from memstore.embedded import TENANT, Embedded
-from memstore.entries import _text_of, spec_of
+from memstore.entries import spec_of, text_of
 from memstore.errors import Corrupt, Internal, InvalidRequest, MemstoreError, QuotaExceeded
 from memstore.grpc_front import SERVICE
 from memstore.journal import read_step
@@ -231,7 +231,7 @@ def _starts(life: Life) -> None:
 
 def catalogue() -> Target:
     """The file of the catalogue, and each spec in it, past their checksums."""
-    text = _text_of(SPEC, 1e9)
+    text = text_of(SPEC, 1e9)
     disk = FakeDisk()
 
     def run(content: bytes) -> None:
@@ -269,7 +269,7 @@ def catalogue_entry() -> Target:
         except Corrupt:
             return
 
-    return Target([_text_of(SPEC, 1e9).encode()], run, mutated_json)
+    return Target([text_of(SPEC, 1e9).encode()], run, mutated_json)
 
 
 def claim() -> Target:

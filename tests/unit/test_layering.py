@@ -18,7 +18,8 @@ ORDER = """
     log journal ledger refill memory
     folder snapshot salvage recovery archive
     admission capacity catalog store turns errands joining device plane replies
-    wire status access followed tokens auth quotas gate entries removals registry snapshotter expirer metrics service
+    wire status access followed tokens auth quotas gate
+    entries removals rooms registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes door grpc_front health
     server console issuing backup __main__
 """.split()
@@ -47,6 +48,7 @@ FOREIGN = {
     "numba": {
         "memstore/host/compiling.py",
         "memstore/host/dots.py",
+        "memstore/host/likeness.py",
         "memstore/host/lowering.py",
         "memstore/host/tiles.py",
     },

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from memstore.catalog import FileCatalog
 from memstore.config import Config
 from memstore.errors import Overloaded, QuotaExceeded
 from memstore.lending import MAX_LEASES, MAX_LENT, TENANT_LEASES
@@ -15,8 +18,10 @@ from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
 from tests.calling import Conversation, bearer, fails, hashed, tokens
-from tests.fakes import FakeClock
-from tests.serving import Setting, serving, spec, step
+from tests.fakes import FakeClock, FakeDisk
+from tests.serving import Setting, file_store, serving, spec, step
+
+DATA = Path("/data")
 
 SIZE = Memory.bytes_needed(decode_spec(spec()), torch.device("cpu"))
 
@@ -172,3 +177,75 @@ def test_calls_beyond_the_quota_are_refused_with_a_delay_on_a_stream_too() -> No
         talk.say(3, step(seq=2))
         assert talk.hear().step.sequences[0].first_position == 2  # the one that was refused was not done
         talk.end()
+
+
+def spilling(
+    name: str = "m", *, durability: pb.Durability.ValueType = pb.DURABILITY_VOLATILE
+) -> pb.CreateMemoryRequest:
+    """A memory of one place, whose other sequences are all in files."""
+    made = spec(name, max_sequences=1, durability=durability, spill=pb.SpillSpec(max_sequences=5))
+    return pb.CreateMemoryRequest(spec=made)
+
+
+def test_bytes_of_spilled_sequences_are_bounded_over_all_memories_of_a_tenant() -> None:
+    disk = FakeDisk()
+    known = tokens(hashed("r", "red"), hashed("b", "blue"), "quota red spilled_bytes=1K")
+    with serving(Setting(authenticator=known, store=file_store(DATA, disk, FakeClock()))) as server:
+        for tenant in "rb":
+            for name in ("m", "n"):
+                server.stub.CreateMemory(spilling(name), metadata=bearer(tenant))
+
+        def use(name: str, sequence: str, tenant: str = "r") -> None:
+            server.stub.Step(step((sequence,), memory=name), metadata=bearer(tenant))
+
+        def refused(name: str, sequence: str) -> QuotaExceeded:
+            error = fails(server, "Step", step((sequence,), memory=name), metadata=bearer("r"))
+            assert isinstance(error, QuotaExceeded)
+            return error
+
+        def held() -> int:
+            return sum(len(content) for path, content in disk.files.items() if {"spilled", "red"} <= set(path.parts))
+
+        use("m", "a")
+        use("m", "b")
+        size = held()
+        use("n", "a")
+        number = 0
+        while held() + size + 8 < 1024:  # names may be longer
+            number += 1
+            use("n", f"b{number}")
+        before = dict(disk.files)
+        error = refused("n", "c")
+        assert "quota spilled_bytes" in str(error)
+        assert (error.metadata["quota"], error.metadata["limit"]) == ("spilled_bytes", "1024")
+        assert int(error.metadata["held"]) == held()
+        assert 1024 - held() < int(error.metadata["needed"]) <= size + 8
+        refused("m", "c")
+        assert disk.files == before, "nothing was moved"
+        use("n", f"b{number}")  # it has its place
+        for sequence in "abcdef":
+            use("m", sequence, "b")
+        lines = server.metrics.text().decode().splitlines()
+        assert 'memstore_spill_refusals_total{memory="other"} 2.0' in lines
+        server.stub.Reset(pb.ResetRequest(memory="m", sequences=["a"], release=True), metadata=bearer("r"))
+        use("n", "c")
+        refused("n", "d")
+        server.stub.DropMemory(pb.DropMemoryRequest(name="n"), metadata=bearer("r"))
+        for sequence in "cd":
+            use("m", sequence)
+
+
+def test_a_quota_that_is_lowered_keeps_no_memory_from_being_loaded() -> None:
+    disk = FakeDisk()
+    catalog = FileCatalog(DATA, disk)
+    with serving(Setting(catalog=catalog, store=file_store(DATA, disk, FakeClock()))) as server:
+        server.stub.CreateMemory(spilling(durability=pb.DURABILITY_INTERVAL))
+        for sequence in "abc":
+            server.stub.Step(step((sequence,), memory="m"))
+    few = Quota(spilled_bytes=10)
+    with serving(Setting(catalog=catalog, store=file_store(DATA, disk, FakeClock()), quota=few)) as server:
+        error = fails(server, "Step", step(("d",), memory="m"))
+        assert isinstance(error, QuotaExceeded)
+        assert error.metadata["quota"] == "spilled_bytes"
+        server.stub.Reset(pb.ResetRequest(memory="m", sequences=["a", "b"], release=True))
+        server.stub.Step(step(("c",), seq=1, memory="m"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from memstore import lifecycle
 from memstore.errors import Corrupt, InvalidRequest, MemstoreError, NotFound, PositionExpired, QuotaExceeded
 from memstore.memory import Memory
+from memstore.reply_bytes import held_bytes
+from memstore.sequence import Reply, Sequence
 from memstore.spill_file import SpillFolder
-from memstore.tiers import host_bytes
+from memstore.tiers import host_bytes, replies_room
 from memstore.types import (
     FirstPass,
     Hits,
@@ -31,11 +34,11 @@ from memstore.types import (
 )
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec, encode_spec
-from tests.fakes import FakeClock, FakeDisk
+from tests.fakes import FakeAppendFile, FakeClock, FakeDisk
 from tests.lives import batch, found
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence as SequenceOf
 
 CPU = torch.device("cpu")
 FOLDER = Path("/data/spilled/t/m")
@@ -333,6 +336,37 @@ def test_files_go_when_nobody_needs_them() -> None:
     assert not watched.disk.files
 
 
+def test_a_file_that_could_not_be_removed_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, ample = Watched(), Watched(plain(SPEC))
+    watched.disk.files[FOLDER / "sequence-00000001"] = b"left over"
+    for each in (watched, ample):
+        each.append("abc")
+    with monkeypatch.context() as failing:
+        failing.setattr(watched.disk, "remove", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        watched.disk.is_full = True
+        failing.setattr(watched.disk, "scratch", lambda path: _created(watched.disk, path))
+        (refused,) = watched.step(batch(SPEC, "d", 1, 0))
+        assert isinstance(refused, QuotaExceeded)
+    watched.disk.is_full = False
+    assert FOLDER / "sequence-00000000" in watched.disk.files, "half of a file, which could not be removed"
+    for each in (watched, ample):
+        each.append("de")
+    for name in "abcde":
+        assert looked(watched.memory, name) == looked(ample.memory, name)
+    assert watched.disk.files[FOLDER / "sequence-00000001"] == b"left over"
+    watched.memory.free()
+    watched.memory.remove_files()
+    assert not watched.disk.files
+
+
+def _created(disk: FakeDisk, path: Path) -> FakeAppendFile:
+    """A file on a disk on which names have room, and content has none."""
+    if path in disk.files:
+        raise FileExistsError(17, "File exists", str(path))
+    disk.files[path] = b""
+    return FakeAppendFile(disk, path)
+
+
 def test_a_full_disk_refuses_what_needs_it_and_loses_nothing() -> None:
     watched, ample = Watched(), Watched(plain(SPEC))
     for each in (watched, ample):
@@ -442,7 +476,9 @@ def test_host_memory_is_counted() -> None:
     spec = replace(SPEC, max_sequences=4)
     assert host_bytes(plain(spec)) == 0
     row_bytes = 2 * 2 + 4
-    assert host_bytes(spec) == 2 * 4 * row_bytes, "one more place than stays there"
+    rows = 2 * 4 * row_bytes  # one more place than stays there
+    assert host_bytes(spec) == rows + replies_room(spec)
+    assert host_bytes(replace(spec, spill=SpillSpec(max_sequences=3))) == rows // 2, "what passes through stays no time"
     assert Memory.bytes_needed(spec, CPU) == Memory.bytes_needed(replace(spec, spill=SpillSpec()), CPU) + host_bytes(
         spec
     )
@@ -479,7 +515,9 @@ def _shown(hits: Hits | None) -> list[object]:
     return [hits.positions.tolist(), hits.index.tolist(), hits.scores.tolist(), hits.arrays["key"].tolist()]
 
 
-def _together(names: Sequence[str], rows: int = 1, seqs: Sequence[int] | None = None, value: float = 0.0) -> StepBatch:
+def _together(
+    names: SequenceOf[str], rows: int = 1, seqs: SequenceOf[int] | None = None, value: float = 0.0
+) -> StepBatch:
     """One call that appends to several sequences."""
     numbers = seqs or [1] * len(names)
     each = [batch(SPEC, name, rows, seq, value=value) for name, seq in zip(names, numbers, strict=True)]
@@ -489,3 +527,77 @@ def _together(names: Sequence[str], rows: int = 1, seqs: Sequence[int] | None = 
         keys=torch.cat([step.keys for step in each], 1),
         fingerprints=tuple(step.fingerprints[0] for step in each),
     )
+
+
+def replies(watched: Watched, name: str, number: int, writers: str = "w") -> None:
+    """Appends without rows, which are answered and remembered."""
+    for writer in writers:
+        known = watched.memory._table[name].writers.get(writer) if name in watched.memory._table else None
+        first = 0 if known is None else known.next_seq
+        for seq in range(first, first + number):
+            watched.step(batch(watched.memory.spec, name, 0, seq, writer=writer))
+
+
+def in_host_memory(watched: Watched) -> int:
+    """Bytes of replies to the writers of sequences in host memory."""
+    spill = watched.memory.lifecycle.spill
+    assert spill is not None
+    return sum(held_bytes(watched.memory._table[name]) for name in spill._hosted)
+
+
+def test_replies_to_the_writers_of_sequences_in_host_memory_are_bounded() -> None:
+    watched, ample = Watched(replace(SPEC, spill=SpillSpec(max_sequences=6, host_sequences=3))), Watched(plain(SPEC))
+    room = replies_room(watched.memory.spec)
+    assert host_bytes(watched.memory.spec) == room + 4 * 4 * (2 * 2 + 4)
+    for each in (watched, ample):
+        for name in "abcde":
+            replies(each, name, 300 if name == "a" else 3, "vw" if name == "a" else "w")
+    assert watched.tiers == (2, 3, 0), "they have room"
+    for each in (watched, ample):
+        replies(each, "c", 300, "tuvwx")
+        replies(each, "d", 300, "tuvw")
+        replies(each, "e", 1)
+        replies(each, "d", 1)
+    assert watched.counts.num_on_disk >= 1, "others have to go on"
+    assert watched.counts.num_on_host >= 1
+    for name in "abcdeabcde":
+        assert in_host_memory(watched) <= room
+        expected = ample.memory._table[name].writers
+        looked(watched.memory, name)
+        assert watched.memory._table[name].writers == expected
+    watched.memory.reset(list("abcde"), release=True)
+    spill = watched.memory.lifecycle.spill
+    assert spill is not None
+    assert spill._writer_bytes == 0
+
+
+def test_without_files_replies_beyond_their_room_refuse_the_call_and_change_nothing() -> None:
+    watched = Watched(replace(SPEC, max_sequences=1, spill=SpillSpec(max_sequences=1, host_sequences=1)))
+    assert watched.memory.lifecycle.spill is not None
+    watched.memory.lifecycle.spill.tiers.folder = None
+    replies(watched, "a", 300, "uvw")
+    (refused,) = watched.step(batch(SPEC, "b", 1, 0))
+    assert isinstance(refused, QuotaExceeded)
+    assert "writers" in str(refused)
+    assert watched.tiers == (1, 0, 0)
+    assert watched.step(batch(SPEC, "a", 1, 300, writer="u"))
+    watched.memory.reset(["a"], release=False)
+    watched.append("b", 1)
+    assert watched.tiers == (1, 1, 0)
+
+
+def test_what_is_counted_of_replies_is_at_least_what_they_take() -> None:
+    tracemalloc.start()
+    try:
+        for writers, number in ((1, 1), (1, 256), (64, 256)):
+            before = tracemalloc.get_traced_memory()[0]
+            sequence = Sequence(0, 1)
+            for each in range(writers):
+                for seq in range(number):
+                    at = 10**12 + 1000 * seq
+                    reply = Reply(num_rows=at, fingerprint=at, as_of=at, first_position=at + 1, begun_from=2**62 + seq)
+                    sequence.remember(f"{each:0128d}", reply)
+            taken = tracemalloc.get_traced_memory()[0] - before
+            assert 0.5 * held_bytes(sequence) <= taken <= held_bytes(sequence) + 2048
+    finally:
+        tracemalloc.stop()

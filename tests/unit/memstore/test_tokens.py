@@ -29,7 +29,7 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             hashed("all", "red"),
             hashed("reader", "red", "scopes=read"),
             hashed("passing", "blue", "expires=2030-01-31T12:00:00+01:00", "scopes=read,write"),
-            "quota red bytes=8G sequences=4096 calls_per_s=200.5 leases=12",
+            "quota red bytes=8G sequences=4096 calls_per_s=200.5 leases=12 spilled_bytes=1T",
             "",
         )
     )
@@ -41,7 +41,8 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             tenant="blue", scopes=frozenset({Scope.READ, Scope.WRITE}), expires_at=1896087600.0
         ),
     }
-    assert file.quotas == {"red": Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5, leases=12)}
+    red = Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5, leases=12, spilled_bytes=1 << 40)
+    assert file.quotas == {"red": red}
 
 
 @pytest.mark.parametrize(
