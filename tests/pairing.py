@@ -98,8 +98,10 @@ class Pair:
 
 
 def part(sequence: str, num_rows: int, *, seq: int = 0, epoch: int = 0, start: bool = False) -> SequencePart:
+    """One sequence's part of a batch."""
     return SequencePart(sequence=sequence, num_rows=num_rows, seq=seq, epoch=epoch, start_of_sequence=start)
 
 
 def replace(spec: MemorySpec, **changes: object) -> MemorySpec:
+    """The spec with some of its fields changed."""
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
