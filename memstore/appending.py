@@ -107,10 +107,11 @@ def _each_row(kept: Sequence[tuple[int, int, int, int]]) -> NDArray[np.int64]:
 
     Positions and columns count on from the first ones.
     """
-    *firsts, counts = np.array(kept, np.int64).T
+    parts = np.array(kept, np.int64).T
+    firsts, counts = parts[:3], parts[3]
     if counts.max() == 1:
-        return np.stack(firsts)
+        return firsts
     ends = counts.cumsum()
-    table = np.repeat(np.stack(firsts), counts, axis=1)
+    table = np.repeat(firsts, counts, axis=1)
     table[1:] += np.arange(ends[-1]) - np.repeat(ends - counts, counts)
     return table

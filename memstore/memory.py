@@ -385,5 +385,7 @@ def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan
 
 def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:
     """The batch with its tensors on the device: they cross once, for the search and the append."""
+    if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
+        return batch
     payloads = {name: rows.to(device, non_blocking=True) for name, rows in batch.payloads.items()}
     return replace(batch, keys=batch.keys.to(device, non_blocking=True), payloads=payloads)

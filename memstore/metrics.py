@@ -53,33 +53,35 @@ def named_memories(asked: int, *, has_tenants: bool) -> int:
     return 0 if has_tenants else NAMED_MEMORIES
 
 
-class _Tally(CollectorRegistry):
-    """A registry whose observations wait until there are some: a single one costs a step as much as many would."""
+class _Tally:
+    """Observations that wait until there are some: a single one costs a step as much as many would.
+
+    Registered before all metrics, it is asked first at each scrape, and counts what waits.
+    """
 
     AT_ONCE = 32
 
     def __init__(self) -> None:
-        super().__init__()
         self._waiting: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._counting = threading.Lock()
 
     def add(self, count: Callable[..., None], *arguments: Any) -> None:
-        """Has `count` called with these before anybody sees the metrics. Safe from any thread."""
+        """Has `count` called with these before the next scrape. Safe from any thread."""
         self._waiting.append((count, arguments))
         if len(self._waiting) >= self.AT_ONCE:
-            self.settle()
+            self.collect()
 
-    def settle(self) -> None:
+    def describe(self) -> Iterable[Metric]:
+        """It has no metrics of its own."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
         """Counts what waits."""
         with self._counting, suppress(IndexError):
             while True:
                 count, arguments = self._waiting.popleft()
                 count(*arguments)
-
-    def collect(self) -> Iterable[Metric]:
-        """Everything, with all that was added before."""
-        self.settle()
-        return super().collect()
+        return ()
 
 
 class Metrics:
@@ -87,7 +89,9 @@ class Metrics:
 
     def __init__(self, methods: Sequence[str], version: str, max_memories: int) -> None:
         """methods: every one has its series from the start. max_memories: beyond it, memories share one label."""
-        self.registry = _Tally()
+        self.registry = CollectorRegistry()
+        self._tally = _Tally()
+        self.registry.register(self._tally)
         self._max_memories = max_memories
         self._memories: set[str] = set()
         self._rpc = Histogram(
@@ -135,11 +139,11 @@ class Metrics:
 
     def rpc(self, method: str, code: str, seconds: float) -> None:
         """One call was answered, or one step of a stream."""
-        self.registry.add(self._count_rpc, method, code, seconds)
+        self._tally.add(self._count_rpc, method, code, seconds)
 
     def joined(self, memory: str, num_requests: int, num_rows: int, seconds: float) -> None:
         """See Observer of device.py."""
-        self.registry.add(self._count_joined, memory, num_requests, num_rows, seconds)
+        self._tally.add(self._count_joined, memory, num_requests, num_rows, seconds)
 
     def recovered(self, cut_bytes: int, seconds: float) -> None:
         """See StoreObserver of store.py."""

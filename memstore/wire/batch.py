@@ -6,7 +6,7 @@ import itertools
 import zlib
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from memstore.wire import fields, limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from memstore.plane import Plane
 
@@ -180,8 +182,12 @@ def _is_within(keys: torch.Tensor, most: float) -> bool:
     if keys.is_cuda:
         low, high = torch.stack(torch.aminmax(keys)).tolist()
         return bool(low >= -most and high <= most)  # false for NaN, which aminmax passes on
-    bits = np.frombuffer(bytes_of(keys), np.int16 if keys.element_size() == 2 else np.int32)
-    return bool((bits & np.iinfo(bits.dtype).max).max() <= _largest_bits(keys.dtype, most))
+    content = bytes_of(keys)
+    if keys.element_size() == 2:
+        bits: NDArray[Any] = np.frombuffer(content, np.int16) & 0x7FFF
+    else:
+        bits = np.frombuffer(content, np.int32) & 0x7FFFFFFF
+    return int(bits.max()) <= _largest_bits(keys.dtype, most)
 
 
 @cache
