@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from memstore.changes import Appended, Forked, Pinned
 from memstore.errors import Corrupt, MemstoreError, NotReady, QuotaExceeded
 from memstore.lease import RECALL_S
+from memstore.places import Places
 from memstore.seams import SystemClock
 from memstore.spill import Spill
 
@@ -198,7 +199,8 @@ class Lifecycle:
         """Takes note of the sequences of a snapshot. ValueError where they do not fit."""
         if self.spill is not None:
             self.spill.restore(sequences, self.clock.monotonic())
-        self.touch(name for name, each in sequences.items() if each.place < self._spec.max_sequences)
+        places = Places.of(self._spec)
+        self.touch(name for name, each in sequences.items() if places.is_on_device(each.place))
 
     def mend(self, name: str, found: Stream, scratch: Slab) -> None:
         """Gives a sequence a new file whose own cannot be read, if nobody has changed it since.

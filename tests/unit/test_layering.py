@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = """
     v1 types errors futures config seams logs
     descriptors
-    ring window codes region slab control lease search host gpu index sequence lent
-    retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
+    ring window places codes region slab control lease search host gpu index sequence lent
+    retrieval appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes lifecycle lender
     log journal ledger refill memory
     folder snapshot salvage recovery archive
     admission capacity catalog store turns errands joining device plane replies

@@ -140,7 +140,7 @@ def test_one_whose_file_fails_is_said_until_then_and_the_others_are_not() -> Non
     first = spilled(life)[0]
     number = int(first.name.partition("-")[2])
     tiers = life.memory.lifecycle.spill.tiers  # type: ignore[union-attr]
-    (lost,) = [name for name in NAMES if life.memory._table[name].place == tiers._first_file + number]
+    (lost,) = [name for name in NAMES if life.memory._table[name].place == tiers.places.filed(number)]
     flip(life, first)
     for _ in range(2):
         with pytest.raises(Corrupt, match=f"'{lost}'"):
@@ -149,7 +149,7 @@ def test_one_whose_file_fails_is_said_until_then_and_the_others_are_not() -> Non
         use(life, name)
     assert life.snapshot()
     use(life, lost)
-    assert tiers.disk_bytes == sum(len(life.disk.files[path]) for path in spilled(life))
+    assert tiers.files.num_bytes == sum(len(life.disk.files[path]) for path in spilled(life))
 
 
 def test_a_snapshot_is_due_soon_after_a_file_has_failed() -> None:
@@ -160,7 +160,9 @@ def test_a_snapshot_is_due_soon_after_a_file_has_failed() -> None:
     assert not life.archive.journal.num_kept
     for path in spilled(life):
         flip(life, path)
-    (name, *_) = [name for name in NAMES if life.memory.lifecycle.spill.tiers.is_filed(life.memory._table[name].place)]  # type: ignore[union-attr]
+    (name, *_) = [
+        name for name in NAMES if life.memory.lifecycle.spill.tiers.places.is_filed(life.memory._table[name].place)
+    ]  # type: ignore[union-attr]
     with pytest.raises(Corrupt):
         use(life, name)
     assert not snapshotter._is_due(registry)  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ class Watched:
         self.memory = Memory(spec, device, new_epoch=itertools.count(1).__next__)
         self.memory.lifecycle.clock = self.clock
         if self.memory.lifecycle.spill is not None:
-            self.memory.lifecycle.spill.tiers.folder = SpillFolder(FOLDER, self.disk)
+            self.memory.lifecycle.spill.tiers.files.folder = SpillFolder(FOLDER, self.disk)
 
     @property
     def counts(self) -> SpillCounts:
@@ -391,7 +391,7 @@ def test_without_a_folder_host_memory_is_enough_for_what_may_lie_there() -> None
     spec = replace(SPEC, spill=SpillSpec(max_sequences=3, host_sequences=3))
     watched = Watched(spec)
     assert watched.memory.lifecycle.spill is not None
-    watched.memory.lifecycle.spill.tiers.folder = None
+    watched.memory.lifecycle.spill.tiers.files.folder = None
     watched.append("abcde")
     for seq in range(1, 4):
         watched.append("abcdeedcba"[5 * (seq % 2) :][:5], 1, seq)
@@ -574,7 +574,7 @@ def test_replies_to_the_writers_of_sequences_in_host_memory_are_bounded() -> Non
 def test_without_files_replies_beyond_their_room_refuse_the_call_and_change_nothing() -> None:
     watched = Watched(replace(SPEC, max_sequences=1, spill=SpillSpec(max_sequences=1, host_sequences=1)))
     assert watched.memory.lifecycle.spill is not None
-    watched.memory.lifecycle.spill.tiers.folder = None
+    watched.memory.lifecycle.spill.tiers.files.folder = None
     replies(watched, "a", 300, "uvw")
     (refused,) = watched.step(batch(SPEC, "b", 1, 0))
     assert isinstance(refused, QuotaExceeded)
