@@ -14,8 +14,8 @@ ORDER = """
     v1 types errors futures config seams logs
     descriptors
     ring window places codes region slab control lease search host gpu index sequence lent
-    retrieval appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes lifecycle lender
-    log journal ledger refill memory
+    retrieval appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
+    seating lifecycle lender log journal ledger refill memory
     folder snapshot salvage recovery archive
     admission capacity catalog store turns errands joining device plane replies
     wire status access followed tokens auth quotas gate
