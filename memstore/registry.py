@@ -300,14 +300,14 @@ class Registry:
 
     def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
         """Removes a memory that nobody can find any more; None where it could not be loaded, and has files only."""
+        archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
         try:
-            archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
-            remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
-        finally:
-            if loaded is not None:
-                self._rooms.give_back(memory, loaded.engine)
-            self._going.pop(memory, None)
-        try:
+            try:
+                remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
+            finally:
+                if loaded is not None:
+                    self._rooms.give_back(memory, loaded.engine)
+                self._going.pop(memory, None)
             remove()
         finally:
             if loaded is not None:

@@ -55,7 +55,10 @@ class Store(Protocol):
         """Raises InvalidRequest where a memory of this spec cannot be kept here at all, QuotaExceeded for its size."""
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
-        """Begins the files of a new memory and makes them its keeper; None for a volatile one. Raises NotReady."""
+        """Begins the files of a new memory and makes them its keeper; None for a volatile one.
+
+        Raises NotReady, and QuotaExceeded where others have taken its room since `check`.
+        """
 
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
@@ -136,6 +139,7 @@ class FileStore:
             )
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        self.check(engine.spec)
         if engine.spec.durability is Durability.VOLATILE:
             self._count(engine.spec)
             return None
