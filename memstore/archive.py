@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from memstore.errors import Corrupt, MemstoreError, NotReady, ReadOnly
+from memstore.folder import FIRST_SEGMENT
 from memstore.journal import Journal
 from memstore.log import Head
 from memstore.logs import event, trouble
@@ -116,7 +117,7 @@ class Archive:
         cls, folder: MemoryFolder, identity: str, spec: MemorySpec, syncer: Asked, found: Recovered | None = None
     ) -> Archive:
         """Goes on behind what was found; None for a memory that is new."""
-        segment, number, is_behind_loss = 1, 1, False
+        segment, number, is_behind_loss = FIRST_SEGMENT, 1, False
         if found is not None:
             segment, number, is_behind_loss = found.next_segment, found.next_number, found.is_loss_possible
         head = Head(identity, folder.disk.boot_id(), is_behind_loss)
@@ -183,7 +184,7 @@ class Archive:
         disk.rename(unfinished, self._folder.snapshot(number))
         try:
             Snapshot(disk, self._folder.snapshot(number)).verify()
-        except Corrupt:
+        except (Corrupt, OSError):
             disk.remove_folder(self._folder.snapshot(number))
             raise
         self._mend(memory, still, control)

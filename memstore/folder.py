@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from memstore.seams import Disk
 
 MEMORIES, SPILLED = "memories", "spilled"
+FIRST_SEGMENT = 1
+"""The segment that a new memory's log begins with."""
 CLOSED, RESTORED = "closed", "restored"
 _NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")
 
