@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from memstore.retrieval import joined_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from types import ModuleType
 
     from numpy.typing import NDArray
 
@@ -63,7 +65,32 @@ def stage(
 
     keys = rows([plan.batch.keys for plan in appending])
     payloads = {name: rows([plan.batch.payloads[name] for plan in appending]) for name in slab.payloads}
-    return StagedAppend(slab.stage(keys, payloads), slab.in_all_layers(cells))
+    compiled = _compiled(slab)
+    staged = slab.stage(keys, payloads, None if compiled is None else compiled.norms_of)
+    return StagedAppend(staged, slab.in_all_layers(cells))
+
+
+def write(slab: Slab, staged: StagedAppend) -> None:
+    """Puts staged rows into their cells. Cannot fail, and takes no memory."""
+    compiled = _compiled(slab)
+    if compiled is None:
+        slab.write(staged.rows, staged.cells)
+    else:
+        compiled.put(slab, staged.rows, staged.cells)
+
+
+def _compiled(slab: Slab) -> ModuleType | None:
+    """What does both for a slab of the host's; None for others, and where numba cannot be used."""
+    return _placing() if slab.device.type == "cpu" else None
+
+
+@cache
+def _placing() -> ModuleType | None:
+    try:
+        from memstore.host import placing
+    except ImportError:
+        return None
+    return placing
 
 
 def cells_of(kept: Sequence[tuple[int, int, int]], capacity: int) -> torch.Tensor:
@@ -80,10 +107,11 @@ def _each_row(kept: Sequence[tuple[int, int, int, int]]) -> NDArray[np.int64]:
 
     Positions and columns count on from the first ones.
     """
-    *firsts, counts = np.array(kept, np.int64).T
+    parts = np.array(kept, np.int64).T
+    firsts, counts = parts[:3], parts[3]
     if counts.max() == 1:
-        return np.stack(firsts)
+        return firsts
     ends = counts.cumsum()
-    table = np.repeat(np.stack(firsts), counts, axis=1)
+    table = np.repeat(firsts, counts, axis=1)
     table[1:] += np.arange(ends[-1]) - np.repeat(ends - counts, counts)
     return table

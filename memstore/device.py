@@ -208,17 +208,16 @@ class DeviceWorker:
         return bool(jobs)
 
     def _enqueue(self, job: Job[T], lane: str) -> Future[T]:
-        problem: MemstoreError = NotReady("the server is stopping")
         with self._arrived:
             late_s = 0.0 if self._is_closed else self._late_s(job.ticket)
-            if late_s > 0:
-                problem = Overloaded("the device is busy until after the deadline; nothing was done", late_s)
-            elif not self._is_closed:
+            if late_s <= 0 and not self._is_closed:
                 self._turns.put(lane, job)  # type: ignore[arg-type]  # only this job's own code meets its answer
                 self._arrived.notify()
                 return job.future
         self._release(job, 0.0)
-        raise problem
+        if late_s > 0:
+            raise Overloaded("the device is busy until after the deadline; nothing was done", late_s)
+        raise NotReady("the server is stopping")
 
     def _late_s(self, ticket: Ticket) -> float:
         """How long after its deadline a job should be answered, by those before; not above 0 where it can be in time.

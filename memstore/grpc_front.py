@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -295,11 +296,12 @@ class GrpcFront:
 
     async def _settle(self, flight: _Flight, request_id: str) -> Iterable[bytes]:
         """The messages of the answer to a step."""
-        left = None if flight.deadline is None else max(0.0, flight.deadline - self._clock.monotonic())
         try:
-            async with asyncio.timeout(None if flight.future.done() else left):
-                reply = await asyncio.wrap_future(flight.future)
+            if not flight.future.done():
+                await _outcome(flight.future, self._left_s(flight))
+            reply = flight.future.result()
         except TimeoutError:
+            flight.future.cancel()
             late = Expired("the step's timeout is over; what the device had begun is done nevertheless")
             failure = self._outcomes.failure("StepStream", late, request_id, flight.began)
         except Exception as error:  # the root of the servicer, as in _unary
@@ -308,6 +310,33 @@ class GrpcFront:
             self._outcomes.count("StepStream", grpc.StatusCode.OK, flight.began)
             return wire.answer_frames(flight.call_id, reply, flight.plane, flight.piece_bytes)
         return (wire.failure_frame(flight.call_id, status.to_failure(failure)),)
+
+    def _left_s(self, flight: _Flight) -> float | None:
+        return None if flight.deadline is None else max(0.0, flight.deadline - self._clock.monotonic())
+
+
+async def _outcome(future: Future[Message], seconds: float | None) -> None:
+    """Waits until another thread has settled a future, which is left alone. TimeoutError where that takes too long."""
+    loop = asyncio.get_running_loop()
+    waiting = loop.create_future()
+
+    def wake() -> None:
+        if not waiting.done():
+            waiting.set_result(None)
+
+    def tell(_: Future[Message]) -> None:
+        with suppress(RuntimeError):  # the loop may be closed by then
+            loop.call_soon_threadsafe(wake)
+
+    future.add_done_callback(tell)
+    alarm = None if seconds is None else loop.call_later(seconds, wake)
+    try:
+        await waiting
+    finally:
+        if alarm is not None:
+            alarm.cancel()
+    if not future.done():
+        raise TimeoutError
 
 
 def _heard(reader: asyncio.Task[None]) -> None:

@@ -121,13 +121,8 @@ def _change(batch: StepBatch, plan: PartPlan, new_epoch: Callable[[], int]) -> A
         return Appended(part.sequence, epoch, is_append=False)
     reply = None
     if batch.writer:
-        reply = Reply(
-            num_rows=part.num_rows,
-            fingerprint=plan.fingerprint,
-            as_of=plan.as_of,
-            first_position=plan.first_position,
-            begun_from=part.epoch if part.start_of_sequence else None,
-        )
+        begun_from = part.epoch if part.start_of_sequence else None
+        reply = Reply(part.num_rows, plan.fingerprint, plan.as_of, plan.first_position, begun_from)
     return Appended(part.sequence, epoch, True, part.num_rows, plan.first_position, batch.writer, reply)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore import ring
-from memstore.appending import stage
+from memstore.appending import stage, write
 from memstore.changes import Appended, Change, Forked, Pinned, Released, Renewed
 from memstore.errors import DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded, ReadOnly
 from memstore.index import INDEXES, build_thread, index_bytes, make_index
@@ -146,7 +146,7 @@ class Memory:
         changed = [change.sequence for change in changes]
         if staged is not None and changes:
             self._table.announce(changed)
-            self._slab.write(staged.rows, staged.cells)
+            write(self._slab, staged)
             if self._index.is_told:
                 self._tell_appended(change.sequence for change in changes if change.num_rows)
         self._table.publish(changed)
@@ -389,5 +389,7 @@ def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan
 
 def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:
     """The batch with its tensors on the device: they cross once, for the search and the append."""
+    if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
+        return batch
     payloads = {name: rows.to(device, non_blocking=True) for name, rows in batch.payloads.items()}
     return replace(batch, keys=batch.keys.to(device, non_blocking=True), payloads=payloads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,12 +53,45 @@ def named_memories(asked: int, *, has_tenants: bool) -> int:
     return 0 if has_tenants else NAMED_MEMORIES
 
 
+class _Tally:
+    """Observations that wait until there are some: a single one costs a step as much as many would.
+
+    Registered before all metrics, it is asked first at each scrape, and counts what waits.
+    """
+
+    AT_ONCE = 32
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._counting = threading.Lock()
+
+    def add(self, count: Callable[..., None], *arguments: Any) -> None:
+        """Has `count` called with these before the next scrape. Safe from any thread."""
+        self._waiting.append((count, arguments))
+        if len(self._waiting) >= self.AT_ONCE:
+            self.collect()
+
+    def describe(self) -> Iterable[Metric]:
+        """It has no metrics of its own."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Counts what waits."""
+        with self._counting, suppress(IndexError):
+            while True:
+                count, arguments = self._waiting.popleft()
+                count(*arguments)
+        return ()
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own. Observes the device worker and the gRPC front."""
 
     def __init__(self, methods: Sequence[str], version: str, max_memories: int) -> None:
         """methods: every one has its series from the start. max_memories: beyond it, memories share one label."""
         self.registry = CollectorRegistry()
+        self._tally = _Tally()
+        self.registry.register(self._tally)
         self._max_memories = max_memories
         self._memories: set[str] = set()
         self._rpc = Histogram(
@@ -111,14 +145,11 @@ class Metrics:
 
     def rpc(self, method: str, code: str, seconds: float) -> None:
         """One call was answered, or one step of a stream."""
-        self._rpc.labels(method, code).observe(seconds)
+        self._tally.add(self._count_rpc, method, code, seconds)
 
     def joined(self, memory: str, num_requests: int, num_rows: int, seconds: float) -> None:
         """See Observer of device.py."""
-        label = self._label(memory)
-        self._search.labels(label, "step").observe(seconds)
-        self._joined.observe(num_requests)
-        self._rows.labels(label).inc(num_rows)
+        self._tally.add(self._count_joined, memory, num_requests, num_rows, seconds)
 
     def recovered(self, cut_bytes: int, seconds: float) -> None:
         """See StoreObserver of store.py."""
@@ -149,6 +180,15 @@ class Metrics:
     def text(self) -> bytes:
         """All of it in the Prometheus text format."""
         return bytes(generate_latest(self.registry))
+
+    def _count_rpc(self, method: str, code: str, seconds: float) -> None:
+        self._rpc.labels(method, code).observe(seconds)
+
+    def _count_joined(self, memory: str, num_requests: int, num_rows: int, seconds: float) -> None:
+        label = self._label(memory)
+        self._search.labels(label, "step").observe(seconds)
+        self._joined.observe(num_requests)
+        self._rows.labels(label).inc(num_rows)
 
     def _label(self, memory: str) -> str:
         if memory not in self._memories and len(self._memories) < self._max_memories:

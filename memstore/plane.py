@@ -132,7 +132,8 @@ def _written(plane: Plane, tensor: torch.Tensor) -> pb.Tensor:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The elements of a tensor on the host, row-major; its own where they lie so."""
     plain = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor  # which numpy does not have
-    return np.ascontiguousarray(plain.detach().numpy()).reshape(-1).view(np.uint8).data
+    rows = plain.detach().numpy() if plain.requires_grad else plain.numpy()
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
 
 
 def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

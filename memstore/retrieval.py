@@ -57,6 +57,8 @@ def joined_rows(batches: Sequence[torch.Tensor]) -> torch.Tensor:
 def _groups(plans: Sequence[BatchPlan], num_layers: int) -> NDArray[np.int64]:
     """(L, parts): the group of each part in each layer; those of a batch follow one another, layer by layer."""
     sizes = [num_layers * len(plan.parts) for plan in plans]
+    if len(sizes) == 1:
+        return np.arange(sizes[0]).reshape(num_layers, -1)
     blocks = [
         np.arange(first, first + size).reshape(num_layers, -1)
         for first, size in zip(accumulate(sizes, initial=0), sizes, strict=False)

@@ -33,9 +33,8 @@ MAX_WRITERS = 64
 """Writers of a sequence and epoch that are remembered; the one that appended longest ago is forgotten first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """What the first arrival of an append was answered.
+class Reply(NamedTuple):
+    """What the first arrival of an append was answered. A tuple: a step makes one for every sequence.
 
     fingerprint: 0 where nobody computed it. begun_from: epoch it was sent with, if it began this one.
     """

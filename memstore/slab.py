@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ ALONE_BYTES = 64 << 20
 """The most that one thread copies alone within host memory, in some 8 ms. All of torch's threads are faster, but each
 that has lost its core to another process is waited for, some 4 ms.
 """
+NormsOf: TypeAlias = "Callable[[torch.Tensor, Metric], torch.Tensor]"
+"""(layers, n, dim) as stored, and the metric -> (layers, n) float32."""
 _ALIGNED = 4096
 """The arrays of a region begin at multiples of this."""
 
@@ -54,6 +56,12 @@ class StagedRows:
     norms: torch.Tensor | None
     payloads: Mapping[str, torch.Tensor]
     coded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def arrays(self) -> list[torch.Tensor]:
+        """All of them, in the order of a slab's."""
+        norms = [] if self.norms is None else [self.norms]
+        return [self.keys, *norms, *self.payloads.values(), *(self.coded or ())]
 
     def to(self, device: torch.device | str) -> StagedRows:
         """The same rows on a device."""
@@ -108,6 +116,8 @@ class Slab:
         self.terms = tensors.pop() if BITS[spec.first_pass] else None
         self.codes = tensors.pop() if BITS[spec.first_pass] else None
         self.payloads = {payload.name: tensor for payload, tensor in zip(spec.payloads, tensors, strict=True)}
+        self.cells = [_as_cells(tensor) for tensor in self._tensors()] if device.type == "cpu" else []
+        """On the host, all arrays as compiled code writes to them: (num_cells, bytes) uint8."""
 
     def _arrays(self, formats: Sequence[_Format]) -> list[torch.Tensor]:
         region = self.region
@@ -118,15 +128,18 @@ class Slab:
             for each, offset in zip(formats, _offsets(formats), strict=False)
         ]
 
-    def stage(self, keys: torch.Tensor, payloads: Mapping[str, torch.Tensor]) -> StagedRows:
+    def stage(
+        self, keys: torch.Tensor, payloads: Mapping[str, torch.Tensor], norms_of: NormsOf | None = None
+    ) -> StagedRows:
         """Converts rows to what is stored. Raises torch.OutOfMemoryError, before anything is changed.
 
         keys: (layers, n, dim) floating, on the device; finite values beyond the range of the memory's dtype are kept
-        as its largest. payloads: name -> (layers, n, *shape).
+        as its largest. payloads: name -> (layers, n, *shape). norms_of: makes norms of stored keys.
         """
         stored = _rounded(keys, self.keys.dtype).contiguous()
         converted = {name: payloads[name].to(slab.dtype).contiguous() for name, slab in self.payloads.items()}
-        return self._coded(StagedRows(stored, None if self.norms is None else _norms(stored, self.metric), converted))
+        norms = None if self.norms is None else (norms_of or _norms)(stored, self.metric)
+        return self._coded(StagedRows(stored, norms, converted))
 
     def _coded(self, rows: StagedRows) -> StagedRows:
         """Rows with their codes, where this slab has codes."""
@@ -224,6 +237,7 @@ class Slab:
             self._unpin()
         empty = torch.empty(0)
         self.keys, self.norms, self.payloads, self.codes, self.terms = empty, None, {}, None, None
+        self.cells = []
         if self.region is not None:
             self.region.close()
         if self.device.type == "cuda":
@@ -296,6 +310,13 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
         np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
     else:
         target.copy_(source)
+
+
+def _as_cells(array: torch.Tensor) -> NDArray[np.uint8]:
+    """(layers, places, capacity, ...) -> (num_cells, bytes)."""
+    num_cells = array.shape[0] * array.shape[1] * array.shape[2]
+    cells: NDArray[np.uint8] = array.view(num_cells, -1).view(torch.uint8).numpy()
+    return cells
 
 
 def _rounded(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

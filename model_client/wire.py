@@ -184,15 +184,22 @@ def tensor_of(
     if dtype is None:
         raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
     count = math.prod(shape)
-    is_shape = min(shape, default=0) >= 0 and math.prod(max(extent, 1) for extent in shape) <= MAX_EXTENTS
+    is_shape = min(shape, default=1) > 0 or _is_empty(shape)
     if not is_shape or count * dtype.itemsize != num_bytes or offset < 0:
         raise Internal(f"the reply has a tensor of {num_bytes} bytes at {offset} and shape {list(shape)}")
+    if not count:
+        return torch.empty(shape, dtype=dtype, device=device)
     try:
-        if not num_bytes:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape).to(device)
+        flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+        shaped = flat if len(shape) == 1 else flat.view(shape)
+        return shaped if device.type == "cpu" else shaped.to(device)
     except ValueError as error:
         raise Internal(f"the reply has a tensor beyond its bytes: {num_bytes} at {offset}") from error
+
+
+def _is_empty(shape: tuple[int, ...]) -> bool:
+    """True for a shape without elements that torch can make."""
+    return min(shape) == 0 and math.prod(max(extent, 1) for extent in shape) <= MAX_EXTENTS
 
 
 def wire_dtype(dtype: torch.dtype) -> pb.DataType.ValueType:
@@ -299,7 +306,7 @@ def read_hits(plane: TensorPlane, hits: pb.Hits, device: torch.device) -> Hits:
 
 
 def _as_bytes(tensor: torch.Tensor) -> bytes:
-    host = tensor.detach().to("cpu").contiguous()
-    if host.dtype == torch.bfloat16:  # numpy has no such dtype
-        host = host.view(torch.int16)
-    return host.numpy().tobytes()
+    is_plain = tensor.device.type == "cpu" and not tensor.requires_grad
+    host = tensor if is_plain else tensor.detach().cpu()
+    plain = host.view(torch.int16) if host.dtype == torch.bfloat16 else host  # which numpy does not have
+    return plain.numpy().tobytes()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from memstore.errors import InvalidRequest
+from memstore.plane import bytes_of
 from memstore.types import KEY, MemorySpec, RetrieveOptions, SequencePart, StepBatch
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import fields, limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from memstore.plane import Plane
 
@@ -110,7 +115,9 @@ def sequence_name(value: str, field: str) -> str:
 
 def _layers(ask: _Ask, spec: MemorySpec) -> tuple[int, ...]:
     every = tuple(range(spec.num_layers))
-    layers = tuple(ask.layers) or every
+    layers = tuple(ask.layers)
+    if not layers:
+        return every
     if any(a >= b for a, b in itertools.pairwise(layers)):
         raise InvalidRequest("layers", "ascending and without repeats")
     if layers[0] < 0 or layers[-1] >= spec.num_layers:
@@ -162,10 +169,33 @@ def _keys(request: StepLike, shape: tuple[int, int, int], stored: MemorySpec | N
         raise InvalidRequest("keys.dtype", f"{keys.dtype}: keys are FP32, FP16 or BF16")
     if keys.numel():
         most = min(limits.MAX_KEY_ABS, torch.finfo(keys.dtype if stored is None else stored.dtype).max)
-        low, high = torch.stack(torch.aminmax(keys)).tolist()
-        if not (low >= -most and high <= most):  # false for NaN, which aminmax passes on
+        if not _is_within(keys, most):
             raise InvalidRequest("keys", f"an element is NaN, infinite or beyond +-{most:g}")
     return keys
+
+
+def _is_within(keys: torch.Tensor, most: float) -> bool:
+    """True where every element is a number from -most to most. On the host its bits are asked, whose order is theirs.
+
+    Those of NaN come after those of infinity.
+    """
+    if keys.is_cuda:
+        low, high = torch.stack(torch.aminmax(keys)).tolist()
+        return bool(low >= -most and high <= most)  # false for NaN, which aminmax passes on
+    content = bytes_of(keys)
+    if keys.element_size() == 2:
+        bits: NDArray[Any] = np.frombuffer(content, np.int16) & 0x7FFF
+    else:
+        bits = np.frombuffer(content, np.int32) & 0x7FFFFFFF
+    return int(bits.max()) <= _largest_bits(keys.dtype, most)
+
+
+@cache
+def _largest_bits(dtype: torch.dtype, most: float) -> int:
+    """The bits of the largest number of this format that is not above `most`."""
+    nearest = torch.tensor(most, dtype=torch.float64).to(dtype)
+    bits = nearest.view(torch.int16 if dtype.itemsize == 2 else torch.int32).item()
+    return int(bits) - (nearest.item() > most)
 
 
 def _payloads(ask: _Ask, spec: MemorySpec, rows: Sequence[int], plane: Plane) -> dict[str, torch.Tensor]:
@@ -188,8 +218,11 @@ def _payloads(ask: _Ask, spec: MemorySpec, rows: Sequence[int], plane: Plane) ->
 
 def _fingerprints(parts: Sequence[SequencePart], arrays: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """CRC-32 of each part's rows in every array and layer, in the order of the spec."""
-    views = [array.flatten(2).view(torch.uint8).numpy() for array in arrays if array.numel()]
-    layers = [(layer.reshape(-1).data, layer.shape[1]) for view in views for layer in view]
+    layers: list[tuple[memoryview, int]] = []
+    for array in arrays:
+        content, layer_bytes = bytes_of(array), array.nbytes // array.shape[0]
+        row_bytes = layer_bytes // max(array.shape[1], 1)
+        layers += [(content[at : at + layer_bytes], row_bytes) for at in range(0, array.nbytes, layer_bytes or 1)]
     fingerprints, begin = [], 0
     for part in parts:
         end = begin + part.num_rows

@@ -40,24 +40,21 @@ class Reply:
 
     def finish(self, sequences: Sequence[SequenceResult]) -> Message:
         """The whole message, with what happened to each sequence, in order."""
-        self._message.sequences.extend([_encode_sequence(sequence, self._durability) for sequence in sequences])
+        for sequence in sequences:
+            self._message.sequences.add(
+                epoch=sequence.epoch,
+                as_of=sequence.as_of,
+                live_begin=sequence.live_begin,
+                first_position=sequence.first_position,
+                num_appended=sequence.num_appended,
+                is_replay=sequence.is_replay,
+                durability=self._durability if sequence.num_appended else pb.DURABILITY_UNSPECIFIED,
+            )
         return self._message
 
     def discard(self) -> None:
         """Lets go of the tensors of a reply that is not sent."""
         self._plane.discard(self._message)
-
-
-def _encode_sequence(sequence: SequenceResult, durability: pb.Durability.ValueType) -> pb.SequenceResult:
-    return pb.SequenceResult(
-        epoch=sequence.epoch,
-        as_of=sequence.as_of,
-        live_begin=sequence.live_begin,
-        first_position=sequence.first_position,
-        num_appended=sequence.num_appended,
-        is_replay=sequence.is_replay,
-        durability=durability if sequence.num_appended else pb.DURABILITY_UNSPECIFIED,
-    )
 
 
 def _fill_hits(into: pb.Hits, hits: Hits, plane: Plane) -> None:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memstore.host import compiling, planning
+from memstore.host import compiling, placing, planning
 from memstore.host.helpers import Helpers
 from memstore.host.job import HEADER, NEXT, NUM_CUT
 from memstore.host.lowering import draw
@@ -23,7 +23,8 @@ from memstore.host.retriever import HostRetriever
 from memstore.host.windows import sort
 from memstore.index import INDEXES
 from memstore.index.staged import staged_retrieve
-from memstore.types import KEY, IndexKind, Metric, RetrieveOptions
+from memstore.slab import Slab
+from memstore.types import KEY, FirstPass, IndexKind, MemorySpec, Metric, PayloadSpec, RetrieveOptions
 from tests.contract.test_index import DTYPES, asked, check, filled
 
 if TYPE_CHECKING:
@@ -249,3 +250,36 @@ def test_spoilt_code_is_compiled_again(sources: Path, caplog: pytest.LogCaptureF
 
 def test_an_index_searches_with_compiled_code() -> None:
     assert isinstance(INDEXES[IndexKind.EXACT]()._host, HostRetriever)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first_pass", [FirstPass.ROWS, FirstPass.INT4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", Metric)
+def test_rows_are_put_where_torch_puts_them(metric: Metric, dtype: torch.dtype, first_pass: FirstPass) -> None:
+    payloads = (
+        PayloadSpec(name="norm", dtype=torch.bfloat16, shape=(2, 3)),
+        PayloadSpec(name="at", dtype=torch.int64, shape=()),
+    )
+    spec = MemorySpec(
+        name="m",
+        dim=34,
+        capacity=7,
+        max_sequences=3,
+        num_layers=2,
+        dtype=dtype,
+        metric=metric,
+        payloads=payloads,
+        first_pass=first_pass,
+    )
+    compiled, plain = Slab(spec, HOST), Slab(spec, HOST)
+    cells = plain.in_all_layers(torch.tensor([20, 0, 6, 7, 13]))
+    keys = torch.randn(2, 5, spec.dim) * torch.tensor([0.0, 1e-3, 1.0, 100.0, 1.0])[:, None]
+    kept = {"norm": torch.randn(2, 5, 2, 3).bfloat16(), "at": torch.arange(10).view(2, 5)}
+    placing.put(compiled, compiled.stage(keys, kept, placing.norms_of), cells)
+    plain.write(plain.stage(keys, kept), cells)
+    every = torch.arange(spec.capacity * spec.max_sequences)
+    for mine, theirs in zip(compiled.rows(every).arrays, plain.rows(every).arrays, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+    if compiled.codes is not None and plain.codes is not None:
+        assert torch.equal(compiled.codes, plain.codes)
+        torch.testing.assert_close(compiled.terms, plain.terms, rtol=1e-5, atol=1e-5)

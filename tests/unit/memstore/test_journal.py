@@ -133,7 +133,7 @@ def test_changes_come_back_as_they_were() -> None:
         Appended("a", 2**63 - 1, True, 3, 2**40, "w", reply),
         Appended("b", 0, True, 0, 7, "", None),
         Appended("c", 9, False),
-        Appended("d", 1, True, 1, 0, "w", replace(reply, num_rows=1, first_position=0, begun_from=None)),
+        Appended("d", 1, True, 1, 0, "w", reply._replace(num_rows=1, first_position=0, begun_from=None)),
         Released("x" * 128),
         Forked("a", "b", 7, 3, 9),
         Renewed("a", 8),

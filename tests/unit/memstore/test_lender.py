@@ -21,6 +21,7 @@ from memstore.types import KEY, MemorySpec, PayloadSpec, RetrieveOptions, Sequen
 from memstore.wire import found_states, leave_states
 
 if TYPE_CHECKING:
+    from memstore.appending import StagedAppend
     from memstore.lease import Lease
 
 CPU = torch.device("cpu")
@@ -207,15 +208,15 @@ def test_a_holder_that_dies_while_it_writes_leaves_what_was_published(
     class Death(Exception):
         pass
 
-    def write(slab: Slab, rows: object, cells: torch.Tensor) -> None:
+    def write(slab: Slab, staged: StagedAppend) -> None:
         for tensor in (slab.keys, slab.payloads["twice"]):
-            tensor.flatten(0, 2)[cells] = -1
+            tensor.flatten(0, 2)[staged.cells] = -1
         raise Death
 
     lease = lent.lend("a", "b")
     append(lent.holder, "a", list(range(8)))
     append(lent.holder, "b", [5])
-    monkeypatch.setattr(Slab, "write", write)
+    monkeypatch.setattr("memstore.memory.write", write)
     with pytest.raises(Death):
         append(lent.holder, "a", numbers, seq=0 if is_start else 1, start=is_start)
     monkeypatch.undo()
@@ -291,7 +292,7 @@ def test_an_answer_about_what_was_never_published_is_refused(lent: Lent, changes
     append(lent.holder, "a", [1, 2, 3])
     ((name, sequence),) = lent.table.lent()
     writer = sequence.writers["w"]
-    writer.replies[0] = replace(writer.replies[0], **changes)
+    writer.replies[0] = writer.replies[0]._replace(**changes)
     leave_states(lent.block, [state_of(name, sequence, ["w"])])
     with pytest.raises(Corrupt):
         found_states(lent.block)

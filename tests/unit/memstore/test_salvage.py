@@ -20,7 +20,7 @@ from memstore.types import Metric, SpillSpec
 from tests.fakes import FakeClock, FakeDisk
 from tests.lives import SPEC, SPILLED, Life, OneMemory, contents, found
 from tests.serving import Unwatched
-from tests.unit.memstore.test_spill import RICH
+from tests.spilling import RICH
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from memstore.snapshot import Snapshot
 from memstore.types import Durability, Metric, SpillSpec
 from tests.fakes import FakeAppendFile, FakeDisk, FakeReadFile
 from tests.lives import SPEC, SPILLED, Life, contents, found
-from tests.unit.memstore.test_spill import RICH
+from tests.spilling import RICH
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -27,6 +27,7 @@ from memstore.types import (
     StepResult,
 )
 from memstore.v1 import memstore_pb2 as pb
+from memstore.wire import batch
 from tests.bad_requests import SPECS, STEPS
 from tests.serving import spec, step, tensor
 
@@ -276,3 +277,25 @@ def test_a_description_has_spec_and_counts() -> None:
     )
     assert (held.device, held.created_at.ToMilliseconds()) == ("cpu", 12_500)
     assert wire.decode_spec(shown.spec) == NOTES
+
+
+@pytest.mark.parametrize("most", [65504.0, 1e17, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_of_all_numbers_of_16_bits_those_within_the_limit_are_taken(dtype: torch.dtype, most: float) -> None:
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    expected = every.view(dtype).double().abs() <= most  # false for NaN
+    step = 97
+    found = [batch._is_within(every[at : at + 1].view(dtype), most) for at in range(0, len(every), step)]
+    assert found == expected[::step].tolist()
+    edges = [at for at in range(1, len(every)) if expected[at] != expected[at - 1]]
+    assert len(edges) == 3, "where negative ones end, where others begin, and where they end"
+    for at in (place for edge in edges for place in (edge - 1, edge)):
+        assert batch._is_within(every[at : at + 1].view(dtype), most) == expected[at]
+
+
+@pytest.mark.parametrize("most", [65504.0, 1e17, torch.finfo(torch.float32).max])
+def test_of_32_bits_too(most: float) -> None:
+    nearest = torch.tensor(most, dtype=torch.float64).float()
+    near = torch.stack([torch.nextafter(nearest, torch.tensor(0.0)), nearest, torch.nextafter(nearest, nearest * 2)])
+    for value in (*near, *-near, torch.tensor(torch.nan), torch.tensor(torch.inf), torch.tensor(0.0)):
+        assert batch._is_within(value[None], most) == (abs(value.item()) <= most)
