@@ -23,7 +23,7 @@ from memstore.registry import Registry
 from memstore.store import disk_bytes
 from memstore.tokens import Quota
 from memstore.turns import SERVER
-from memstore.types import Durability, MemorySpec, SpillSpec
+from memstore.types import Durability, MemorySpec, RetrieveOptions, SpillSpec
 from tests.fakes import FakeClock, FakeDisk
 from tests.lives import batch
 from tests.serving import file_store
@@ -197,6 +197,24 @@ def test_while_a_memory_goes_its_name_and_its_share_of_the_quota_are_taken(bench
     dropped.result(WAIT_S)
     assert bench.registry.held("a").sequences == 4
     bench.make(A)
+
+
+def test_who_found_a_memory_before_it_was_dropped_is_told_that_it_is_not_there(bench: Bench) -> None:
+    loaded = bench.make(A, replace(SPILLING, idle_ttl_s=10))
+    bench.registry.drop(A).result(WAIT_S)
+    spec, engine = loaded.spec, loaded.engine
+    look = replace(batch(spec, "x", 1, 1), append=False, retrieve=RetrieveOptions(top_k=1))
+    bench.clock.advance(10)
+    for run in (
+        lambda: engine.step([look]),
+        lambda: engine.step([batch(spec, "x", 1, 1)]),
+        lambda: engine.fork("z", "w", None, 0),
+        lambda: engine.reset(["x"], release=True),
+        lambda: engine.pin(["z"], True),
+        engine.expire,
+    ):
+        with pytest.raises(NotFound, match="dropped"):
+            bench.worker.control(run).result(WAIT_S)
 
 
 def test_a_folder_that_cannot_be_moved_keeps_no_share_of_quotas(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
