@@ -107,7 +107,7 @@ class NoStore:
 
 
 class FileStore:
-    """Archives in a folder that this server owns. But for `retire`, called by one thread at a time."""
+    """Archives in a folder that this server owns. Thread safe, one call of a memory at a time."""
 
     def __init__(
         self, data: Path, disk: Disk, clock: Clock, quota_bytes: int, observer: StoreObserver, syncers: Syncers
