@@ -202,7 +202,7 @@ def _goes_on(target: Target, connection: socket.socket, reader: BufferedIOBase, 
 
 def _initial_window(settings: bytes) -> int:
     """What is said of it in a frame of settings."""
-    return dict(struct.iter_unpack(">HI", settings)).get(INITIAL_WINDOW, FIRST_ROOM)
+    return int(dict(struct.iter_unpack(">HI", settings)).get(INITIAL_WINDOW, FIRST_ROOM))
 
 
 def rapid_reset(target: Target, number: int) -> list[socket.socket]:

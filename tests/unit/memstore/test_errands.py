@@ -27,7 +27,7 @@ def asking(awaited: Future[int], log: list[str], name: str) -> Steps[int]:
     """Waits once, and gives what it was given, doubled."""
     log.append(f"{name} begins")
     try:
-        given = yield awaited
+        given: int = yield awaited
     except ValueError:
         log.append(f"{name} fails")
         raise
@@ -58,7 +58,12 @@ def test_tenants_take_turns(errands: Errands) -> None:
     """Whoever comes with one errand does not wait for the many of another."""
     log: list[str] = []
     begun, release = threading.Event(), threading.Event()
-    errands.submit(lambda: (begun.set(), release.wait()))
+
+    def hold() -> None:
+        begun.set()
+        release.wait()
+
+    errands.submit(hold)
     begun.wait()
     many = [errands.add("red", at_once(log, f"red {number}")) for number in range(100)]
     one = errands.add("blue", at_once(log, "blue"))

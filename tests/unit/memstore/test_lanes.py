@@ -92,9 +92,11 @@ def test_leases_are_given_recalled_and_taken_back_in_the_lane_of_their_tenant(
     ):
         client.create_memory("m", dim=2, capacity=4, max_sequences=2, dtype=torch.float32)
         rows = torch.ones(1, 2)
-        client.session("m", ["a"]).step(rows, [1], retrieve=Retrieval(1), append=True)
-        assert client.stats.leases == 1
+        session = client.session("m", ["a"])
+        session.step(rows, [1], retrieve=Retrieval(1), append=True)
+        assert (session.plane, client.stats.leases) == ("shm", 1)
         other.session("m", ["a"]).append(rows, [1])
+        assert session.plane == "inline"
     assert set(lanes) == {"red"}
     assert SERVER not in lanes
 
