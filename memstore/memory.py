@@ -24,6 +24,7 @@ from memstore.slab import Slab, bytes_needed
 from memstore.still import Pictures
 from memstore.tiers import host_bytes
 from memstore.types import (
+    NO_ROOM,
     Durability,
     Hits,
     MemoryCounts,
@@ -137,7 +138,7 @@ class Memory:
             staged = stage(self._slab, _plans_of(outcomes), self._table.places_of_new)
             if staged is not None:
                 self.pictures.preserve(staged.first_cells)
-        except torch.OutOfMemoryError as error:
+        except NO_ROOM as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
         changes = self._commit(outcomes, staged)
         results = [

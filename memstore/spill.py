@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-import torch
-
 from memstore.errors import Corrupt, DeviceMemoryFull, MemstoreError, QuotaExceeded
 from memstore.reply_bytes import held_bytes
 from memstore.tiers import Tiers, host_bytes, replies_room
-from memstore.types import SpillCounts
+from memstore.types import NO_ROOM, SpillCounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import torch
 
     from memstore.sequence import Sequence, SequenceTable
     from memstore.slab import Slab, StagedRows
@@ -82,7 +82,7 @@ class Spill:
         capacity = self._spec.capacity
         try:
             self._pictures.preserve_rows(place, sequence.begin(capacity), sequence.num_live(capacity))
-        except torch.OutOfMemoryError as error:
+        except NO_ROOM as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
         self.tiers.copy_in(name, sequence, place)
         self._table.occupy(name)
