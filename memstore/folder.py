@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from memstore.seams import Disk
 
 MEMORIES, SPILLED = "memories", "spilled"
+FIRST_SEGMENT = 1
+"""The segment that a new memory's log begins with."""
 CLOSED, RESTORED = "closed", "restored"
 _RETIRED = re.compile(rf"\.{SPILLED}\.\d{{1,18}}")
 _NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Rooms:
-    """See above. `make` is called by one thread at a time, the rest by any."""
+    """See above. Thread safe, one call of a memory at a time."""
 
     def __init__(
         self,

@@ -14,8 +14,6 @@ from memstore.types import NO_ROOM, SpillCounts
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
-
     from memstore.sequence import Sequence, SequenceTable
     from memstore.slab import Slab
     from memstore.still import Pictures

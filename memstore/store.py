@@ -63,7 +63,10 @@ class Store(Protocol):
         """Raises InvalidRequest where a memory of this spec cannot be kept here at all, QuotaExceeded for its size."""
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
-        """Begins the files of a new memory and makes them its keeper; None for a volatile one. Raises NotReady."""
+        """Begins the files of a new memory and makes them its keeper; None for a volatile one.
+
+        Raises NotReady, and QuotaExceeded where others have taken its room since `check`.
+        """
 
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
@@ -118,7 +121,7 @@ class NoStore:
 
 
 class FileStore:
-    """Archives in a folder that this server owns. But for `retire`, called by one thread at a time."""
+    """Archives in a folder that this server owns. Thread safe, one call of a memory at a time."""
 
     def __init__(
         self, data: Path, disk: Disk, clock: Clock, quota_bytes: int, observer: StoreObserver, syncers: Syncers
@@ -150,6 +153,7 @@ class FileStore:
             )
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        self.check(engine.spec)
         if engine.spec.durability is Durability.VOLATILE:
             self._count(engine.spec)
             return None

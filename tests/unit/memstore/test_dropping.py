@@ -20,9 +20,10 @@ from memstore.errors import MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.expirer import Expirer
 from memstore.quotas import Quotas
 from memstore.registry import Registry, State
+from memstore.store import disk_bytes
 from memstore.tokens import Quota
 from memstore.turns import SERVER
-from memstore.types import Durability, MemorySpec, SpillSpec
+from memstore.types import Durability, MemorySpec, RetrieveOptions, SpillSpec
 from tests.fakes import FakeClock, FakeDisk
 from tests.lives import batch
 from tests.serving import file_store
@@ -105,12 +106,13 @@ def _pass_on(waiting: Future[Any], done: Future[Any]) -> None:
 class Bench:
     """A registry with files."""
 
-    def __init__(self, disk: SlowDisk | None = None) -> None:
+    def __init__(self, disk: SlowDisk | None = None, quota_bytes: int = 0) -> None:
+        """quota_bytes: of the disk."""
         self.disk = disk or SlowDisk()
         self.clock = FakeClock()
         self.worker = HeldWorker(torch.device("cpu"), Admission(QueueLimits()), self.clock)
         self.budget = CapacityBudget(1 << 20)
-        self.store = file_store(DATA, self.disk, self.clock)
+        self.store = file_store(DATA, self.disk, self.clock, quota_bytes)
         quotas = Quotas(Open(), Quota(sequences=8), self.clock)
         catalog = FileCatalog(DATA, self.disk)
         self.registry = Registry(catalog, self.worker, self.budget, self.clock, 10, self.store, quotas=quotas)
@@ -198,6 +200,62 @@ def test_while_a_memory_goes_its_name_and_its_share_of_the_quota_are_taken(bench
     dropped.result(WAIT_S)
     assert bench.registry.held("a").sequences == 4
     bench.make(A)
+
+
+def test_who_found_a_memory_before_it_was_dropped_is_told_that_it_is_not_there(bench: Bench) -> None:
+    loaded = bench.make(A, replace(SPILLING, idle_ttl_s=10))
+    bench.registry.drop(A).result(WAIT_S)
+    spec, engine = loaded.spec, loaded.engine
+    look = replace(batch(spec, "x", 1, 1), append=False, retrieve=RetrieveOptions(top_k=1))
+    bench.clock.advance(10)
+    for run in (
+        lambda: engine.step([look]),
+        lambda: engine.step([batch(spec, "x", 1, 1)]),
+        lambda: engine.fork("z", "w", None, 0),
+        lambda: engine.reset(["x"], release=True),
+        lambda: engine.pin(["z"], True),
+        engine.expire,
+    ):
+        with pytest.raises(NotFound, match="dropped"):
+            bench.worker.control(run).result(WAIT_S)
+
+
+def test_a_folder_that_cannot_be_moved_keeps_no_share_of_quotas(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drop says so; bytes of device and disk, and files of spilled sequences, are given back all the same."""
+    bench.make(A, replace(SPILLING, durability=Durability.INTERVAL))
+    assert bench.registry.quotas._spilled["a"] > 0
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.disk, "rename", fail)
+        with pytest.raises(NotReady, match="Input/output error"):
+            bench.registry.drop(A).result(WAIT_S)
+    assert (bench.budget.reserved_bytes, bench.store.used_bytes) == (0, 0)
+    assert not bench.disk.of("spilled")
+    assert "a" not in bench.registry.quotas._spilled
+    bench.make(A)
+
+
+def test_tenants_that_make_memories_side_by_side_do_not_pass_the_disk_quota() -> None:
+    spec = replace(DURABLE, name="m")
+    bench = Bench(quota_bytes=2 * disk_bytes(spec) - 1)
+    try:
+        bench.worker.hold("a")
+        first = bench.registry.create(A, spec, False)
+        while not bench.worker.num_held:
+            bench.registry.listing("b", "").result(WAIT_S)
+        bench.make(B, spec)
+        bench.worker.let_go("a")
+        with pytest.raises(QuotaExceeded, match="quota"):
+            first.result(WAIT_S)
+        assert bench.store.used_bytes == disk_bytes(spec)
+        assert bench.registry.held("a").reserved_bytes == 0
+        bench.registry.drop(B).result(WAIT_S)
+        bench.make(A, spec)
+    finally:
+        bench.close()
 
 
 def test_a_tenant_whose_jobs_take_long_holds_up_the_idle_sequences_of_no_other(bench: Bench) -> None:

@@ -47,6 +47,18 @@ class UnreadableDisk(FakeDisk):
         return super().open(path)
 
 
+class CountingDisk(FakeDisk):
+    """Notes what is opened to be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[Path] = []
+
+    def open(self, path: Path):  # type: ignore[no-untyped-def]
+        self.opened.append(path)
+        return super().open(path)
+
+
 def filled(spec: MemorySpec, *, has_snapshot: bool) -> Life:
     """Six sequences, of which one is a fork of one that has gone on since, one of one that has gone, one begun anew."""
     life = Life(UnreadableDisk(), spec, is_new=True)
@@ -191,6 +203,39 @@ def test_where_the_log_fails_too_nothing_is_left_out_and_all_stays_as_it_was() -
     life.memory.reset(list(NAMES), release=True)
     assert life.snapshot(), "nothing of it is needed any more"
     assert not life.again().memory._table._by_name
+
+
+def test_a_damaged_snapshot_gives_way_to_the_one_before_while_that_is_there() -> None:
+    life = filled(SPILLING, has_snapshot=True)
+    older = dict(life.disk.files)
+    assert life.snapshot()
+    before = contents(life.memory)
+    life.disk.files = {**older, **life.disk.files}
+    newest = life.folder.snapshot(life.folder.snapshots()[-1]) / "rows.bin"
+    life.disk.files[newest] = life.disk.files[newest][:-1] + b"\xff"
+    life = life.again()
+    assert contents(life.memory) == before
+    assert spilled(life)
+    for path in spilled(life):
+        flip(life, path)
+    assert life.snapshot()
+    assert contents(life.memory) == before
+    assert contents(life.again().memory) == before
+
+
+def test_however_many_were_forked_the_log_is_read_twice() -> None:
+    life = Life(CountingDisk(), replace(SPEC, max_sequences=20), is_new=True)
+    forks = []
+    for number in range(5):
+        life.append(f"source {number}", 2, 0, value=number)
+        life.memory.fork(f"source {number}", f"fork {number}", None, 0)
+        forks.append(f"fork {number}")
+    assert isinstance(life.disk, CountingDisk)
+    life.disk.opened.clear()
+    salvage = Salvage(life.folder, life.memory.spec, life.archive._segment + 1, forks)
+    assert life.disk.opened == [life.folder.segment(1)] * 2
+    for name in forks:
+        assert salvage.sequence(name).next_position == 2
 
 
 def test_a_full_disk_leaves_the_file_as_it_is_and_the_snapshot_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
