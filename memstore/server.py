@@ -62,7 +62,7 @@ def run(config: Config, disk: Disk | None = None) -> int:
     """Serves until told to stop; the exit code. ConfigError and MemstoreError say why it could not begin."""
     logs.configure(config.log_format, config.log_level)
     check_bind(config)
-    _tune_malloc()
+    tune_malloc()
     if config.threads:
         torch.set_num_threads(config.threads)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, ExitStack() as stack:
@@ -296,7 +296,7 @@ def _default_quota(config: Config) -> Quota:
     return Quota(reserved_bytes=config.tenant_bytes, sequences=config.tenant_sequences, calls_per_s=config.tenant_calls)
 
 
-def _tune_malloc() -> None:
+def tune_malloc() -> None:
     """Keeps glibc from mapping and unmapping every large message, which costs more than copying it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
