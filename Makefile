@@ -60,6 +60,7 @@ bench-gpu: install
 	$(BIN)/python -m benchmarks.decode_overlap
 	$(BIN)/python -m benchmarks.planes
 	$(BIN)/python -m benchmarks.large
+	$(BIN)/python -m benchmarks.overload --device cuda
 
 goals: install
 	$(BIN)/python -m benchmarks.goals

@@ -58,7 +58,8 @@ def help_read(numbers: NDArray[Any], words: NDArray[Any]) -> None:
         if number >= numbers[NUM_PIECES]:
             return
         total = 0
-        for word in words[number * PIECE : (number + 1) * PIECE]:
-            total += word
+        piece = words[number * PIECE : (number + 1) * PIECE]
+        for at in range(len(piece)):
+            total += piece[at]
         numbers[FIRST_FLAG + numbers[NUM_PIECES] + number] = total
         draw(numbers, FIRST_FLAG + number)

@@ -33,6 +33,9 @@ from memstore.types import MemorySpec, RetrieveOptions, SequencePart, StepBatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy as np
+    from numpy.typing import NDArray
+
 DIM = 256
 TOP_K = 16
 PREFILL_QUERIES = 512
@@ -102,11 +105,15 @@ def measure(case: Case, report: Report, rounds: int) -> None:
 
 
 def reading(case: Case) -> dict[str, Callable[[], object]]:
-    """Reading a slab of its own, once."""
-    slab = Slab(case.spec, torch.device("cpu"))
-    words = slab.keys.view(-1).view(torch.int64).numpy()
-    num_helpers = torch.get_num_threads() - 1
-    return {READ_ALONE: Reader(words, 0).read, READ: Reader(words, num_helpers).read}
+    """Reading a slab, once; each has one of its own, or the second would find in the caches what the first has read."""
+    helpers = {READ_ALONE: 0, READ: torch.get_num_threads() - 1}
+    return {name: Reader(_words(case), num_helpers).read for name, num_helpers in helpers.items()}
+
+
+def _words(case: Case) -> NDArray[np.int64]:
+    """The keys of a slab of a case's spec."""
+    words: NDArray[np.int64] = Slab(case.spec, torch.device("cpu")).keys.view(-1).view(torch.int64).numpy()
+    return words
 
 
 def our_search(case: Case, rows: torch.Tensor, queries: torch.Tensor) -> dict[str, Callable[[], object]]:

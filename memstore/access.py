@@ -65,6 +65,12 @@ class Identity:
     expires_at: float = math.inf
 
 
+def check_row(path: str) -> None:
+    """NotAllowed where the method has no row."""
+    if path not in SCOPES:
+        raise _refusal(path, None)
+
+
 def check(path: str, identity: Identity) -> None:
     """NotAllowed where the identity lacks a scope that the method needs, or the method has no row."""
     needed = SCOPES.get(path)
@@ -82,7 +88,7 @@ def check_request(path: str, identity: Identity, request: Message) -> None:
 
 
 def _refusal(path: str, needed: frozenset[Scope] | None) -> NotAllowed:
+    if needed is None:  # its name may be anything, of any length
+        return NotAllowed("no credential reaches this method")
     method = path.rpartition("/")[2]
-    if needed is None:
-        return NotAllowed(f"{method}: no credential reaches it")
     return NotAllowed(f"{method}: the credential needs the scope {' and '.join(sorted(needed))}")

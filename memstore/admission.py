@@ -78,20 +78,24 @@ class Admission:
 
 
 class CapacityBudget:
-    """Bytes of a device that memories may reserve. Used by one thread at a time."""
+    """Bytes of a device that memories may reserve. Thread safe."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = 0
+        self._lock = threading.Lock()
 
     def reserve(self, num_bytes: int) -> None:
         """Takes the bytes. DeviceMemoryFull, and nothing is taken, when they are not left."""
-        if num_bytes > self.capacity_bytes - self.reserved_bytes:  # how much is left would tell of other tenants
+        with self._lock:
+            is_left = num_bytes <= self.capacity_bytes - self.reserved_bytes
+            self.reserved_bytes += num_bytes if is_left else 0
+        if not is_left:  # how much is left would tell of other tenants
             raise DeviceMemoryFull(
                 f"the memory would reserve {num_bytes} bytes, which the device has not left", needed_bytes=num_bytes
             )
-        self.reserved_bytes += num_bytes
 
     def release(self, num_bytes: int) -> None:
         """Gives bytes back."""
-        self.reserved_bytes -= num_bytes
+        with self._lock:
+            self.reserved_bytes -= num_bytes

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from memstore.errors import Corrupt, MemstoreError, NotReady
 from memstore.journal import Journal
 from memstore.log import Head
+from memstore.logs import event, trouble
 from memstore.recovery import Recovery
+from memstore.salvage import Salvage
 from memstore.snapshot import Snapshot, State, write
+from memstore.tiers import scratch_slab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from memstore.types import MemorySpec
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Control(Protocol):
@@ -31,6 +38,26 @@ class Control(Protocol):
 
     def __call__(self, run: Callable[[], T], /) -> Future[T]:
         """What `run` gives."""
+
+
+class _Source:
+    """What a snapshot is written from, while the memory goes on."""
+
+    def __init__(self, archive: Archive, spec: MemorySpec, still: Still, control: Control) -> None:
+        self._archive = archive
+        self._spec = spec
+        self._still = still
+        self._control = control
+
+    def take(self, piece: Piece) -> list[memoryview]:
+        self._archive.check_open()
+        if self._still.is_filed(piece):  # files stay as they are meanwhile: the device's thread need not wait for them
+            return self._still.take(piece)
+        return self._control(lambda: self._still.take(piece)).result()
+
+    def salvage(self, names: list[str]) -> Salvage:
+        self._archive.check_open()
+        return self._archive.salvage(self._spec, names)
 
 
 class Archive:
@@ -62,7 +89,7 @@ class Archive:
         syncer: Asked,
         progress: Callable[[int, int], None],
     ) -> tuple[Archive, Recovered]:
-        """A memory as its folder has it; `memory` is new, and filled. Raises Corrupt and OSError."""
+        """A memory as its folder has it; `memory` is new, and filled. Raises Corrupt, OSError and NotReady."""
         found = Recovery(folder, identity, progress).run(memory)
         folder.mark_open()  # before the log goes on; its name is gone for good once the new segment's is there
         archive = cls._begin(folder, identity, memory.spec, syncer, found)
@@ -88,9 +115,10 @@ class Archive:
     def snapshot(self, memory: Memory, control: Control) -> bool:
         """Takes a snapshot while the memory goes on, checks it, and only then removes what it replaces.
 
+        Sequences whose spilled files fail are taken from the log that is here still, and spilled anew (salvage.py).
         control: runs something in the device's thread. False where the archive was closed meanwhile. Raises OSError,
-        Corrupt where what was written cannot be read back, NotReady where the device's thread has ended; what was there
-        before is there still.
+        Corrupt where what was written cannot be read back, or a spilled file fails and the log too, NotReady where the
+        device's thread has ended; what was there before is there still.
         """
         with self._busy:
             if self._is_closing.is_set() or self.journal.failure:
@@ -113,48 +141,61 @@ class Archive:
             if not self.journal.has_failed:
                 self._folder.mark_closed(self.journal.next_number)
 
-    def remove(self) -> None:
-        """Removes everything; the memory is dropped. Raises OSError."""
+    def end(self) -> None:
+        """Ends what is under way, and writes nothing any more; the memory is dropped. Raises OSError."""
         self._is_closing.set()
         with self._busy:
             self._drop_spare()
             self.journal.close("the memory is dropped")
-            self._folder.disk.remove_folder(self._folder.path)
 
     def _take(self, memory: Memory, spare: AppendFile, control: Control) -> bool:
         still, state = self._hold(memory, spare, control)
         number, disk = self._segment, self._folder.disk
-        partial = self._folder.partial(number)
-        disk.remove_folder(partial)
+        unfinished = self._folder.partial(number)
+        disk.remove_folder(unfinished)
         self.journal.sync()
         if self.journal.failure:  # a snapshot is of no use without the head of the segment behind it
             return False
 
-        def take(piece: Piece) -> list[memoryview]:
-            if self._is_closing.is_set():
-                raise NotReady("the memory is being closed")
-            if still.is_filed(
-                piece
-            ):  # files stay as they are meanwhile, and the device's thread need not wait for them
-                return still.take(piece)
-            return control(lambda: still.take(piece)).result()
-
         try:
-            write(disk, partial, state, still, take)
+            write(disk, unfinished, state, still, _Source(self, memory.spec, still, control))
         except (MemstoreError, OSError):
-            disk.remove_folder(partial)  # a full disk wants it back
+            disk.remove_folder(unfinished)  # a full disk wants it back
             if self._is_closing.is_set():
                 return False
             raise
-        disk.rename(partial, self._folder.snapshot(number))
+        disk.rename(unfinished, self._folder.snapshot(number))
         try:
             Snapshot(disk, self._folder.snapshot(number)).verify()
         except Corrupt:
             disk.remove_folder(self._folder.snapshot(number))
             raise
+        self._mend(memory, still, control)
         self.journal.forget_retired()
         self._folder.remove_before(number)
         return True
+
+    def check_open(self) -> None:
+        """NotReady where the memory is dropped or the server stops, and nobody waits for a snapshot any more."""
+        if self._is_closing.is_set():
+            raise NotReady("the memory is being closed")
+
+    def salvage(self, spec: MemorySpec, names: list[str]) -> Salvage:
+        """Sequences as they were when this segment of the log began. Raises Corrupt, OSError."""
+        return Salvage(self._folder, spec, self._segment, names)
+
+    def _mend(self, memory: Memory, still: Still, control: Control) -> None:
+        """Spills anew what had to be salvaged, while the log that has it is still there."""
+        for name, rescue in still.rescued.items():
+            try:
+                scratch = scratch_slab(memory.spec)
+                rescue.fill(name, scratch)
+                found = replace(still.sequences[name], writers=rescue.sequence(name).writers)
+                control(partial(memory.lifecycle.mend, name, found, scratch)).result()
+            except (MemstoreError, OSError) as error:
+                trouble(_log, "spilled sequence not mended", error, sequence=ascii(name))
+            else:
+                event(_log, logging.WARNING, "spilled sequence mended from the log", sequence=ascii(name))
 
     def _hold(self, memory: Memory, spare: AppendFile, control: Control) -> tuple[Still, State]:
         """Begins a new segment of the log and a picture of the memory in the same moment."""
@@ -162,6 +203,7 @@ class Archive:
         def hold() -> tuple[Still, State]:
             number = self.journal.rotate(spare)
             still, counts = memory.pictures.hold(), memory.counts()
+            memory.lifecycle.has_damage = False
             state = State(
                 identity=self._identity,
                 number=number,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -50,6 +49,10 @@ class Authenticator(Protocol):
     def wants_names(self) -> bool:
         """True where the names in certificates matter."""
 
+    @property
+    def is_stale(self) -> bool:
+        """True while a file of credentials was changed into one that is not taken."""
+
     def identify(self, credentials: Credentials) -> Identity:
         """Who calls. Raises NotAuthenticated, also once the credential has expired or was taken away."""
 
@@ -62,6 +65,7 @@ class Open:
 
     has_tenants = False
     wants_names = False
+    is_stale = False
     _identity = Identity(tenant=DEFAULT_TENANT)
 
     def identify(self, credentials: Credentials) -> Identity:
@@ -78,6 +82,7 @@ class Certificates:
 
     has_tenants = True
     wants_names = True
+    is_stale = False
 
     def identify(self, credentials: Credentials) -> Identity:
         if len(credentials.common_names) != 1 or not is_tenant(credentials.common_names[0]):
@@ -103,12 +108,12 @@ class Tokens:
         self._file = file
         self._clock = clock
 
+    @property
+    def is_stale(self) -> bool:
+        return self._file.is_stale
+
     def identify(self, credentials: Credentials) -> Identity:
-        """Compares with every token in constant time, so that the time taken says nothing about any of them."""
-        given, found = credentials.token_hash or b"", None
-        for known, identity in self._file.now().identities.items():
-            if hmac.compare_digest(known, given):
-                found = identity
+        found = self._file.now().find(credentials.token_hash or b"")
         if found is None:
             raise NotAuthenticated("a valid token is needed: authorization: Bearer TOKEN")
         if self._clock.wall() >= found.expires_at:

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from memstore.catalog import FILE_NAME, FileCatalog, MemoryId
 from memstore.errors import Corrupt, MemstoreError
-from memstore.folder import MEMORIES, SPILLED, MemoryFolder, path_of
+from memstore.folder import SPILLED, MemoryFolder, folders, path_of
 from memstore.recovery import Recovery
 from memstore.seams import FILE_MODE, FOLDER_MODE
 
@@ -58,15 +58,11 @@ def run(options: argparse.Namespace, disk: Disk) -> int:
 def verify(data: Path, disk: Disk) -> list[Finding]:
     """Checks the catalogue, and every memory that has files or should have. Raises Corrupt for the catalogue."""
     texts = FileCatalog(data, disk).load()
-    folders = {
-        MemoryId(unquote(tenant), unquote(name))
-        for tenant in disk.names(data / MEMORIES)
-        for name in disk.names(data / MEMORIES / tenant)
-    }
+    found = {MemoryId(unquote(path.parent.name), unquote(path.name)) for path in folders(data, disk)}
     has_catalog = disk.read(data / FILE_NAME) is not None
     durable = {memory for memory, text in texts.items() if _is_durable(text)}
     return [
-        _examined(data, memory, texts.get(memory) if has_catalog else "", disk) for memory in sorted(folders | durable)
+        _examined(data, memory, texts.get(memory) if has_catalog else "", disk) for memory in sorted(found | durable)
     ]
 
 
@@ -82,9 +78,8 @@ def restore(backup: Path, data: Path, disk: Disk) -> None:
     shutil.copytree(backup, partial, ignore=shutil.ignore_patterns("lock", SPILLED))
     for path in (partial, *partial.rglob("*")):
         path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
-    for tenant in disk.names(partial / MEMORIES):
-        for name in disk.names(partial / MEMORIES / tenant):
-            MemoryFolder(partial / MEMORIES / tenant / name, disk).mark_restored()
+    for folder in folders(partial, disk):
+        MemoryFolder(folder, disk).mark_restored()
     os.sync()
     disk.rename(partial, data)
 

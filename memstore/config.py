@@ -122,6 +122,10 @@ class Config:
     tenant_bytes: int = setting(size, 0, "bytes that the memories of one tenant may reserve; 0 for no bound")
     tenant_sequences: int = setting(whole(0, 1 << 40), 0, "sequences that they may have places for; 0 for no bound")
     tenant_calls: float = setting(real(0.0, 1e9), 0.0, "calls a second that one tenant may make; 0 for no bound")
+    tenant_leases: int = setting(
+        whole(0, 256), 0, "leases of mapped memory that one tenant may have; 0 for 64, or no bound without tenants"
+    )
+    tenant_spilled_bytes: int = setting(size, 0, "bytes that files of its spilled sequences may have; 0 for no bound")
     tenant_ratio: float = setting(real(0.01, 1.0), 1.0, "share of the queue that one tenant may take, 0.01 to 1")
     lend: str = setting(one_of("auto", "off"), "auto", "lend memories to processes of this host and user: auto or off")
     stream_in_flight: int = setting(whole(1, 1024), 16, "steps of one stream that may be under way")

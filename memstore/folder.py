@@ -1,5 +1,6 @@
 """MemoryFolder: where the files of one durable memory lie, and what they are called. Never a name as a client gave it.
 
+DATA/memories/TENANT/.NAME.1/           one that was dropped, until it is removed; at the latest at the next start
 DATA/memories/TENANT/NAME/
     log-00000001, log-00000002, ...     segments of the log, each going on where the one before ends
     snapshot-00000002/                  the memory as it was when log-00000002 began
@@ -33,9 +34,29 @@ def escaped(name: str) -> str:
     return f"%2E{plain[1:]}" if plain.startswith(".") else plain
 
 
-def path_of(data: Path, tenant: str, name: str, kind: str = MEMORIES) -> Path:
-    """The folder of a memory in the data folder; or that of the files of its sequences that are spilled."""
-    return data / kind / escaped(tenant) / escaped(name)
+def path_of(data: Path, tenant: str, name: str) -> Path:
+    """The folder of a memory in the data folder."""
+    return data / MEMORIES / escaped(tenant) / escaped(name)
+
+
+def spilled_path(data: Path, tenant: str, name: str, number: int) -> Path:
+    """The folder of the spilled sequences of a memory. number: of this one among all that a server made."""
+    return data / SPILLED / escaped(tenant) / f"{escaped(name)}~{number}"
+
+
+def retired_path(path: Path, number: int) -> Path:
+    """Where a folder of a memory that was dropped is until it is removed: beside it, where no memory's is."""
+    return path.with_name(f".{path.name}.{number}")
+
+
+def folders(data: Path, disk: Disk, *, are_retired: bool = False) -> list[Path]:
+    """The folders of all memories in a data folder; or of those that were dropped, and are still to be removed."""
+    return [
+        data / MEMORIES / tenant / name
+        for tenant in disk.names(data / MEMORIES)
+        for name in disk.names(data / MEMORIES / tenant)
+        if name.startswith(".") is are_retired
+    ]
 
 
 class MemoryFolder:

@@ -36,6 +36,7 @@ class Followed(Generic[T]):
         self._lock = threading.Lock()
         self._seen = self._look()
         self._value = parse()
+        self._is_stale = False
         self._next_look = clock.monotonic() + every_s
 
     def now(self) -> T:
@@ -43,6 +44,12 @@ class Followed(Generic[T]):
         if self._clock.monotonic() >= self._next_look:
             self._refresh()
         return self._value
+
+    @property
+    def is_stale(self) -> bool:
+        """True while the files say something that could not be taken."""
+        self.now()
+        return self._is_stale
 
     def _refresh(self) -> None:
         with self._lock:
@@ -55,8 +62,10 @@ class Followed(Generic[T]):
             try:
                 self._value = self._parse()
             except (ConfigError, OSError) as error:
+                self._is_stale = True
                 event(_log, logging.ERROR, "changed file not taken, what was known stays", files=names, reason=error)
             else:
+                self._is_stale = False
                 event(_log, logging.INFO, "changed file taken", files=names)
 
     def _look(self) -> tuple[tuple[int, int, int] | None, ...]:

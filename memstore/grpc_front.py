@@ -1,11 +1,8 @@
-"""GrpcFront: the wire contract over gRPC. Credentials, deadlines, request ids and metrics of every call pass here."""
+"""GrpcFront: the wire contract over gRPC. Deadlines, answers and metrics of every call pass here."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
-import secrets
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
-from grpc_status import rpc_status
 
 from memstore import status, wire
-from memstore.auth import Credentials
+from memstore.arrival import REQUEST_ID, credentials_of, is_local, metadata_of, request_id_of
 from memstore.errors import Expired, InvalidRequest, MemstoreError, NotReady, Overloaded
-from memstore.logs import trouble
+from memstore.outcomes import abort
 from memstore.replies import Reader, ReplyBudget, ReplyPlane
 from memstore.service import Caller
 from memstore.v1 import memstore_pb2 as pb
@@ -30,20 +26,17 @@ if TYPE_CHECKING:
 
     from google.protobuf.descriptor import MethodDescriptor
 
-    from memstore.auth import Authenticator
+    from memstore.arrival import Context
+    from memstore.auth import Credentials
     from memstore.gate import Gate
     from memstore.lending import Lending
-    from memstore.metrics import Metrics
+    from memstore.outcomes import Outcomes
     from memstore.seams import Clock
     from memstore.service import Service
 
 SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
-REQUEST_ID = "x-request-id"
 HEAD_BYTES = 1 << 20
 """Room that a reply has beside its tensors: 4,096 sequences need 0.3 MiB."""
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_log = logging.getLogger(__name__)
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +128,7 @@ class GrpcFront:
         self,
         service: Service,
         gate: Gate,
-        metrics: Metrics,
+        outcomes: Outcomes,
         clock: Clock,
         limits: FrontLimits,
         *,
@@ -148,7 +141,7 @@ class GrpcFront:
         self._limits = limits
         self._service = service
         self._gate = gate
-        self._metrics = metrics
+        self._outcomes = outcomes
         self._clock = clock
         self._readers: set[asyncio.Task[None]] = set()
         self._is_draining = False
@@ -175,7 +168,7 @@ class GrpcFront:
     async def _unary(self, method: str, request: Message | Malformed, context: Context) -> Message:
         began = self._clock.monotonic()
         metadata = metadata_of(context)
-        request_id = _request_id(metadata)
+        request_id = request_id_of(metadata)
         plane = ReplyPlane(Reader(self.replies), self.max_reply_bytes)
         try:
             path = _path(method)
@@ -194,40 +187,40 @@ class GrpcFront:
                 reply.planes.append(lending.plane)
         except asyncio.CancelledError:
             plane.release()
-            self._count(method, grpc.StatusCode.CANCELLED, began)
+            self._outcomes.count(method, grpc.StatusCode.CANCELLED, began)
             raise
         except Exception as error:  # the root of the servicer: whatever it is, the caller gets a status
             plane.release()
-            failure = self._failure(method, error, request_id, began)
+            failure = self._outcomes.failure(method, error, request_id, began)
         else:
             context.add_done_callback(lambda _: plane.release())  # type: ignore[arg-type]  # no function is what its stub says
-            self._count(method, grpc.StatusCode.OK, began)
+            self._outcomes.count(method, grpc.StatusCode.OK, began)
             context.set_trailing_metadata(((REQUEST_ID, request_id),))
             return reply
-        await _abort(context, failure, request_id)
+        await abort(context, failure, request_id)
         raise AssertionError("abort raises")
 
     async def _stream(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], context: Context) -> None:
         metadata = metadata_of(context)
-        request_id = _request_id(metadata)
+        request_id = request_id_of(metadata)
         began = self._clock.monotonic()
         reader = Reader(self.replies)
         try:
             credentials = credentials_of(metadata, context, self._gate.authenticator)
             self._gate.enter(STREAM, credentials)
             talk = _Talk(context, credentials, request_id, _deadline(began, context.time_remaining()), reader)
-            with self._metrics.stream():
+            with self._outcomes.stream():
                 await self._converse(requests, talk)
             if not self._is_draining:
                 context.set_trailing_metadata(((REQUEST_ID, request_id),))
                 return
             failure = status.answer(NotReady("the server is stopping"), request_id)
         except grpc.aio.InternalError:  # what a write says where the other end has gone
-            self._count("StepStream", grpc.StatusCode.CANCELLED, began)
+            self._outcomes.count("StepStream", grpc.StatusCode.CANCELLED, began)
             return
         except Exception as error:  # the root of the servicer, as in _unary
-            failure = self._failure("StepStream", error, request_id, began)
-        await _abort(context, failure, request_id)
+            failure = self._outcomes.failure("StepStream", error, request_id, began)
+        await abort(context, failure, request_id)
 
     async def _converse(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], talk: _Talk) -> None:
         """Reads and answers side by side, in order, with a bounded number of steps between."""
@@ -310,26 +303,16 @@ class GrpcFront:
         except TimeoutError:
             flight.future.cancel()
             late = Expired("the step's timeout is over; what the device had begun is done nevertheless")
-            failure = self._failure("StepStream", late, request_id, flight.began)
+            failure = self._outcomes.failure("StepStream", late, request_id, flight.began)
         except Exception as error:  # the root of the servicer, as in _unary
-            failure = self._failure("StepStream", error, request_id, flight.began)
+            failure = self._outcomes.failure("StepStream", error, request_id, flight.began)
         else:
-            self._count("StepStream", grpc.StatusCode.OK, flight.began)
+            self._outcomes.count("StepStream", grpc.StatusCode.OK, flight.began)
             return wire.answer_frames(flight.call_id, reply, flight.plane, flight.piece_bytes)
         return (wire.failure_frame(flight.call_id, status.to_failure(failure)),)
 
     def _left_s(self, flight: _Flight) -> float | None:
         return None if flight.deadline is None else max(0.0, flight.deadline - self._clock.monotonic())
-
-    def _failure(self, method: str, error: Exception, request_id: str, began: float) -> status.Answer:
-        if not isinstance(error, MemstoreError):
-            trouble(_log, "call failed", error, method=method, request_id=request_id)
-        reply = status.answer(error, request_id)
-        self._count(method, reply.code, began)
-        return reply
-
-    def _count(self, method: str, code: grpc.StatusCode, began: float) -> None:
-        self._metrics.rpc(method, code.name, self._clock.monotonic() - began)
 
 
 async def _outcome(future: Future[Message], seconds: float | None) -> None:
@@ -362,11 +345,6 @@ def _heard(reader: asyncio.Task[None]) -> None:
         reader.exception()
 
 
-async def _abort(context: Context, failure: status.Answer, request_id: str) -> None:
-    rich = rpc_status.to_status(status.to_status(failure, request_id))
-    await context.abort(rich.code, rich.details, (*rich.trailing_metadata, (REQUEST_ID, request_id)))
-
-
 def _parser(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
     def parse(content: bytes) -> Message | Malformed:
         try:
@@ -387,37 +365,11 @@ def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def metadata_of(context: Context) -> dict[str, str]:
-    """The metadata of a call that is text, by lower-case keys."""
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-
-
 def _path(method: str) -> str:
     return f"/{SERVICE.full_name}/{method}"
 
 
 STREAM = _path("StepStream")
-
-
-def credentials_of(metadata: dict[str, str], context: Context, authenticator: Authenticator) -> Credentials:
-    """What a call carries, in its metadata and its certificate."""
-    return Credentials.of(metadata, _common_names(context) if authenticator.wants_names else ())
-
-
-def _common_names(context: Context) -> tuple[str, ...]:
-    """Those of the caller's certificate, which TLS has verified; none without one."""
-    names = context.auth_context().get("x509_common_name", ())
-    return tuple(name.decode(errors="replace") for name in names)
-
-
-def is_local(peer: str) -> bool:
-    """True for a peer, as gRPC names it, that connects from this host."""
-    return peer.startswith(("unix:", "ipv4:127.", "ipv6:[::1]:", "ipv6:%5B::1%5D:"))
-
-
-def _request_id(metadata: dict[str, str]) -> str:
-    given = metadata.get(REQUEST_ID, "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 def _deadline(began: float, seconds: float | None) -> float | None:

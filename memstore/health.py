@@ -9,9 +9,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from memstore.access import Scope
+from memstore.arrival import credentials_of, metadata_of
 from memstore.auth import Credentials
 from memstore.errors import NotAuthenticated
-from memstore.grpc_front import credentials_of, metadata_of
 from memstore.registry import State
 from memstore.v1 import memstore_pb2 as pb
 

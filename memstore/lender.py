@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -176,11 +177,12 @@ class Lender:
     def restore(self, old: Slab, states: Iterable[LentState]) -> int:
         """Copies sequences out of the slab of a server that has gone; gives their number.
 
-        Left out are those that have begun anew meanwhile, and those that there is no room for.
+        Left out are those that have begun anew meanwhile, and those that there is no room for; others are spilled for
+        them, where that can be.
         """
         num_found = 0
         for state in states:
-            if not state.epoch or state.name in self._table or not self._table.num_free:
+            if not state.epoch or state.name in self._table or not self._has_room():
                 continue
             sequence = self._table.create(state.name, state.epoch)
             sequence.next_position, sequence.floor = state.next_position, state.floor
@@ -192,6 +194,13 @@ class Lender:
             self._touch((state.name,))
             num_found += 1
         return num_found
+
+    def _has_room(self) -> bool:
+        """Whether one more sequence can begin to exist, after another one has left for it if need be."""
+        if self._lifecycle is not None:
+            with suppress(QuotaExceeded, NotReady):
+                self._lifecycle.admit((), num_new=1)
+        return self._table.num_free > 0
 
     def _counted(self, sequence: Stream, loan: Loan) -> tuple[int, int]:
         """See _moved. Of a holder that has written what cannot be, all that it was lent; its lease is recalled."""

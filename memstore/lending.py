@@ -13,6 +13,7 @@ from memstore.control import LAYOUT, ControlBlock
 from memstore.errors import Corrupt, InvalidRequest, MemstoreError, NotAllowed, QuotaExceeded
 from memstore.logs import event, trouble
 from memstore.mapped import device_name, mapped_slab
+from memstore.quotas import SEQUENCES_A_LEASE, Lent
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
 MAX_LEASES = 256
 """Leases that one server has given out, or offered, at once; each takes two descriptors and a control block."""
-MAX_LENT = 8192
+TENANT_LEASES = MAX_LEASES // 4
+"""Those of one tenant, where there are several and nobody says how many: enough for the models of a host, and few
+enough that others find some left.
+"""
+MAX_LENT = MAX_LEASES * SEQUENCES_A_LEASE
 """Sequences of all of them: a control block has 32 KiB for each, which no memory reserves."""
 WELCOME_S = 5.0
 """How often it is looked at whether the credentials that leases were asked for with are good still."""
@@ -85,6 +90,8 @@ class Lending:
             raise NotAllowed(f"memory: {request.memory!r} is not lent")
         if request.plane not in (pb.PLANE_UNSPECIFIED, self.plane):
             raise NotAllowed(f"plane: the memory lies in {pb.Plane.Name(self.plane)}")
+        own = [holder.num_sequences for holder in self.holders if holder.tenant == tenant]
+        self.registry.quotas.check_lent(tenant, Lent(leases=len(own), sequences=sum(own)), len(request.sequences))
         if len(self.holders) >= MAX_LEASES:
             raise QuotaExceeded("no more leases can be given out")
         if sum(holder.num_sequences for holder in self.holders) + len(request.sequences) > MAX_LENT:
@@ -124,6 +131,7 @@ class Holder:
         self._link: Link | None = None
         self._lease: Lease | None = None
         self.num_sequences = len(request.sequences)
+        self.tenant = loaded.id.tenant
 
     def claimed(self, link: Link, claim: pb.ClaimRequest) -> None:
         """The token was presented."""
@@ -235,9 +243,9 @@ class Holder:
             self._lending.loop.call_soon_threadsafe(self._link.close)
 
     def _in_device_thread(self, run: Callable[[], None], after: Callable[[], None] = _nothing) -> None:
-        """Runs something there, then `after` whatever came of it; that alone where it takes no more, as it stops."""
+        """Runs something there in the tenant's turn, then `after` whatever came of it; that alone if it is closed."""
         try:
-            future = self._lending.registry.worker.control(run)
+            future = self._lending.registry.worker.control(run, behind=self._loaded.id.tenant)
         except MemstoreError as error:
             trouble(_log, "lease not settled", error)
             after()

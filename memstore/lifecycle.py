@@ -61,6 +61,8 @@ class Lifecycle:
         self.is_needed = pictures is not None and bool(spec.spill.max_sequences or spec.idle_ttl_s)
         self.spill = Spill(spec, slab, table, pictures) if pictures is not None and spec.spill.max_sequences else None
         self.num_expired = 0
+        self.has_damage = False
+        """Whether a spilled file has failed since the last snapshot began, which mends it; see Archive.snapshot."""
         self._spec = spec
         self._table = table
         self._used: OrderedDict[str, float] = OrderedDict()
@@ -89,6 +91,39 @@ class Lifecycle:
         QuotaExceeded, NotReady where lent ones have the places (one is asked back) or a file cannot be read, Corrupt,
         DeviceMemoryFull; who has a place may have changed then.
         """
+        try:
+            self._admit(names, num_new, held, num_kept)
+        except OSError as error:
+            raise QuotaExceeded(
+                f"sequences: no place is free, and none can be spilled: the disk cannot be written ({error.strerror})"
+            ) from error
+
+    def admit_changes(self, changes: Sequence[Change]) -> None:
+        """`admit` for changes of a log that are about to be done once more.
+
+        Raises Corrupt where they do not fit; NotReady and OSError where it is the disk, now, that is in the way.
+        """
+        known: list[str] = []
+        new: set[str] = set()
+        for change in changes:
+            match change:
+                case Appended(sequence=name, is_append=True) | Forked(target=name):
+                    (known.append if name in self._table else new.add)(name)
+                case Pinned(sequence=name, is_pinned=True):
+                    known.append(name)
+            if isinstance(change, Forked):
+                known.append(change.source)
+        try:
+            self._admit(known, len(new))
+        except QuotaExceeded as error:
+            raise Corrupt(f"the log cannot be done once more: {error}") from error
+        except Corrupt as error:  # that of a file which this process has spilled, and nothing that lasts
+            raise NotReady(f"the log could not be done once more: {error.message}") from error
+
+    def _admit(
+        self, names: Sequence[str], num_new: int, held: AbstractSet[str] = frozenset(), num_kept: int = 0
+    ) -> None:
+        """See `admit`; OSError where a file cannot be written."""
         spill = self.spill
         if spill is None:
             return
@@ -102,23 +137,6 @@ class Lifecycle:
                 self._bring_back(spill, name, stay, num_kept, asks_back=not held)
         while num_new and self._table.num_free_places < num_kept + num_new:
             self._make_room(spill, stay, None, asks_back=not held)
-
-    def admit_changes(self, changes: Sequence[Change]) -> None:
-        """`admit` for changes of a log that are about to be done once more. Raises Corrupt where they do not fit."""
-        known: list[str] = []
-        new: set[str] = set()
-        for change in changes:
-            match change:
-                case Appended(sequence=name, is_append=True) | Forked(target=name):
-                    (known.append if name in self._table else new.add)(name)
-                case Pinned(sequence=name, is_pinned=True):
-                    known.append(name)
-            if isinstance(change, Forked):
-                known.append(change.source)
-        try:
-            self.admit(known, len(new))
-        except (QuotaExceeded, NotReady) as error:
-            raise Corrupt(f"the log cannot be done once more: {error}") from error
 
     def touch_changed(self, changes: Sequence[Change]) -> None:
         """`touch`, and `empty`, for the sequences of changes of a log that were done."""
@@ -182,14 +200,28 @@ class Lifecycle:
             self.spill.restore(sequences, self.clock.monotonic())
         self.touch(name for name, each in sequences.items() if each.place < self._spec.max_sequences)
 
+    def mend(self, name: str, found: Stream, scratch: Slab) -> None:
+        """Gives a sequence a new file whose own cannot be read, if nobody has changed it since.
+
+        found: as it was then, with its writers. scratch: in host memory, with its rows. Raises QuotaExceeded; nothing
+        is changed then.
+        """
+        if self.spill is not None:
+            self.spill.mend(name, found, scratch)
+
     def counts(self) -> SpillCounts | None:
         """Where sequences lie; None where nothing is spilled."""
         return None if self.spill is None else self.spill.counts()
 
     def free(self) -> None:
-        """Gives back what lies beyond the slab."""
+        """Gives back what lies in memory beyond the slab."""
         if self.spill is not None:
             self.spill.tiers.free()
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes the files of those that are away."""
+        if self.spill is not None:
+            self.spill.tiers.remove_files()
 
     def _touch_parts(self, batches: Sequence[StepBatch]) -> bool:
         """Notes that the sequences of these batches are used now; whether all of them have places."""
@@ -256,7 +288,8 @@ class Lifecycle:
             left, used_at = self._make_room(spill, held, name, asks_back=asks_back)
         try:
             spill.come_back(name)
-        except MemstoreError:
+        except (MemstoreError, OSError) as error:
+            self.has_damage |= isinstance(error, Corrupt)
             if left is not None:  # else one more than has room would be away
                 spill.come_back(left)
                 self._used[left] = used_at

@@ -1,4 +1,4 @@
-"""Listen: where the gRPC server is bound, with which credentials and options, and which methods it has at all."""
+"""Listen: where the gRPC server is bound, with which credentials and options."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_reflection.v1alpha import reflection
 
-from memstore.access import SCOPES
 from memstore.auth import is_loopback
 from memstore.config import ConfigError
 from memstore.followed import Followed
 from memstore.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from memstore.config import Config
@@ -67,9 +66,21 @@ def _lock_path(socket: Path) -> Path:
     return socket.with_name(f"{socket.name}.lock")
 
 
-def bind(server: grpc.aio.Server, config: Config, clock: Clock) -> str:
-    """Binds, and gives the address that clients use. ConfigError names what is in the way."""
-    credentials = _credentials(config, clock)
+def _unwatched(file: str, is_stale: Callable[[], bool]) -> None:
+    """Nobody wants to know."""
+
+
+def bind(
+    server: grpc.aio.Server,
+    config: Config,
+    clock: Clock,
+    follow: Callable[[str, Callable[[], bool]], None] = _unwatched,
+) -> str:
+    """Binds, and gives the address that clients use. ConfigError names what is in the way.
+
+    follow: is given "certificates", where there are some, and what says whether changed ones are not taken.
+    """
+    credentials = _credentials(config, clock, follow)
     if config.unix_socket is not None:
         return _bind_socket(server, config.unix_socket, credentials)
     host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
@@ -94,13 +105,16 @@ def _bind_socket(server: grpc.aio.Server, path: Path, credentials: grpc.ServerCr
     return address
 
 
-def _credentials(config: Config, clock: Clock) -> grpc.ServerCredentials | None:
+def _credentials(
+    config: Config, clock: Clock, follow: Callable[[str, Callable[[], bool]], None]
+) -> grpc.ServerCredentials | None:
     """TLS with certificates that are read again when they change, at the next connection; None without TLS."""
     cert, key, ca = config.tls_cert, config.tls_key, config.tls_client_ca
     if cert is None or key is None:
         return None
     paths = [path for path in (cert, key, ca) if path is not None]
     files = Followed(paths, lambda: _certificates(cert, key, ca), clock, 0.0)
+    follow("certificates", lambda: files.is_stale)
     return grpc.dynamic_ssl_server_credentials(files.now(), files.now, require_client_authentication=ca is not None)
 
 
@@ -123,20 +137,6 @@ def _certificates(cert: Path, key: Path, ca: Path | None) -> Any:
 
 def _missing(*paths: Path | None) -> Path | None:
     return next((path for path in paths if path is not None and not path.is_file()), None)
-
-
-class Door(grpc.aio.ServerInterceptor):
-    """Refuses every method that has no row in access.py, whoever added it to the server."""
-
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """The handler of a method; one that refuses for all others."""
-        if handler_call_details.method in SCOPES:
-            return await continuation(handler_call_details)
-        return grpc.stream_stream_rpc_method_handler(_refuse)
-
-
-async def _refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no credential reaches this method")
 
 
 def add_reflection(server: grpc.aio.Server, config: Config, services: Sequence[str]) -> None:

@@ -104,7 +104,7 @@ class SegmentReader:
     def records(self, number: int | None) -> Iterator[Record]:
         """The records, the first of this number; None: of any."""
         while self.end < self._file.size:
-            record = self._record(self.end)
+            record = self.record_at(self.end)
             if record is None:
                 return
             if number is not None and record.number != number:
@@ -124,12 +124,12 @@ class SegmentReader:
             places.append(self.end + at)
             at = rest.find(MAGIC, at + 1)
         for place in places:
-            record = reader._record(place)
+            record = reader.record_at(place)
             if record is not None:
                 most = max(most, record.synced)
         return most
 
-    def _record(self, offset: int) -> Record | None:
+    def record_at(self, offset: int) -> Record | None:
         """The record at `offset`; None where it is not whole, and why is noted."""
         header = self._read(offset, HEADER_BYTES)
         if len(header) < HEADER_BYTES:

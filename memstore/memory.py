@@ -24,6 +24,7 @@ from memstore.slab import Slab, bytes_needed
 from memstore.still import Pictures
 from memstore.tiers import host_bytes
 from memstore.types import (
+    NO_ROOM,
     Durability,
     Hits,
     MemoryCounts,
@@ -136,7 +137,7 @@ class Memory:
             staged = stage(self._slab, _plans_of(outcomes), self._table.places_of_new)
             if staged is not None:
                 self.pictures.preserve(staged.first_cells)
-        except torch.OutOfMemoryError as error:
+        except NO_ROOM as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
         changes = self._commit(outcomes, staged)
         results = [
@@ -253,7 +254,7 @@ class Memory:
     def free(self) -> None:
         """Gives everything back to the device, but for what `join` waits for; the memory is of no use afterwards.
 
-        Nor is it to those it is lent to.
+        Nor is it to those it is lent to. Files of spilled sequences stay until `remove_files`.
         """
         self.stop_builds()
         self.lender.revoke()
@@ -263,6 +264,10 @@ class Memory:
     def join(self) -> None:
         """After `free`, in any thread: returns when the background work has ended, too."""
         self._index.join()
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes the files of spilled sequences, which may take long."""
+        self.lifecycle.remove_files()
 
     def _plan(self, batches: SequenceOf[StepBatch]) -> list[BatchPlan | MemstoreError]:
         num_free = self._table.num_free

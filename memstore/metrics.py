@@ -131,6 +131,12 @@ class Metrics:
             buckets=LONG_BUCKETS_S,
             registry=self.registry,
         )
+        self._untaken = Gauge(
+            "memstore_file_not_taken",
+            "1 while a changed file is not taken, and what was known stays",
+            ("file",),
+            registry=self.registry,
+        )
         self._sessions = Gauge("memstore_sessions", "Open streams", registry=self.registry)
         build = Gauge("memstore_build_info", "What runs here; always 1", ("version",), registry=self.registry)
         build.labels(version).set(1)
@@ -153,6 +159,10 @@ class Metrics:
     def snapshot(self, outcome: str, seconds: float) -> None:
         """See StoreObserver of store.py."""
         self._snapshots.labels(outcome).observe(seconds)
+
+    def follow(self, file: str, is_stale: Callable[[], bool]) -> None:
+        """Shows, at each scrape, whether a file that is followed has been changed into one that is not taken."""
+        self._untaken.labels(file).set_function(is_stale)
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -206,6 +216,9 @@ class _State:
         yield GaugeMetricFamily(
             "memstore_damaged_memories", "Memories that could not be loaded", self._registry.num_damaged
         )
+        yield GaugeMetricFamily(
+            "memstore_waiting_memories", "Memories whose files cannot be read for now", self._registry.num_waiting
+        )
         yield from self._of_files()
         leases = sum(len(loaded.engine.lender) for loaded in self._registry.all())
         yield GaugeMetricFamily("memstore_leases", "Sessions that sequences are lent to", leases)
@@ -249,23 +262,27 @@ class _State:
         on_disk = GaugeMetricFamily("memstore_spilled_bytes", "Bytes of files of sequences", labels=("memory",))
         spills = CounterMetricFamily("memstore_spills", "Times that a sequence left the device", labels=("memory",))
         returns = CounterMetricFamily("memstore_spill_returns", "Times that one came back", labels=("memory",))
+        refusals = CounterMetricFamily(
+            "memstore_spill_refusals", "Times that a file of one could not be written", labels=("memory",)
+        )
         expired = CounterMetricFamily("memstore_expired_sequences", "Sequences ended for idleness", labels=("memory",))
         totals: dict[str, list[int]] = {}
         for loaded, counts in counted:
             spill = counts.spill
-            where = (counts.num_sequences, 0, 0, 0, 0, 0)
+            where = (counts.num_sequences, 0, 0, 0, 0, 0, 0)
             if spill is not None:
-                away = spill.num_on_host, spill.num_on_disk, spill.disk_bytes, spill.spills, spill.returns
-                where = (counts.num_sequences - sum(away[:2]), *away)
-            total = totals.setdefault(self._label(loaded.id.name), [0] * 8)
+                lying = spill.num_on_host, spill.num_on_disk
+                away = *lying, spill.disk_bytes, spill.spills, spill.returns, spill.refusals
+                where = (counts.num_sequences - sum(lying), *away)
+            total = totals.setdefault(self._label(loaded.id.name), [0] * 9)
             for i, value in enumerate((*where, counts.num_pinned, counts.expired_sequences)):
                 total[i] += value
         for label, total in totals.items():
             for tier, value in zip(("device", "host", "disk"), total, strict=False):
                 lie.add_metric((label, tier), value)
-            for family, value in zip((on_disk, spills, returns, pinned, expired), total[3:], strict=True):
+            for family, value in zip((on_disk, spills, returns, refusals, pinned, expired), total[3:], strict=True):
                 family.add_metric((label,), value)
-        yield from (lie, pinned, on_disk, spills, returns, expired)
+        yield from (lie, pinned, on_disk, spills, returns, refusals, expired)
 
     def _of_indexes(self, counted: Sequence[tuple[Loaded, MemoryCounts]]) -> Iterator[Metric]:
         """Of those that keep something."""

@@ -69,10 +69,10 @@ class Target(Protocol):
     """What a memory's files are read into."""
 
     def load(self, snapshot: Snapshot) -> None:
-        """Takes over a snapshot, and checks all of it. Raises Corrupt."""
+        """Takes over a snapshot, and checks all of it. Raises Corrupt, NotReady, OSError."""
 
     def redo(self, changes: Sequence[Change], content: memoryview) -> None:
-        """Does changes once more, with the bytes of their rows. Raises Corrupt."""
+        """Does changes once more, with the bytes of their rows. Raises Corrupt, NotReady, OSError."""
 
 
 class Filling:
@@ -123,7 +123,11 @@ class Recovery:
         self._done_bytes = self._total_bytes = 0
 
     def run(self, memory: Memory) -> Recovered:
-        """Fills the memory. Raises Corrupt and OSError; then files are as they were, and the memory is of no use."""
+        """Fills the memory.
+
+        Raises Corrupt where files are damaged, OSError and NotReady where the disk fails now; then the files are as
+        they were, and the memory is of no use.
+        """
         read, found = self._read(Filling(memory, self._advance))
         self._tidy(read, found)
         return found

@@ -46,7 +46,8 @@ class Refill:
     def put(self, place: int, position: int, num_rows: int, content: memoryview) -> None:
         """Puts rows of a snapshot in their place, as they were: `num_rows` from `position` on, as RowFormat has them.
 
-        Raises Corrupt where they have another length, or are of no sequence.
+        Raises Corrupt where they have another length, or are of no sequence; OSError where they have to be spilled, and
+        the disk fails.
         """
         if place < self._spec.max_sequences:
             self._put([(place, position, num_rows)], content)
@@ -63,7 +64,7 @@ class Refill:
             self._lifecycle.spill.check_arrived()
 
     def redo(self, changes: Sequence[Change], content: memoryview) -> None:
-        """Does changes of a log once more, and puts the rows they appended. Raises Corrupt where they do not fit."""
+        """Does changes of a log once more, and puts the rows they appended. Raises as Lifecycle.admit_changes."""
         self._lifecycle.admit_changes(changes)
         kept = []
         for change in changes:

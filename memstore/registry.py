@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -13,35 +12,40 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from google.protobuf import json_format
 
 from memstore import wire
 from memstore.admission import CapacityBudget
 from memstore.auth import Open
 from memstore.catalog import MemoryId
-from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, MemstoreError, NotFound, NotReady, QuotaExceeded
-from memstore.index import build_thread, prepare
+from memstore.entries import identity, spec_of, text_of
+from memstore.errands import Errands, run
+from memstore.errors import AlreadyExists, Corrupt, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.futures import then
+from memstore.index import prepare
 from memstore.logs import event, trouble
-from memstore.memory import Memory
 from memstore.quotas import Held, Quotas
-from memstore.seams import new_epoch
+from memstore.removals import Removals
+from memstore.rooms import Rooms
 from memstore.store import NoStore
-from memstore.tiers import host_bytes
 from memstore.tokens import Quota
-from memstore.v1 import memstore_pb2 as pb
+from memstore.turns import SERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from concurrent.futures import Future
 
     from memstore.archive import Archive
     from memstore.catalog import Catalog
     from memstore.device import DeviceWorker
+    from memstore.errands import Steps
+    from memstore.memory import Memory
     from memstore.seams import Clock
     from memstore.store import Store
     from memstore.types import MemorySpec
 
 T = TypeVar("T")
-RETRY_LOAD_S = 1.0
+RETRY_LOAD_S, LONGEST_RETRY_LOAD_S = 1.0, 60.0
+"""How long the catalogue, or files that cannot be read for now, are left alone before they are tried again."""
 _log = logging.getLogger(__name__)
 
 
@@ -74,7 +78,10 @@ class Loaded:
 class Registry:
     """The memories of all tenants on one device.
 
-    Changes run one at a time in a thread of their own, so that a slow catalogue holds up neither device nor loop.
+    Changes run in a thread of their own (errands.py), so that a slow catalogue holds up neither device nor loop; those
+    of one tenant one at a time. What they need of the device is done in its turn, and no other tenant's change waits.
+    What is left of a memory that was dropped is removed in other threads (removals.py): nobody waits for the jobs of
+    its tenant that are still queued, nor for its files. Until its bytes are given back its name is taken.
     """
 
     def __init__(
@@ -97,8 +104,6 @@ class Registry:
         device; no bound but the host's if None.
         """
         self.quotas = quotas or Quotas(Open(), Quota(), clock)
-        self.host_budget = host_budget or CapacityBudget(sys.maxsize)
-        self._lends = lends
         self.state = State.LOADING
         self.worker = worker
         self.budget = budget
@@ -107,18 +112,23 @@ class Registry:
         self._clock = clock
         self._max_memories = max_memories
         self._store = store or NoStore()
+        host = host_budget or CapacityBudget(sys.maxsize)
+        self._rooms = Rooms(worker, (budget, host), clock, self._store, self.quotas, lends=lends)
         self._loaded: dict[MemoryId, Loaded] = {}
-        self._damaged: dict[MemoryId, MemstoreError] = {}
+        self._unloaded: dict[MemoryId, MemstoreError] = {}  # those of the catalogue, and why; NotReady: tried again
+        self._going: dict[MemoryId, Loaded | None] = {}
+        self._removals = Removals()
+        self._reloading: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._admin = ThreadPoolExecutor(max_workers=1, thread_name_prefix="memstore-admin")
-        self._builds = build_thread()
+        self._num_begun = 0  # memories that are being made
+        self._errands = Errands("memstore-admin")
 
     def load(self) -> Future[None]:
         """Reserves every memory of the catalogue, and fills the durable ones, in the background.
 
         Tries again while the catalogue is out of reach.
         """
-        return self._admin.submit(self._load)
+        return self._errands.submit(self._load)
 
     def drain(self) -> None:
         """Takes no more changes; the memories go on."""
@@ -133,11 +143,14 @@ class Registry:
         """
         self.on_change = _nobody
         self.drain()
-        self._admin.shutdown(wait=True)
+        if self._reloading is not None:
+            self._reloading.join()
+        self._errands.close()
+        self._removals.close()
         with suppress(NotReady):  # the worker is closed already
             for loaded in self.all():
                 self.worker.control(loaded.engine.stop_builds)
-        self._builds.shutdown(wait=True, cancel_futures=True)
+        self._rooms.close()
 
     def close_files(self) -> None:
         """Makes everything that was written safe, and says so in the files. The device worker is closed."""
@@ -152,13 +165,14 @@ class Registry:
     def find(self, tenant: str, name: str, field: str = "memory") -> Loaded:
         """A memory in service; `field` is where its name stood.
 
-        Raises NotFound; NotReady while it may be loading; Corrupt, or what else kept it, where it cannot be loaded.
+        Raises NotFound; NotReady while it may be loading, or its files cannot be read for now; Corrupt, or what else
+        kept it, where it cannot be loaded.
         """
         memory = MemoryId(tenant, wire.memory_name(name, field))
         loaded = self._loaded.get(memory)
         if loaded is None:
-            if memory in self._damaged:
-                raise self._damage(memory)
+            if memory in self._unloaded:
+                raise self._reason(memory)
             if self.state is State.LOADING:
                 raise NotReady("memories are being loaded")
             raise NotFound(f"no memory {name!r}", memory=name)
@@ -169,17 +183,23 @@ class Registry:
         return MemoryId(tenant, name) in self._loaded
 
     def held(self, tenant: str) -> Held:
-        """What the memories of a tenant have reserved."""
-        own = [loaded for loaded in self.all() if loaded.id.tenant == tenant]
+        """What the memories of a tenant have reserved, with those that were dropped until they have given it back."""
+        every = [*self.all(), *(loaded for loaded in list(self._going.values()) if loaded is not None)]
+        own = [loaded for loaded in every if loaded.id.tenant == tenant]
         return Held(
-            reserved_bytes=sum(loaded.engine.reserved_bytes + self._host_bytes(loaded.spec) for loaded in own),
+            reserved_bytes=sum(self._rooms.reserved_bytes(loaded.spec) for loaded in own),
             sequences=sum(loaded.spec.total_sequences for loaded in own),
         )
 
     @property
     def num_damaged(self) -> int:
         """Memories of the catalogue that could not be loaded."""
-        return len(self._damaged)
+        return len(self._unloaded) - self.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Memories of the catalogue that could not be read until now, though nothing says that they are damaged."""
+        return sum(isinstance(error, NotReady) for error in list(self._unloaded.values()))
 
     def all(self) -> list[Loaded]:
         """Every memory in service."""
@@ -187,136 +207,111 @@ class Registry:
 
     def create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> Future[tuple[Loaded, bool]]:
         """The memory, and whether it is new. AlreadyExists, DeviceMemoryFull, QuotaExceeded, NotReady."""
-        return self._change(lambda: self._create(memory, spec, exist_ok))
+        return self._change(memory.tenant, self._create(memory, spec, exist_ok))
 
     def drop(self, memory: MemoryId) -> Future[None]:
-        """Takes a memory out of catalogue and device. NotFound, NotReady."""
-        return self._change(lambda: self._drop(memory))
+        """Takes a memory out of catalogue and device, and returns when its files are gone too. NotFound, NotReady."""
+        return then(self._change(memory.tenant, self._drop(memory)), lambda removal: removal)
 
     def listing(self, tenant: str, prefix: str) -> Future[list[Loaded | MemorySpec]]:
         """A tenant's memories whose names begin with `prefix`, by name; only the spec of one that is not loaded.
 
         NotReady when the catalogue is out of reach.
         """
-        return self._change(lambda: self._list(tenant, prefix))
+        return self._change(tenant, self._list(tenant, prefix))
 
-    def _change(self, run: Callable[[], T]) -> Future[T]:
+    def _change(self, tenant: str, steps: Steps[T]) -> Future[T]:
         if self.state is not State.SERVING:
             raise NotReady(f"the server is {self.state.value}")
-        return self._admin.submit(run)
+        return self._errands.add(tenant, steps)
 
-    def _create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> tuple[Loaded, bool]:
+    def _create(self, memory: MemoryId, spec: MemorySpec, exist_ok: bool) -> Steps[tuple[Loaded, bool]]:
         existing = self._loaded.get(memory)
         if existing is not None:
             if exist_ok and existing.spec == spec:
                 return existing, False
             how = "an equal" if existing.spec == spec else "another"
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
-        if memory in self._damaged:
-            raise self._damage(memory)
-        if len(self._loaded) >= self._max_memories:
+        if memory in self._unloaded:
+            raise self._reason(memory)
+        if memory in self._going:
+            raise NotReady(f"memory {memory.name!r} was dropped, and is still being removed")
+        if len(self._loaded) + len(self._going) + self._num_begun >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
-        reserved = self._bytes_needed(spec) + self._host_bytes(spec)
-        needed = Held(reserved_bytes=reserved, sequences=spec.total_sequences)
+        needed = Held(reserved_bytes=self._rooms.reserved_bytes(spec), sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
         self._store.check(spec)
         created_at = self._clock.wall()
-        text = _text_of(spec, created_at)
-        keep = partial(self._store.create, memory, _identity(memory, text))
-        loaded = self._reserve(memory, spec, created_at, keep)
+        text = text_of(spec, created_at)
+        keep = partial(self._store.create, memory, identity(memory, text))
+        self._num_begun += 1
+        try:
+            loaded = yield from self._make(memory, spec, created_at, keep)
+        finally:
+            self._num_begun -= 1
         try:
             self._catalog.put(memory, text)
         except MemstoreError:
-            self._discard(loaded)
+            yield self._begin_removal(memory, loaded)
             raise
         self._loaded[memory] = loaded
         event(_log, logging.INFO, "memory created", memory=memory.name, reserved_bytes=loaded.engine.reserved_bytes)
         self.on_change()
         return loaded, True
 
-    def _drop(self, memory: MemoryId) -> None:
+    def _drop(self, memory: MemoryId) -> Steps[Future[None]]:
         loaded = self._loaded.get(memory)
-        if loaded is None and memory not in self._damaged:
+        if loaded is None and memory not in self._unloaded:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
         self._catalog.remove(memory)
-        if loaded is None:
-            del self._damaged[memory]
-            self._store.remove(memory)
-        else:
-            del self._loaded[memory]
-            self._discard(loaded)
+        self._loaded.pop(memory, None)
+        self._unloaded.pop(memory, None)
+        removal = self._begin_removal(memory, loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
+        return removal
+        yield  # nothing is waited for
 
-    def _damage(self, memory: MemoryId) -> MemstoreError:
+    def _reason(self, memory: MemoryId) -> MemstoreError:
         """What kept a memory from being loaded, without the frames, and requests, of those who were told before."""
-        return self._damaged[memory].with_traceback(None)
+        return self._unloaded[memory].with_traceback(None)
 
-    def _list(self, tenant: str, prefix: str) -> list[Loaded | MemorySpec]:
+    def _list(self, tenant: str, prefix: str) -> Steps[list[Loaded | MemorySpec]]:
         found: dict[MemoryId, Loaded | MemorySpec] = {}
         for memory, text in self._catalog.load().items():
             with suppress(Corrupt):
-                found[memory] = _spec_of(memory, text)[0]
+                found[memory] = spec_of(memory, text)[0]
         found |= self._loaded
         return [found[memory] for memory in sorted(found) if memory.tenant == tenant and memory.name.startswith(prefix)]
+        yield  # nothing is waited for
 
-    def _reserve(
+    def _make(
         self, memory: MemoryId, spec: MemorySpec, created_at: float, keep: Callable[[Memory], Archive | None]
-    ) -> Loaded:
-        """Makes a memory on the device. keep: begins its files, or fills it with what they hold."""
-        device = self.worker.device
-        is_shared = self._is_shared(spec)
-        needed, on_host = self._bytes_needed(spec), self._host_bytes(spec)
-        self.host_budget.reserve(on_host)
+    ) -> Steps[Loaded]:
+        """See Rooms.make."""
+        lane = SERVER if self.state is State.LOADING else memory.tenant
+        engine, archive = yield from self._rooms.make(memory, spec, keep, lane)
+        return Loaded(id=memory, engine=engine, created_at=created_at, archive=archive)
+
+    def _begin_removal(self, memory: MemoryId, loaded: Loaded | None) -> Future[None]:
+        """Until it has given its bytes back, they count as its tenant's, and its name is taken."""
+        self._going[memory] = loaded
+        return self._removals.submit(memory.tenant, lambda: self._remove(memory, loaded))
+
+    def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
+        """Removes a memory that nobody can find any more; None where it could not be loaded, and has files only."""
         try:
-            self.budget.reserve(needed)
-        except BaseException:
-            self.host_budget.release(on_host)
-            raise
-        try:
-            make = self.worker.control(
-                lambda: Memory(spec, device, new_epoch=new_epoch, builds=self._builds, is_shared=is_shared)
-            )
-            engine = make.result()
-            try:
-                self._prepare(memory, engine)
-                return Loaded(id=memory, engine=engine, created_at=created_at, archive=keep(engine))
-            except BaseException:
-                self.worker.control(engine.free).result()
-                raise
-        except BaseException:
-            self.budget.release(needed)
-            self.host_budget.release(on_host)
-            raise
-
-    def _is_shared(self, spec: MemorySpec) -> bool:
-        return self._lends and Memory.can_be_lent(spec)
-
-    def _bytes_needed(self, spec: MemorySpec) -> int:
-        return Memory.bytes_needed(spec, self.worker.device, is_shared=self._is_shared(spec))
-
-    def _prepare(self, memory: MemoryId, engine: Memory) -> None:
-        """Gives a memory time, and room for what leaves it."""
-        engine.lifecycle.clock = self._clock
-        if engine.lifecycle.spill is not None:
-            engine.lifecycle.spill.tiers.folder = self._store.spill_folder(memory)
-
-    def _host_bytes(self, spec: MemorySpec) -> int:
-        """Bytes of host memory that a memory reserves beside what it reserves on the device."""
-        return 0 if self.worker.device.type == "cpu" else host_bytes(spec)
-
-    def _discard(self, loaded: Loaded) -> None:
-        """Removes a memory's files, which ends a snapshot of it, then its rows."""
-        try:
-            self._store.forget(loaded.archive, loaded.spec)
+            archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
+            remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
         finally:
-            self._free(loaded)
-
-    def _free(self, loaded: Loaded) -> None:
-        self.worker.control(loaded.engine.free, behind=loaded.id.tenant).result()
-        loaded.engine.join()
-        self.budget.release(loaded.engine.reserved_bytes)
-        self.host_budget.release(self._host_bytes(loaded.spec))
+            if loaded is not None:
+                self._rooms.give_back(memory, loaded.engine)
+            self._going.pop(memory, None)
+        try:
+            remove()
+        finally:
+            if loaded is not None:
+                loaded.engine.remove_files()
 
     def _load(self) -> None:
         prepare(self.worker.device)
@@ -332,27 +327,43 @@ class Registry:
         for memory, text in sorted(texts.items()):
             if self._stopping.is_set():
                 return
-            self._load_one(memory, text)
+            run(self._load_one(memory, text))
         if self.state is State.LOADING:
             self.state = State.SERVING
         event(_log, logging.INFO, "memories loaded", num_memories=len(self._loaded))
         self.on_change()
+        if self.num_waiting:
+            self._reloading = threading.Thread(target=self._reload, args=(texts,), name="memstore-reload", daemon=True)
+            self._reloading.start()
 
-    def _load_one(self, memory: MemoryId, text: str) -> None:
+    def _reload(self, texts: Mapping[MemoryId, str]) -> None:
+        """Tries memories again whose files could not be read, until none waits: at longer and longer intervals."""
+        delay_s = RETRY_LOAD_S
+        while self.num_waiting and not self._stopping.wait(delay_s):
+            delay_s = min(2 * delay_s, LONGEST_RETRY_LOAD_S)
+            for memory in [memory for memory, error in list(self._unloaded.items()) if isinstance(error, NotReady)]:
+                self._errands.add(memory.tenant, self._load_waiting(memory, texts[memory])).result()
+
+    def _load_waiting(self, memory: MemoryId, text: str) -> Steps[None]:
+        if memory in self._unloaded and not self._stopping.is_set():  # it may have been dropped
+            yield from self._load_one(memory, text)
+
+    def _load_one(self, memory: MemoryId, text: str) -> Steps[None]:
         """One memory; what cannot be loaded is logged and left out, so that the others serve."""
         try:
-            spec, created_at = _spec_of(memory, text)
+            spec, created_at = spec_of(memory, text)
             keep = partial(self._fill, memory, text)
-            self._loaded[memory] = self._reserve(memory, spec, created_at, keep)
+            self._loaded[memory] = yield from self._make(memory, spec, created_at, keep)
+            self._unloaded.pop(memory, None)
             self.on_change()
         except MemstoreError as error:
-            self._damaged[memory] = error
+            self._unloaded[memory] = error
             trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
 
     def _fill(self, memory: MemoryId, text: str, engine: Memory) -> Archive | None:
         """Nobody else has the engine yet, so that the device thread goes on with others meanwhile."""
         with torch.no_grad():
-            archive = self._store.recover(memory, _identity(memory, text), engine)
+            archive = self._store.recover(memory, identity(memory, text), engine)
         if archive is not None:
             self.worker.control(engine.wake).result()
         return archive
@@ -360,26 +371,3 @@ class Registry:
 
 def _nobody() -> None:
     """Nobody listens for changes."""
-
-
-def _identity(memory: MemoryId, text: str) -> str:
-    """What the files of a memory say they belong to; no two memories that ever were have the same."""
-    return f"{memory.tenant}/{text}"
-
-
-def _text_of(spec: MemorySpec, created_at: float) -> str:
-    description = pb.MemoryDescription(spec=wire.encode_spec(spec))
-    description.status.created_at.CopyFrom(wire.encode_time(created_at))
-    return str(json_format.MessageToJson(description, indent=None))
-
-
-def _spec_of(memory: MemoryId, text: str) -> tuple[MemorySpec, float]:
-    """Spec and time of creation as the catalogue has them, checked as any outside input. Raises Corrupt."""
-    try:
-        description = json_format.Parse(text, pb.MemoryDescription())
-        spec = wire.decode_spec(description.spec)
-    except (json_format.ParseError, InvalidRequest) as error:
-        raise Corrupt(f"the catalogue's entry of memory {memory.name!a} is not a spec: {error}") from error
-    if spec.name != memory.name:
-        raise Corrupt(f"the catalogue has {spec.name!r} under {memory.name!a}")
-    return spec, description.status.created_at.ToMicroseconds() / 1e6

@@ -1,4 +1,7 @@
-"""What writers were answered, as bytes and back: in snapshots, and in the files of sequences that were spilled."""
+"""What writers were answered, as bytes and back: in snapshots, and in the files of sequences that were spilled.
+
+And what it takes in memory, where it is no bytes but values.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memstore.sequence import Reply, Writer
+from memstore.sequence import REPLAY_WINDOW, Reply, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,6 +19,16 @@ if TYPE_CHECKING:
 
 NUMBERS = 6
 """uint64 of a reply: rows, fingerprint, as_of, first position, whether it began an epoch, and sent with which."""
+
+REPLY_BYTES, WRITER_BYTES = 336, 1024
+"""What a reply takes in memory, and a writer beside its replies; as measured, with numbers of the largest kind."""
+A_WRITER_BYTES = WRITER_BYTES + REPLAY_WINDOW * REPLY_BYTES
+"""A writer with all replies that are kept of it."""
+
+
+def held_bytes(sequence: Stream) -> int:
+    """Bytes of memory that the writers of a sequence take."""
+    return sum(WRITER_BYTES + REPLY_BYTES * len(writer.replies) for writer in sequence.writers.values())
 
 
 def writers_entry(sequence: Stream) -> list[list[object]]:

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 import torch
@@ -25,14 +25,16 @@ from memstore.catalog import Catalog, FileCatalog, NoCatalog, RedisCatalog
 from memstore.config import Config, ConfigError
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
+from memstore.door import Door
 from memstore.expirer import Expirer
 from memstore.gate import Gate
 from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
 from memstore.journal import INTERVAL_S, Syncer
-from memstore.lending import Lending
+from memstore.lending import TENANT_LEASES, Lending
 from memstore.logs import event, trouble
 from memstore.metrics import Metrics, MetricsServer, named_memories
+from memstore.outcomes import Outcomes
 from memstore.quotas import Quotas
 from memstore.region import can_share
 from memstore.registry import Registry
@@ -66,7 +68,16 @@ def run(config: Config, disk: Disk | None = None) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, ExitStack() as stack:
-        return runner.run(Server(config, stack, disk or SystemDisk()).serve())
+        code = runner.run(Server(config, stack, disk or SystemDisk()).serve())
+    if code == SICK:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process before its libraries look for the failed device once more, which may abort it."""
+    logging.shutdown()
+    os._exit(code)
 
 
 class Server:
@@ -78,12 +89,14 @@ class Server:
         self._stack = stack
         self._clock = SystemClock()
         self._authenticator = authenticator_of(config, self._clock)
-        self._quotas = Quotas(self._authenticator, _default_quota(config), self._clock)
+        default = default_quota(config, has_tenants=self._authenticator.has_tenants)
+        self._quotas = Quotas(self._authenticator, default, self._clock)
         stack.enter_context(listen.address_lock(config, disk))
         named = named_memories(config.metrics_memories, has_tenants=self._authenticator.has_tenants)
         self._metrics = Metrics([method.name for method in SERVICE.methods], VERSION, named)
         self._registry = self._make_registry()
         self._metrics.watch(self._registry)
+        self._metrics.follow("tokens", lambda: self._authenticator.is_stale)
         self._snapshotter = Snapshotter(self._registry, self._clock, config.snapshot_interval, self._metrics)
         stack.callback(self._snapshotter.close)
         stack.callback(Expirer(self._registry).close)
@@ -200,17 +213,17 @@ class Server:
     async def _listen(self, lending: Lending | None) -> tuple[grpc.aio.Server, GrpcFront, Health, str]:
         """Bound before anything is loaded, so that health can say so."""
         config = self._config
-        server = grpc.aio.server(options=listen.SERVER_OPTIONS, interceptors=(listen.Door(),))
+        gate, outcomes = Gate(self._authenticator, self._quotas), Outcomes(self._metrics, self._clock)
+        door = Door(gate, outcomes, self._clock)
+        server = grpc.aio.server(options=listen.SERVER_OPTIONS, interceptors=(door,))
         service = Service(self._registry, self._clock.wall())
         limits = FrontLimits(stream_in_flight=config.stream_in_flight, reply_bytes=config.reply_bytes)
-        front = GrpcFront(
-            service, Gate(self._authenticator, self._quotas), self._metrics, self._clock, limits, lending=lending
-        )
+        front = GrpcFront(service, gate, outcomes, self._clock, limits, lending=lending)
         health = Health(self._registry, self._authenticator)
         server.add_generic_rpc_handlers((front.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         listen.add_reflection(server, config, (SERVICE.full_name, "grpc.health.v1.Health"))
-        address = listen.bind(server, config, self._clock)
+        address = listen.bind(server, config, self._clock, self._metrics.follow)
         await server.start()
         event(_log, logging.INFO, "listening", address=address, device=str(self._registry.worker.device))
         return server, front, health, address
@@ -292,8 +305,15 @@ async def _first(wanted: asyncio.Future[None] | Coroutine[None, None, None], sto
     return True
 
 
-def _default_quota(config: Config) -> Quota:
-    return Quota(reserved_bytes=config.tenant_bytes, sequences=config.tenant_sequences, calls_per_s=config.tenant_calls)
+def default_quota(config: Config, *, has_tenants: bool) -> Quota:
+    """What a tenant may take of which the file of tokens says nothing."""
+    return Quota(
+        reserved_bytes=config.tenant_bytes,
+        sequences=config.tenant_sequences,
+        calls_per_s=config.tenant_calls,
+        spilled_bytes=config.tenant_spilled_bytes,
+        leases=config.tenant_leases or (TENANT_LEASES if has_tenants else 0),
+    )
 
 
 def tune_malloc() -> None:

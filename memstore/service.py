@@ -11,6 +11,7 @@ from memstore import wire
 from memstore.catalog import MemoryId
 from memstore.device import CallJob, Engine, Settling, StepJob, Ticket
 from memstore.errors import InvalidRequest, MemstoreError, NotAllowed
+from memstore.futures import done, then
 from memstore.plane import tensor_bytes
 from memstore.sequence import REPLAY_WINDOW
 from memstore.types import MemorySpec
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 """As pyproject.toml has it; a test compares them."""
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,18 +112,18 @@ class Service:
         spec = wire.decode_spec(request.spec)
         memory = MemoryId(caller.tenant, spec.name)
         made = self._admitted(request, caller, lambda: self.registry.create(memory, spec, request.exist_ok))
-        return _then(
+        return then(
             made,
-            lambda outcome: _then(
+            lambda outcome: then(
                 self._described(outcome[0]),
-                lambda description: _done(pb.CreateMemoryResponse(memory=description, created=outcome[1])),
+                lambda description: done(pb.CreateMemoryResponse(memory=description, created=outcome[1])),
             ),
         )
 
     def _describe(self, request: pb.DescribeMemoryRequest, caller: Caller) -> Future[Message]:
         loaded = self.registry.find(caller.tenant, request.name, "name")
         job = CallJob(_ticket(request, caller), lambda: self._description(loaded), _Shown([loaded.engine]))
-        return _then(self._worker.submit(job), lambda found: _done(pb.DescribeMemoryResponse(memory=found)))
+        return then(self._worker.submit(job), lambda found: done(pb.DescribeMemoryResponse(memory=found)))
 
     def _list(self, request: pb.ListMemoriesRequest, caller: Caller) -> Future[Message]:
         listed = self._admitted(request, caller, lambda: self.registry.listing(caller.tenant, request.name_prefix))
@@ -133,22 +133,22 @@ class Service:
             every = self._worker.control(
                 lambda: [self._description(memory) for memory in memories], shown, behind=caller.tenant
             )
-            return _then(every, lambda found: _done(pb.ListMemoriesResponse(memories=found)))
+            return then(every, lambda found: done(pb.ListMemoriesResponse(memories=found)))
 
-        return _then(listed, describe)
+        return then(listed, describe)
 
     def _drop(self, request: pb.DropMemoryRequest, caller: Caller) -> Future[Message]:
         memory = MemoryId(caller.tenant, wire.memory_name(request.name, "name"))
-        return _then(
+        return then(
             self._admitted(request, caller, lambda: self.registry.drop(memory)),
-            lambda _: _done(pb.DropMemoryResponse()),
+            lambda _: done(pb.DropMemoryResponse()),
         )
 
     def _server_info(self, request: pb.ServerInfoRequest, caller: Caller) -> Future[Message]:
         del request
         quota, held = self.registry.quotas.of(caller.tenant), self.registry.held(caller.tenant)
         capacity_bytes = self.registry.budget.capacity_bytes
-        return _done(
+        return done(
             pb.ServerInfoResponse(
                 version=VERSION,
                 device=str(self._worker.device),
@@ -178,7 +178,7 @@ class Service:
         return future
 
     def _described(self, loaded: Loaded) -> Future[pb.MemoryDescription]:
-        return self._worker.control(lambda: self._description(loaded), _Shown([loaded.engine]))
+        return self._worker.control(lambda: self._description(loaded), _Shown([loaded.engine]), behind=loaded.id.tenant)
 
     def _description(self, memory: Loaded | MemorySpec) -> pb.MemoryDescription:
         """Runs in the device thread."""
@@ -244,37 +244,3 @@ def _ticket(request: Message, caller: Caller) -> Ticket:
         deadline=caller.deadline,
         request_id=caller.request_id,
     )
-
-
-def _done(value: T) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_result(value)
-    return future
-
-
-def _then(first: Future[T], follow: Callable[[T], Future[R]]) -> Future[R]:
-    """The outcome of `follow`, which is given the result of `first`; the failure of either."""
-    outcome: Future[R] = Future()
-    outcome.set_running_or_notify_cancel()  # what is under way is finished
-
-    def pass_on(second: Future[R]) -> None:
-        error = second.exception()
-        if error is not None:
-            outcome.set_exception(error)
-        else:
-            outcome.set_result(second.result())
-
-    def go_on(done: Future[T]) -> None:
-        error = done.exception()
-        if error is not None:
-            outcome.set_exception(error)
-            return
-        try:
-            second = follow(done.result())
-        except MemstoreError as refused:
-            outcome.set_exception(refused)
-        else:
-            second.add_done_callback(pass_on)
-
-    first.add_done_callback(go_on)
-    return outcome

@@ -25,7 +25,7 @@ from memstore.codes import BITS, NUM_TERMS, code_bytes, encode
 from memstore.errors import DeviceMemoryFull
 from memstore.region import make_region, padded, pinned
 from memstore.region.base import array
-from memstore.types import KEY, MemorySpec, Metric
+from memstore.types import KEY, NO_ROOM, MemorySpec, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from memstore.region.base import Region
     from memstore.ring import Run
 
+ALONE_BYTES = 64 << 20
+"""The most that one thread copies alone within host memory, in some 8 ms. All of torch's threads are faster, but each
+that has lost its core to another process is waited for, some 4 ms.
+"""
 NormsOf: TypeAlias = "Callable[[torch.Tensor, Metric], torch.Tensor]"
 """(layers, n, dim) as stored, and the metric -> (layers, n) float32."""
 _ALIGNED = 4096
@@ -66,6 +70,10 @@ class StagedRows:
     def select(self, chosen: torch.Tensor) -> StagedRows:
         """Some of the rows. chosen: (n,) bool, or int64 numbers."""
         return self._each(lambda array: array[:, chosen])
+
+    def only(self, begin: int, end: int) -> StagedRows:
+        """The rows [begin, end), which share their memory with these."""
+        return self._each(lambda array: array[:, begin:end])
 
     def put(self, places: torch.Tensor, rows: StagedRows) -> None:
         """Overwrites rows here, which are not coded yet, with those of another. places: (m,) int64."""
@@ -100,7 +108,7 @@ class Slab:
             if is_shared:
                 self.region = make_region(bytes_needed(spec, device, is_shared=True), device)
             tensors = self._arrays(_formats(spec))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+        except (*NO_ROOM, RuntimeError, OSError) as error:
             raise DeviceMemoryFull(f"no room for {bytes_needed(spec)} bytes on {device}") from error
         self.keys = tensors.pop(0)
         self.norms = None if spec.metric is Metric.INNER_PRODUCT else tensors.pop(0)
@@ -190,7 +198,7 @@ class Slab:
         for ours, theirs in zip(self._tensors(), (other or self)._tensors(), strict=True):
             new, old = ours[:, target, slot : slot + length], theirs[:, source, slot : slot + length]
             if ours.device == theirs.device:
-                new.copy_(old)
+                _copy(new, old)
                 continue
             for layer in range(self.num_layers):  # each is one piece of memory, on both sides
                 new[layer].copy_(old[layer], non_blocking=True)
@@ -294,6 +302,14 @@ def _touched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     # numpy asks for huge pages, torch does not: without them a scan takes a third longer
     content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(content).view(dtype).view(shape).zero_()
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies within one device; on the host by this thread alone, unless that takes long."""
+    if target.device.type == "cpu" and target.nbytes <= ALONE_BYTES:
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+    else:
+        target.copy_(source)
 
 
 def _as_cells(array: torch.Tensor) -> NDArray[np.uint8]:

@@ -14,21 +14,21 @@ import hashlib
 import json
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from memstore.errors import Corrupt
+from memstore.errors import Corrupt, NotReady
 from memstore.reply_bytes import NUMBERS, a_count, a_name, encode_replies, found_writers, writers_entry
 from memstore.row_bytes import RowFormat
 from memstore.sequence import Sequence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from memstore.seams import Disk
-    from memstore.still import Piece, Still
+    from memstore.still import Piece, Rescue, Still
     from memstore.types import MemorySpec
 
 FORMAT = 1
@@ -83,20 +83,29 @@ class _Writing:
             self._file.close()
 
 
-def write(disk: Disk, folder: Path, state: State, still: Still, take: Callable[[Piece], list[memoryview]]) -> None:
-    """Writes a snapshot into a new folder, its last file being the manifest. take: gives a piece of `still`.
+class Source(Protocol):
+    """Where what is written comes from."""
 
-    Raises OSError, and what `take` raises; the folder is then of no use.
+    def take(self, piece: Piece) -> list[memoryview]:
+        """A piece of the picture. Raises Corrupt and NotReady, of a filed one where its file cannot be read."""
+
+    def salvage(self, names: list[str]) -> Rescue:
+        """Other rows and writers of sequences whose files cannot be read. Raises Corrupt, NotReady, OSError."""
+
+
+def write(disk: Disk, folder: Path, state: State, still: Still, source: Source) -> None:
+    """Writes a snapshot into a new folder, its last file being the manifest.
+
+    Raises OSError, and what the source raises; the folder is then of no use.
     """
-    names = {sequence.place: name for name, sequence in state.sequences.items()}
     rows = _Writing(disk, folder / ROWS)
     try:
-        chunks = [[names[each.place], each.position, each.length, rows.chunk(take(each))] for each in still.pieces]
+        chunks = _write_rows(rows, still, source)
     finally:
         files = {ROWS: rows.close()}
     replies = _Writing(disk, folder / REPLIES)
     try:
-        entries, reply_chunks = _write_replies(replies, state, still)
+        entries, reply_chunks = _write_replies(replies, state, still, source)
     finally:
         files[REPLIES] = replies.close()
     manifest = {
@@ -116,11 +125,50 @@ def write(disk: Disk, folder: Path, state: State, still: Still, take: Callable[[
     disk.replace(folder / MANIFEST, _sealed(manifest))
 
 
-def _write_replies(file: _Writing, state: State, still: Still) -> tuple[list[list[object]], list[int]]:
+def _write_rows(file: _Writing, still: Still, source: Source) -> list[list[object]]:
+    """Writes all rows, at last those of sequences that have to be salvaged, as one reading of the log serves all."""
+    chunks: list[list[object]] = []
+    damaged: dict[str, list[Piece]] = {}
+    for piece in still.pieces:
+        name = still.name_of(piece)
+        if name in damaged:
+            damaged[name].append(piece)
+            continue
+        try:
+            parts = source.take(piece)
+        except (Corrupt, NotReady):
+            if not still.is_filed(piece):
+                raise
+            damaged[name] = [piece]
+        else:
+            chunks.append([name, piece.position, piece.length, file.chunk(parts)])
+    if damaged:
+        _salvage(still, list(damaged), source)
+    for name, pieces in damaged.items():
+        chunks += [[name, piece.position, piece.length, file.chunk(source.take(piece))] for piece in pieces]
+    return chunks
+
+
+def _salvage(still: Still, names: list[str], source: Source) -> None:
+    rescue = source.salvage(names)
+    for name in names:
+        still.rescue(name, rescue)
+
+
+def _whole(still: Still, name: str, sequence: Sequence, source: Source) -> Sequence:
+    """A sequence with its writers."""
+    try:
+        return still.whole(name, sequence)
+    except (Corrupt, NotReady):  # without rows, or its file has become bad since they were read
+        _salvage(still, [name], source)
+        return still.whole(name, sequence)
+
+
+def _write_replies(file: _Writing, state: State, still: Still, source: Source) -> tuple[list[list[object]], list[int]]:
     """Writes what the writers were answered; the entries of all sequences, and the CRC-32 of each chunk."""
     entries, crcs, waiting = [], [], bytearray()
     for name, sequence in state.sequences.items():
-        whole = still.whole(name, sequence)
+        whole = _whole(still, name, sequence, source)
         entries.append(_sequence_entry(name, whole))
         waiting += encode_replies(whole)
         while len(waiting) >= REPLY_CHUNK_BYTES:

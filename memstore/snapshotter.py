@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CHECK_S = 1.0
 """How often logs are looked at."""
+MEND_S = 10.0
+"""How soon after the last snapshot one may be taken because a spilled file fails, which the snapshot mends."""
 _log = logging.getLogger(__name__)
 
 
@@ -56,13 +58,14 @@ class Snapshotter:
                     self._take(loaded)
 
     def _is_due(self, loaded: Loaded) -> bool:
-        if loaded.archive is None or not loaded.archive.journal.num_kept:
+        archive, has_damage = loaded.archive, loaded.engine.lifecycle.has_damage
+        if archive is None or not (archive.journal.num_kept or has_damage):
             return False
-        age_s = self._clock.monotonic() - self._tried.setdefault(loaded.archive, self._clock.monotonic())
+        age_s = self._clock.monotonic() - self._tried.setdefault(archive, self._clock.monotonic())
         if age_s >= self._interval_s:
             return True
-        has_failed = loaded.archive.has_failed
-        return not has_failed and loaded.archive.journal.replay_bytes >= log_limit(loaded.spec)
+        is_long = archive.journal.replay_bytes >= log_limit(loaded.spec)
+        return not archive.has_failed and (is_long or (has_damage and age_s >= MEND_S))
 
     def _take(self, loaded: Loaded) -> None:
         if loaded.archive is None:

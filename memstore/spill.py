@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-import torch
-
 from memstore.errors import Corrupt, DeviceMemoryFull, MemstoreError, QuotaExceeded
-from memstore.tiers import Tiers, host_bytes
-from memstore.types import SpillCounts
+from memstore.reply_bytes import held_bytes
+from memstore.tiers import Tiers, host_bytes, replies_room
+from memstore.types import NO_ROOM, SpillCounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import torch
 
     from memstore.sequence import Sequence, SequenceTable
     from memstore.slab import Slab, StagedRows
@@ -35,7 +36,9 @@ class Spill:
         self._spec = spec
         self._table = table
         self._pictures = pictures
-        self._hosted: OrderedDict[str, None] = OrderedDict()
+        self._hosted: OrderedDict[str, int] = OrderedDict()  # bytes of what is kept of the writers of each
+        self._writer_bytes = 0
+        self._writers_room = replies_room(spec)
         self._arriving: dict[int, str] = {}
         self._arrival = -1
         self._num_spills = self._num_returns = 0
@@ -43,29 +46,33 @@ class Spill:
     def leave(self, name: str, used_at: float, returning: str | None) -> None:
         """Takes a sequence from its place on the device. returning: one that is away, and will come back next.
 
-        Raises QuotaExceeded where it can lie nowhere else; nothing is changed then.
+        Raises QuotaExceeded where it can lie nowhere else, OSError where a file cannot be written; nothing is changed
+        then.
         """
         self._see_to_room()
         sequence = self._table[name]
         place = self.tiers.copy_out(sequence)
+        writer_bytes = held_bytes(sequence)
         try:
             is_room_coming = returning is not None and self.tiers.frees(self._table[returning].place)
-            if not (self.tiers.has_room or is_room_coming or self._file_oldest(returning)):
+            has_place = self.tiers.has_room or is_room_coming or self._file_oldest(returning)
+            if not (has_place and self._see_to_writers(writer_bytes, returning)):
+                self._check_files(has_place=has_place)
                 place = self.tiers.file(name, sequence, place)
                 sequence.writers = OrderedDict()
-        except MemstoreError:
+        except (MemstoreError, OSError):
             self.tiers.drop(place)
             raise
         self._table.vacate(name, place)
         self.away[name] = used_at
         if not self.tiers.is_filed(place):
-            self._hosted[name] = None
+            self._host(name, writer_bytes)
         self._num_spills += 1
 
     def come_back(self, name: str) -> None:
         """Gives a sequence a place on the device; one is free.
 
-        Raises Corrupt, NotReady, QuotaExceeded, DeviceMemoryFull; it stays away then.
+        Raises Corrupt, NotReady, QuotaExceeded, DeviceMemoryFull, and OSError as `leave`; it stays away then.
         """
         sequence = self._table[name]
         before = sequence.place
@@ -75,12 +82,12 @@ class Spill:
         capacity = self._spec.capacity
         try:
             self._pictures.preserve_rows(place, sequence.begin(capacity), sequence.num_live(capacity))
-        except torch.OutOfMemoryError as error:
+        except NO_ROOM as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
         self.tiers.copy_in(name, sequence, place)
         self._table.occupy(name)
         self.tiers.drop(before)
-        self._hosted.pop(name, None)
+        self._unhost(name)
         del self.away[name]
         self._num_returns += 1
 
@@ -89,15 +96,20 @@ class Spill:
         sequence = self._table[name]
         if self.tiers.is_filed(sequence.place):
             sequence.place = self.tiers.empty(sequence.place)
+        elif name in self._hosted:
+            self._host(name, 0)
 
     def forget(self, name: str) -> None:
         """A sequence, which may be away, is about to end."""
         if self.away.pop(name, None) is not None:
-            self._hosted.pop(name, None)
+            self._unhost(name)
             self.tiers.drop(self._table[name].place)
 
     def restore(self, sequences: Mapping[str, Sequence], now: float) -> None:
-        """Takes note of those of a snapshot that are away; `put` gets their rows next. ValueError: they do not fit."""
+        """Takes note of those of a snapshot that are away; `put` gets their rows next. ValueError: they do not fit.
+
+        Raises as `put`.
+        """
         self._arriving = {
             each.place: name for name, each in sequences.items() if each.place >= self._spec.max_sequences
         }
@@ -112,7 +124,7 @@ class Spill:
         """Puts rows of a sequence that is away, those in front of position `end`, into these slots.
 
         place: as in `restore`. The rows of a sequence come one after another, oldest first. Raises Corrupt,
-        QuotaExceeded.
+        QuotaExceeded, and OSError as `leave`.
         """
         if place not in self._arriving:
             raise Corrupt("the snapshot has rows of a sequence that it does not have")
@@ -128,6 +140,12 @@ class Spill:
         if self._arriving:
             raise Corrupt(f"sequences[{min(self._arriving.values())!r}]: the snapshot lacks rows of it")
 
+    def mend(self, name: str, found: Sequence, scratch: Slab) -> None:
+        """See Lifecycle.mend."""
+        sequence = self._table.get(name)
+        if sequence is not None and (sequence.place, sequence.epoch) == (found.place, found.epoch):
+            sequence.place = self.tiers.refile(name, found, scratch)
+
     def counts(self) -> SpillCounts:
         """Of this moment."""
         return SpillCounts(
@@ -138,31 +156,61 @@ class Spill:
             disk_bytes=self.tiers.disk_bytes,
             spills=self._num_spills,
             returns=self._num_returns,
+            refusals=self.tiers.num_refusals,
         )
 
     def _see_to_room(self) -> None:
-        """Room in host memory to pass through. Raises QuotaExceeded."""
+        """Room in host memory to pass through. Raises QuotaExceeded, OSError."""
         if not self.tiers.has_room and not self._file_oldest(None):
             raise QuotaExceeded("sequences: no place is free, and none in host memory until a snapshot is taken")
 
     def _file_oldest(self, but: str | None) -> bool:
         """Makes room in host memory by moving what is longest there to a file; whether there was any that could go.
 
-        but: one that stays. Raises QuotaExceeded; nothing is changed then.
+        but: one that stays. Raises QuotaExceeded, OSError; nothing is changed then.
         """
         for name in self._hosted:
             sequence = self._table[name]
             if name != but and self.tiers.frees(sequence.place):
                 sequence.place = self.tiers.file(name, sequence, sequence.place)
                 sequence.writers = OrderedDict()
-                del self._hosted[name]
+                self._unhost(name)
                 return True
         return False
+
+    def _check_files(self, *, has_place: bool) -> None:
+        """Raises QuotaExceeded where there is a place in host memory, but nothing else for what has no room beside."""
+        if has_place and self.tiers.folder is None:
+            raise QuotaExceeded(
+                "sequences: no place is free, host memory has no room for what is kept of writers of more of them, and "
+                "this server has no folder to spill sequences to"
+            )
+
+    def _see_to_writers(self, num_bytes: int, but: str | None) -> bool:
+        """Makes room in host memory for what is kept of a sequence's writers, as `_file_oldest`; whether there is."""
+        if num_bytes > self._writers_room:
+            return False  # nobody need go for it
+        coming = 0 if but is None else self._hosted.get(but, 0)
+        while self._writer_bytes - coming + num_bytes > self._writers_room:
+            if not self._file_oldest(but):
+                return False
+        return True
+
+    def _host(self, name: str, writer_bytes: int) -> None:
+        """A sequence is in host memory, with so much that is kept of its writers."""
+        self._writer_bytes += writer_bytes - self._hosted.get(name, 0)
+        self._hosted[name] = writer_bytes
+
+    def _unhost(self, name: str) -> None:
+        """A sequence is there no more, if it was."""
+        self._writer_bytes -= self._hosted.pop(name, 0)
 
     def _arrive(self, place: int, host_place: int) -> None:
         """All rows of a sequence are in host memory."""
         name = self._arriving.pop(place)
-        self._table[name].place = host_place
-        self._hosted[name] = None
+        sequence = self._table[name]
+        sequence.place = host_place
+        self._host(name, held_bytes(sequence))
+        self._see_to_writers(0, None)
         if not self.tiers.has_room:
             self._file_oldest(None)

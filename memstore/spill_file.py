@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from memstore.seams import Disk, ReadFile
+    from memstore.seams import Buffer, Disk, ReadFile
     from memstore.sequence import Sequence as Stream
     from memstore.sequence import Writer
 
@@ -38,6 +38,22 @@ Parts = list[list[memoryview]]
 """The bytes of each array, in parts."""
 
 
+def content_of(name: str, sequence: Stream, arrays: Parts) -> list[Buffer]:
+    """What a file of a sequence has, in parts."""
+    replies = encode_replies(sequence)
+    head = {
+        "sequence": name,
+        "epoch": sequence.epoch,
+        "next_position": sequence.next_position,
+        "writers": writers_entry(sequence),
+        "replies": [len(replies), zlib.crc32(replies)],
+        "arrays": [[sum(map(len, parts)), _crc(parts)] for parts in arrays],
+    }
+    text = json.dumps(head).encode()
+    start = _START.pack(MAGIC, len(text), zlib.crc32(text))
+    return [start, text, replies, *(part for parts in arrays for part in parts)]
+
+
 @dataclass(frozen=True, slots=True)
 class SpillFolder:
     """Where a memory has the files of its sequences, by number."""
@@ -45,23 +61,11 @@ class SpillFolder:
     path: Path
     disk: Disk
 
-    def write(self, number: int, name: str, sequence: Stream, arrays: Parts) -> int:
-        """A new file; its length in bytes. Raises OSError, and there is no file then."""
-        replies = encode_replies(sequence)
-        head = {
-            "sequence": name,
-            "epoch": sequence.epoch,
-            "next_position": sequence.next_position,
-            "writers": writers_entry(sequence),
-            "replies": [len(replies), zlib.crc32(replies)],
-            "arrays": [[sum(map(len, parts)), _crc(parts)] for parts in arrays],
-        }
-        text = json.dumps(head).encode()
-        start = _START.pack(MAGIC, len(text), zlib.crc32(text))
+    def write(self, number: int, content: Sequence[Buffer]) -> None:
+        """A new file. Raises OSError, and there is no file then, but for one of that number that was there before."""
         file = self.disk.scratch(self._file(number))
         try:
-            file.write([start, text, replies, *(part for parts in arrays for part in parts)])
-            return file.size
+            file.write(content)
         except OSError:
             self.remove(number)
             raise

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from memstore import ring
 from memstore.appending import cells_of
+from memstore.errors import Corrupt
 from memstore.row_bytes import RowFormat
 from memstore.sequence import Sequence, Writer
 
@@ -46,8 +47,21 @@ class _Aside:
     rows: StagedRows
 
 
+class Rescue(Protocol):
+    """Sequences that are to be had from elsewhere. Every call raises Corrupt and OSError."""
+
+    def sequence(self, name: str) -> Sequence:
+        """Its counters and writers; its place says nothing."""
+
+    def fill(self, name: str, slab: Slab) -> None:
+        """Puts its live rows into place 0 of a slab of the host's."""
+
+
 class Still:
-    """A memory at one moment. Everything but `sequences` and `pieces` belongs to the device's thread."""
+    """A memory at one moment. But for `sequences`, `pieces` and what is filed, it belongs to the device's thread.
+
+    rescued: filed sequences that are taken from elsewhere, as their files cannot be read.
+    """
 
     def __init__(self, slab: Slab, table: SequenceTable, spec: MemorySpec, tiers: Tiers | None = None) -> None:
         """tiers: where sequences lie that have no place in the slab; frozen for as long as this is used."""
@@ -56,6 +70,7 @@ class Still:
         self._slab = slab
         self._tiers = tiers
         self._read: tuple[int, Slab] | None = None
+        self.rescued: dict[str, Rescue] = {}
         self._num_places = spec.max_sequences
         self._capacity = spec.capacity
         length = max(1, PIECE_BYTES // self.format.row_bytes)
@@ -95,11 +110,25 @@ class Still:
         """Whether a piece is read from a file, and can be taken in any thread, one after another."""
         return self._tiers is not None and self._tiers.is_filed(piece.place)
 
+    def name_of(self, piece: Piece) -> str:
+        """Whose piece it is."""
+        return self._names[piece.place]
+
     def whole(self, name: str, sequence: Sequence) -> Sequence:
-        """A sequence of this picture with its writers, which may have to be read. Raises Corrupt, NotReady."""
+        """A sequence of this picture with its writers, which may have to be read. Raises Corrupt, NotReady, OSError."""
         if self._tiers is None or not self._tiers.is_filed(sequence.place):
             return sequence
-        return replace(sequence, writers=self._tiers.writers_of(name, sequence))
+        rescue = self.rescued.get(name)
+        writers = self._tiers.writers_of(name, sequence) if rescue is None else rescue.sequence(name).writers
+        return replace(sequence, writers=writers)
+
+    def rescue(self, name: str, rescue: Rescue) -> None:
+        """Takes a filed sequence from there. Raises Corrupt where that is another time's, OSError."""
+        ours, theirs = self.sequences[name], rescue.sequence(name)
+        if (ours.epoch, ours.next_position, ours.floor) != (theirs.epoch, theirs.next_position, theirs.floor):
+            raise Corrupt(f"sequences[{name!r}]: the log has another state of it")
+        self.rescued[name] = rescue
+        self._read = None
 
     def _take_beyond(self, tiers: Tiers, piece: Piece) -> list[memoryview]:
         """The same of a piece that lies beyond the slab."""
@@ -108,10 +137,18 @@ class Still:
             return self.format.encode(tiers.rows(piece.place, slots))
         place, scratch = self._read or (-1, tiers.scratch())
         if place != piece.place:
-            name = self._names[piece.place]
-            tiers.read_rows(name, self.sequences[name], scratch, 0)
+            self._read = None
+            self._fill(tiers, self._names[piece.place], scratch)
             self._read = piece.place, scratch
         return self.format.encode(scratch.rows(slots))
+
+    def _fill(self, tiers: Tiers, name: str, scratch: Slab) -> None:
+        """Reads all rows of a filed sequence. What its file says of its writers is read later, but checked now."""
+        if name in self.rescued:
+            self.rescued[name].fill(name, scratch)
+        else:
+            tiers.read_rows(name, self.sequences[name], scratch, 0)
+            tiers.writers_of(name, self.sequences[name])
 
     def _cells(self, piece: Piece) -> torch.Tensor:
         begin = piece.place * self._capacity + piece.slot

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 from memstore.archive import Archive
 from memstore.errors import Corrupt, InvalidRequest, NotReady, QuotaExceeded
-from memstore.folder import SPILLED, MemoryFolder, path_of
+from memstore.folder import SPILLED, MemoryFolder, folders, path_of, retired_path, spilled_path
 from memstore.journal import Syncer
 from memstore.logs import event
 from memstore.slab import bytes_needed
@@ -17,6 +20,7 @@ from memstore.spill_file import SpillFolder
 from memstore.types import Durability
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from memstore.catalog import MemoryId
@@ -56,11 +60,12 @@ class Store(Protocol):
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
 
-    def remove(self, memory: MemoryId) -> None:
-        """Removes the files of a memory that is not open. Raises NotReady."""
+    def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
+        """Ends the files of a memory that was dropped, after a snapshot that is under way; its name is free then.
 
-    def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
-        """Removes the files of an open memory, and gives its share of the quota back. Raises NotReady."""
+        archive, spec: what it was; both None where it could not be loaded. Gives what removes them, which may take
+        long, and then gives its share of the quota back; that raises NotReady. In any thread. Raises NotReady.
+        """
 
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         """Where a memory has files of its sequences that are spilled; None where it has none."""
@@ -88,11 +93,8 @@ class NoStore:
         self.check(engine.spec)
         return None
 
-    def remove(self, memory: MemoryId) -> None:
-        """There is nothing."""
-
-    def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
-        """There is nothing."""
+    def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
+        return _nothing
 
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return None
@@ -102,14 +104,14 @@ class NoStore:
 
 
 class FileStore:
-    """Archives in a folder that this server owns. Called by one thread at a time."""
+    """Archives in a folder that this server owns. But for `retire`, called by one thread at a time."""
 
     def __init__(
         self, data: Path, disk: Disk, clock: Clock, quota_bytes: int, observer: StoreObserver, syncers: Syncers
     ) -> None:
         """quota_bytes: what memories may take in the folder; 0 for no bound but the disk's.
 
-        What an earlier server has spilled is removed: nothing of it is needed. Raises OSError.
+        What an earlier server has spilled, or had still to remove, is removed: nothing of it is needed. Raises OSError.
         """
         self._data = data
         self._disk = disk
@@ -118,7 +120,11 @@ class FileStore:
         self._observer = observer
         self._syncers = syncers
         self.used_bytes = 0
+        self._lock = threading.Lock()
+        self._numbers = count(1)
         disk.remove_folder(data / SPILLED)
+        for folder in folders(data, disk, are_retired=True):
+            disk.remove_folder(folder)
 
     def check(self, spec: MemorySpec) -> None:
         needed = disk_bytes(spec)
@@ -131,7 +137,7 @@ class FileStore:
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         if engine.spec.durability is Durability.VOLATILE:
-            self.used_bytes += disk_bytes(engine.spec)
+            self._count(engine.spec)
             return None
         folder, syncer = self._folder(memory), self._syncers.of(engine.spec)
         try:
@@ -139,12 +145,12 @@ class FileStore:
         except OSError as error:
             raise _unwritable(error) from error
         engine.keeper = archive.journal
-        self.used_bytes += disk_bytes(engine.spec)
+        self._count(engine.spec)
         return archive
 
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         if engine.spec.durability is Durability.VOLATILE:
-            self.used_bytes += disk_bytes(engine.spec)
+            self._count(engine.spec)
             return None
         begun = self._clock.monotonic()
         progress = Progress(memory.name, self._clock)
@@ -153,7 +159,7 @@ class FileStore:
             archive, found = Archive.recover(folder, identity, engine, syncer, progress)
         except OSError as error:
             raise _unwritable(error) from error
-        self.used_bytes += disk_bytes(engine.spec)
+        self._count(engine.spec)
         seconds = self._clock.monotonic() - begun
         self._observer.recovered(found.cut_bytes, seconds)
         if found.cut_bytes:
@@ -164,28 +170,41 @@ class FileStore:
         event(_log, logging.INFO, "memory restored", memory=memory.name, rows=rows, seconds=round(seconds, 3))
         return archive
 
-    def remove(self, memory: MemoryId) -> None:
+    def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
+        path = self._folder(memory).path
+        rest = retired_path(path, next(self._numbers))
         try:
-            self._disk.remove_folder(self._folder(memory).path)
+            if archive is not None:
+                archive.end()
+            if archive is not None or spec is None:
+                with suppress(FileNotFoundError):  # of one that could not be loaded
+                    self._disk.rename(path, rest)
         except OSError as error:
+            self._count(spec, -1)
             raise _unwritable(error) from error
-
-    def forget(self, archive: Archive | None, spec: MemorySpec) -> None:
-        self.used_bytes -= disk_bytes(spec)
-        if archive is None:
-            return
-        try:
-            archive.remove()
-        except OSError as error:
-            raise _unwritable(error) from error
+        return partial(self._remove, rest, spec)
 
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
-        return SpillFolder(path_of(self._data, memory.tenant, memory.name, SPILLED), self._disk)
+        return SpillFolder(spilled_path(self._data, *memory, next(self._numbers)), self._disk)
 
     def close(self) -> None:
         self._syncers.close()
         with suppress(OSError):  # the next start tries it again
             self._disk.remove_folder(self._data / SPILLED)
+
+    def _remove(self, rest: Path, spec: MemorySpec | None) -> None:
+        """Removes what was retired."""
+        try:
+            self._disk.remove_folder(rest)
+        except OSError as error:  # the next start tries it again
+            raise _unwritable(error) from error
+        finally:
+            self._count(spec, -1)
+
+    def _count(self, spec: MemorySpec | None, sign: int = 1) -> None:
+        """Takes a memory's share of the quota, or gives it back; nothing where it was not loaded, and had none."""
+        with self._lock:
+            self.used_bytes += 0 if spec is None else sign * disk_bytes(spec)
 
     def _folder(self, memory: MemoryId) -> MemoryFolder:
         return MemoryFolder(path_of(self._data, memory.tenant, memory.name), self._disk)
@@ -252,6 +271,10 @@ def spilled_bytes(spec: MemorySpec) -> int:
 def _all_bytes(spec: MemorySpec) -> int:
     """Bytes of the rows of all sequences, wherever they lie."""
     return bytes_needed(replace(spec, max_sequences=spec.total_sequences))
+
+
+def _nothing() -> None:
+    """There is nothing to be removed."""
 
 
 def _unwritable(error: OSError) -> NotReady | Corrupt:

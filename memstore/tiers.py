@@ -13,21 +13,24 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from memstore import ring
 from memstore.errors import Corrupt, NotReady, QuotaExceeded
+from memstore.reply_bytes import A_WRITER_BYTES
 from memstore.slab import Slab, bytes_needed
+from memstore.spill_file import content_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from memstore.seams import Buffer
     from memstore.sequence import Sequence as Stream
     from memstore.sequence import Writer
     from memstore.slab import StagedRows
-    from memstore.spill_file import SpillFile, SpillFolder
+    from memstore.spill_file import Parts, SpillFile, SpillFolder
     from memstore.types import MemorySpec
 
 HOST = torch.device("cpu")
@@ -35,20 +38,59 @@ HOST = torch.device("cpu")
 
 def host_bytes(spec: MemorySpec) -> int:
     """Bytes of host memory that are reserved for spilled sequences of a memory of this spec."""
-    return bytes_needed(_host_spec(spec)) if spec.spill.max_sequences else 0
+    return bytes_needed(_host_spec(spec)) + replies_room(spec) if spec.spill.max_sequences else 0
+
+
+def replies_room(spec: MemorySpec) -> int:
+    """How many of these are for what is kept of writers: as much as of one writer for each sequence that may lie there.
+
+    All share it. Where it is full, sequences go on to files as where there is no place.
+    """
+    return spec.spill.host_sequences * A_WRITER_BYTES
+
+
+def scratch_slab(spec: MemorySpec) -> Slab:
+    """A slab in host memory with room for one sequence. Raises DeviceMemoryFull."""
+    return Slab(replace(spec, max_sequences=1), HOST)
+
+
+class Allowance(Protocol):
+    """Bytes of files that a memory may have. Any thread."""
+
+    def take(self, num_bytes: int, *, is_bounded: bool) -> None:
+        """Counts so many more. QuotaExceeded, and they are not, where that is too much; never unless `is_bounded`."""
+
+    def give_back(self, num_bytes: int) -> None:
+        """So many of them are gone."""
+
+
+class _Unbounded:
+    """As many as the disk has."""
+
+    def take(self, num_bytes: int, *, is_bounded: bool) -> None:
+        """It is taken."""
+
+    def give_back(self, num_bytes: int) -> None:
+        """Nobody counts."""
 
 
 class Tiers:
     """Places beyond the slab, and the copies there and back. Called by the device's thread, but for
     `writers_of` and `read_rows`.
 
-    folder: of the files; None where all that may be spilled has room in host memory.
+    folder: of the files; None where all that may be spilled has room in host memory. allowance: of their bytes.
+    is_filling: while what a start has found is put where it belongs; whatever the allowance, it is not refused then.
+    num_refusals: how often a file could not be written.
     """
 
     def __init__(self, spec: MemorySpec, slab: Slab) -> None:
         """Raises DeviceMemoryFull where the host has no room."""
         self.folder: SpillFolder | None = None
+        self._rest: SpillFolder | None = None
+        self.allowance: Allowance = _Unbounded()
+        self.is_filling = False
         self.disk_bytes = 0
+        self.num_refusals = 0
         self._spec = spec
         self._slab = slab
         self._host = Slab(_host_spec(spec), HOST)
@@ -88,22 +130,50 @@ class Tiers:
     def file(self, name: str, sequence: Stream, place: int) -> int:
         """Moves a sequence from this place in host memory to a file; its place there.
 
-        Raises QuotaExceeded where there is no room for it; nothing is changed then.
+        Raises QuotaExceeded where there may be no files, OSError where one cannot be written; nothing is changed then.
         """
+        self._settle()
+        target = self._write(name, sequence, self._parts(self._host, place - self._first, sequence))
+        self.drop(place)
+        return target
+
+    def refile(self, name: str, sequence: Stream, scratch: Slab) -> int:
+        """A new file for one that has a file, with what lies in `scratch`; its new place. Raises OSError.
+
+        No allowance is in the way: the other file goes next.
+        """
+        target = self._write(name, sequence, self._parts(scratch, 0, sequence), is_bounded=False)
+        self.drop(sequence.place)
+        return target
+
+    def _write(self, name: str, sequence: Stream, parts: Parts, *, is_bounded: bool = True) -> int:
         if self.folder is None:
             raise QuotaExceeded("sequences: no place is free, and this server has no folder to spill sequences to")
-        self._settle()
+        content = content_of(name, sequence, parts)
+        length = sum(map(len, content))
         try:
-            length = self.folder.write(self._num_filed, name, sequence, self._parts(self._host, place, sequence))
-        except OSError as error:
-            raise QuotaExceeded(
-                f"sequences: no place is free, and none can be spilled: the disk cannot be written ({error.strerror})"
-            ) from error
+            self.allowance.take(length, is_bounded=is_bounded and not self.is_filling)
+            try:
+                self._create(self.folder, content)
+            except BaseException:
+                self.allowance.give_back(length)
+                raise
+        except (QuotaExceeded, OSError):
+            self.num_refusals += 1
+            raise
         target = self._next_file()
         self._lengths[target] = length
         self.disk_bytes += length
-        self.drop(place)
         return target
+
+    def _create(self, folder: SpillFolder, content: Sequence[Buffer]) -> None:
+        """Writes the next file. A number is passed over where a file has it that could not be removed."""
+        while True:
+            try:
+                folder.write(self._num_filed, content)
+                return
+            except FileExistsError:
+                self._num_filed += 1
 
     def empty(self, place: int) -> int:
         """Drops a file whose sequence has neither rows nor writers any more; the place of one that has no file."""
@@ -171,8 +241,8 @@ class Tiers:
         return self._host.rows((place - self._first) * self._spec.capacity + slots)
 
     def scratch(self) -> Slab:
-        """A slab in host memory with room for one sequence."""
-        return Slab(replace(self._spec, max_sequences=1), HOST)
+        """See scratch_slab."""
+        return scratch_slab(self._spec)
 
     def drop(self, place: int) -> None:
         """What lies there is of no use any more; where it is frozen, once it is not."""
@@ -182,7 +252,9 @@ class Tiers:
             self._free.append(place)
         elif self.folder is not None and place in self._lengths:
             self.folder.remove(place - self._first_file)
-            self.disk_bytes -= self._lengths.pop(place)
+            length = self._lengths.pop(place)
+            self.disk_bytes -= length
+            self.allowance.give_back(length)
 
     def freeze(self, places: Iterable[int]) -> None:
         """What lies in these places stays as it is until `thaw`, whatever becomes of its sequences."""
@@ -195,10 +267,16 @@ class Tiers:
             self.drop(place)
 
     def free(self) -> None:
-        """Gives host memory and files back."""
+        """Gives host memory back; nothing is spilled any more."""
         self._host.free()
-        if self.folder is not None:
-            self.folder.clear()
+        self._rest, self.folder = self.folder, None
+
+    def remove_files(self) -> None:
+        """After `free`, in any thread: removes what lies in files, which may take long."""
+        if self._rest is not None:
+            self._rest.clear()
+            self.allowance.give_back(self.disk_bytes)
+            self.disk_bytes = 0
 
     def _next_file(self) -> int:
         self._num_filed += 1
@@ -207,9 +285,9 @@ class Tiers:
     def _runs(self, sequence: Stream) -> Sequence[ring.Run]:
         return ring.runs(sequence.begin(self._spec.capacity), sequence.next_position, self._spec.capacity)
 
-    def _parts(self, slab: Slab, place: int, sequence: Stream) -> list[list[memoryview]]:
-        """Where the live rows of a sequence lie in a place in host memory, array by array."""
-        return slab.parts(place - self._first, self._runs(sequence))
+    def _parts(self, slab: Slab, place: int, sequence: Stream) -> Parts:
+        """Where the live rows of a sequence lie in this place of a slab in host memory, array by array."""
+        return slab.parts(place, self._runs(sequence))
 
     def _settle(self) -> None:
         """Waits for copies between host and device, before host memory is read or written by others than the device."""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memstore.access import ALL, Identity, Scope
 from memstore.config import ConfigError, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 PREFIX = "mst_"
 """Of tokens that are made here, so that scanners for leaked secrets know one."""
 TOKEN_BYTES = 32
+PREFIX_BYTES = 8
+"""Of a token's hash: by them it is looked up, so that hardly ever two are compared."""
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -28,12 +32,15 @@ class Quota:
     """What one tenant may take; 0 where nothing bounds it.
 
     reserved_bytes: of the device, by all its memories. sequences: places of all its memories. calls_per_s: calls, and
-    steps of streams; as many as in one second may come at once.
+    steps of streams; as many as in one second may come at once. leases: of mapped memory, at once. spilled_bytes: of
+    files of spilled sequences.
     """
 
     reserved_bytes: int = 0
     sequences: int = 0
     calls_per_s: float = 0.0
+    leases: int = 0
+    spilled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +49,27 @@ class TokenFile:
 
     identities: Mapping[bytes, Identity]
     quotas: Mapping[str, Quota]
+    _alike: Mapping[bytes, Sequence[tuple[bytes, Identity]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        alike: dict[bytes, list[tuple[bytes, Identity]]] = {}
+        for digest, identity in self.identities.items():
+            alike.setdefault(digest[:PREFIX_BYTES], []).append((digest, identity))
+        object.__setattr__(self, "_alike", alike)
+
+    def find(self, digest: bytes) -> Identity | None:
+        """Whose token has this SHA-256; None where it is of none. Takes as long among many tokens as among few.
+
+        The beginning of the hash leads to those that begin alike, all of which are compared in constant time. What time
+        tells of the beginning is of no use: who calls chooses a token and not its hash, so that only trying 2^64 tokens
+        finds one that begins alike, which is then no nearer to the rest; and hashes are no secret, as none leads back
+        to its token of 256 random bits.
+        """
+        found = None
+        for known, identity in self._alike.get(digest[:PREFIX_BYTES], ()):
+            if hmac.compare_digest(known, digest):
+                found = identity
+        return found
 
 
 def is_tenant(name: str) -> bool:
@@ -72,10 +100,14 @@ def parse_tokens(text: str) -> TokenFile:
     """A token file. ConfigError names the line that is wrong.
 
     Lines `sha256:HEX TENANT [scopes=read,write,admin] [expires=TIME]` and `quota TENANT [bytes=8G] [sequences=N]
-    [calls_per_s=N]`; empty lines and those beginning with # are passed over.
+    [calls_per_s=N] [leases=N] [spilled_bytes=100G]`; empty lines and those beginning with # are passed over. A last
+    line without its end is refused: it may have been cut short, and without `scopes=` or `expires=` a token reaches
+    further.
     """
     identities: dict[bytes, Identity] = {}
     quotas: dict[str, Quota] = {}
+    if text and not text.endswith("\n"):
+        raise ConfigError("--token-file: the last line has no end, and may have been cut short; write a newline there")
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
@@ -146,16 +178,18 @@ def _rate(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def _count(name: str, text: str) -> int:
     value = int(text)
     if value < 0:
-        raise ValueError(f"sequences={text} is below 0")
+        raise ValueError(f"{name}={text} is below 0")
     return value
 
 
 _IDENTITY_FIELDS = {"scopes": ("scopes", parse_scopes), "expires": ("expires_at", parse_time)}
-_QUOTA_FIELDS = {
+_QUOTA_FIELDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "bytes": ("reserved_bytes", size),
-    "sequences": ("sequences", _count),
+    "sequences": ("sequences", partial(_count, "sequences")),
     "calls_per_s": ("calls_per_s", _rate),
+    "leases": ("leases", partial(_count, "leases")),
+    "spilled_bytes": ("spilled_bytes", size),
 }

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 KEY = "key"
 """The name under which the searched vectors themselves are asked for."""
 
+NO_ROOM = (torch.OutOfMemoryError, MemoryError)
+"""What torch raises where a device has no memory left, and numpy where the host has none."""
+
 
 class Metric(Enum):
     """How near two vectors are; a score is larger for a nearer row."""
@@ -229,7 +232,7 @@ class IndexCounts:
 class SpillCounts:
     """Where the sequences of a memory lie at one moment, and how often they moved since it is here.
 
-    host_bytes: reserved in host memory. disk_bytes: of files now.
+    host_bytes: reserved in host memory. disk_bytes: of files now. refusals: times that a file could not be written.
     """
 
     num_resident: int
@@ -239,6 +242,7 @@ class SpillCounts:
     disk_bytes: int
     spills: int
     returns: int
+    refusals: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ def hashed(token: str, tenant: str, *fields: str) -> str:
 def tokens(*lines: str, clock: Clock | None = None) -> Tokens:
     """Those of a token file with these lines, which does not change."""
     made = clock or SystemClock()
-    return Tokens(Followed((), lambda: parse_tokens("\n".join(lines)), made, 0.0), made)
+    return Tokens(Followed((), lambda: parse_tokens("".join(f"{line}\n" for line in lines)), made, 0.0), made)
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:

@@ -110,6 +110,22 @@ class Life:
         return picture(self.memory)
 
 
+class OneMemory:
+    """The memories of a Life, for a Snapshotter."""
+
+    def __init__(self, life: Life) -> None:
+        self.life = life
+        self.worker = self
+        self.engine, self.archive, self.spec = life.memory, life.archive, life.memory.spec
+        self.id = self
+        self.name = "m"
+        self.control = life.control
+
+    def all(self) -> list[OneMemory]:
+        """The one."""
+        return [self]
+
+
 def batch(
     spec: MemorySpec,
     name: str,

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process has of its machine."""
+    """What a process has of its machine. peak_bytes: the most that rss_bytes ever was."""
 
     rss_bytes: int
+    peak_bytes: int
     num_threads: int
     num_descriptors: int
 
@@ -33,7 +34,8 @@ class Usage:
         """As the kernel says it."""
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         number = len(os.listdir(f"/proc/{pid}/fd"))
-        return cls(int(lines["VmRSS"].split()[0]) << 10, int(lines["Threads"]), number)
+        rss_bytes, peak_bytes = (int(lines[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+        return cls(rss_bytes, peak_bytes, int(lines["Threads"]), number)
 
 
 class Process:

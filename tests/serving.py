@@ -19,12 +19,14 @@ from memstore.catalog import Catalog, NoCatalog
 from memstore.config import Config
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
+from memstore.door import Door
 from memstore.gate import Gate
 from memstore.grpc_front import SERVICE, FrontLimits, GrpcFront
 from memstore.health import Health
 from memstore.lending import Lending
-from memstore.listen import SERVER_OPTIONS, Door, add_reflection
+from memstore.listen import SERVER_OPTIONS, add_reflection
 from memstore.metrics import Metrics, named_memories
+from memstore.outcomes import Outcomes
 from memstore.quotas import Quotas
 from memstore.registry import Registry
 from memstore.seams import Clock, SystemClock
@@ -153,17 +155,12 @@ def file_store(data: Path, disk: Disk, clock: Clock, quota_bytes: int = 0) -> Fi
 async def _start(
     setting: Setting, registry: Registry, metrics: Metrics
 ) -> tuple[grpc.aio.Server, GrpcFront, Health, int, Lending | None]:
-    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(Door(),))
+    gate, outcomes = Gate(setting.authenticator, registry.quotas), Outcomes(metrics, setting.clock)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(Door(gate, outcomes, setting.clock),))
     loop = asyncio.get_running_loop()
     lending = Lending(registry, Handover(loop), loop) if setting.lends else None
-    front = GrpcFront(
-        Service(registry, setting.clock.wall()),
-        Gate(setting.authenticator, registry.quotas),
-        metrics,
-        setting.clock,
-        setting.front,
-        lending=lending,
-    )
+    service = Service(registry, setting.clock.wall())
+    front = GrpcFront(service, gate, outcomes, setting.clock, setting.front, lending=lending)
     health = Health(registry, setting.authenticator)
     server.add_generic_rpc_handlers((front.handler(),))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

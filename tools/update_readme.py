@@ -85,9 +85,41 @@ GPU_SEARCH_COLUMNS = (
 )
 
 
-def gpu_search(root: Path) -> str:
-    """Exact search on a GPU, one line a case."""
-    return pivot(root / "benchmarks" / "results" / "gpu-search.json", GPU_SEARCH_COLUMNS)
+SEARCH_COLUMNS = (
+    ("memstore", "memstore, ms"),
+    ("read floor", "read floor, ms"),
+    ("time / read floor", "/ floor"),
+    ("faiss.knn in a loop", "faiss.knn loop, ms"),
+    ("torch products and topk", "torch, ms"),
+    ("neurocache (approximate)", "neurocache, ms"),
+    ("time / best rival", "/ best rival"),
+    ("memstore, with rows and windows", "with rows and windows, ms"),
+)
+PLANE_COLUMNS = (
+    ("in process", "in process, ms"),
+    ("shm", "shm, ms"),
+    ("cuda", "cuda, ms"),
+    ("inline, stream", "inline by stream, ms"),
+    ("inline, unary", "inline by unary calls, ms"),
+    ("shm / in process", "shm / in process"),
+    ("cuda / in process", "cuda / in process"),
+    ("inline, stream / in process", "stream / in process"),
+)
+LARGE_COLUMNS = (
+    ("recall@16", "recall@16"),
+    ("recall@16, plain FAISS", "plain FAISS"),
+    ("queries/s, 64 at a time, memstore", "queries/s, 64 at a time"),
+    ("queries/s, 64 at a time, plain FAISS", "plain FAISS"),
+    ("queries/s, 64 at a time, exact", "exact"),
+    ("build time", "build, s"),
+    ("build time, plain FAISS", "plain FAISS, s"),
+    ("longest pause while building", "longest pause, ms"),
+)
+
+
+def block(name: str, columns: Sequence[tuple[str, str]]) -> Callable[[Path], str]:
+    """The block of a result, one line a case."""
+    return lambda root: pivot(root / "benchmarks" / "results" / f"{name}.json", columns)
 
 
 THROWN = (
@@ -138,6 +170,7 @@ def pivot(file: Path, columns: Sequence[tuple[str, str]]) -> str:
     cases: dict[str, dict[str, float]] = {}
     for row in result["rows"]:
         cases.setdefault(row["case"], {})[row["figure"]] = row["value"]
+    columns = [column for column in columns if any(column[0] in figures for figures in cases.values())]
     body = [
         (case, *(f"{figures[name]:,.4g}" if name in figures else "" for name, _ in columns))
         for case, figures in cases.items()
@@ -223,7 +256,12 @@ BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("README.md", "DEMO_NUMBERS", demo_numbers),
     ("README.md", "BENCHMARK_RESULTS", benchmark_results),
     ("benchmarks/README.md", "BENCHMARK_RESULTS", benchmark_results),
-    ("docs/performance.md", "GPU_SEARCH", gpu_search),
+    ("docs/performance.md", "SEARCH", block("search", SEARCH_COLUMNS)),
+    ("docs/performance.md", "GPU_SEARCH", block("gpu-search", GPU_SEARCH_COLUMNS)),
+    ("docs/performance.md", "PLANES", block("planes", PLANE_COLUMNS)),
+    ("docs/performance.md", "GPU_PLANES", block("gpu-planes", PLANE_COLUMNS)),
+    ("docs/performance.md", "LARGE", block("large", LARGE_COLUMNS)),
+    ("docs/performance.md", "GPU_LARGE", block("gpu-large", LARGE_COLUMNS)),
     ("docs/operations.md", "RELIABILITY", reliability),
     ("docs/data.md", "DISJOINT", disjoint),
     ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),

@@ -36,6 +36,11 @@ def kernel(function: Callable[..., Any]) -> Any:
     return compiled
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """The same of a function whose code is put where it is called: a call costs as much as reading a row of codes."""
+    return njit(nogil=True, fastmath=FAST_MATH, inline="always")(function)
+
+
 @cache
 def folder() -> Path | None:
     """Where machine code is kept: beside the sources, or in the user's folder for such things, or nowhere.

@@ -16,21 +16,28 @@ _ORDERING = "seq_cst"
 _write = types.ExternalFunction("write", types.intp(types.intc, types.CPointer(types.int64), types.uintp))
 
 
+def wide(builder: Any, element: Any, stored: Any, lanes: int = 0) -> Any:
+    """An element of a numba type, or a vector of them, as float32: see `widened`."""
+
+    def kind(of_one: Any) -> Any:
+        return ir.VectorType(of_one, lanes) if lanes else of_one
+
+    if element == types.uint16:
+        return builder.fpext(builder.bitcast(stored, kind(ir.HalfType())), kind(ir.FloatType()))
+    if element == types.int16:
+        word = kind(ir.IntType(32))
+        places = ir.Constant(word, [16] * lanes if lanes else 16)
+        return builder.bitcast(builder.shl(builder.zext(stored, word), places), kind(ir.FloatType()))
+    return stored
+
+
 @intrinsic
 def widened(_: Any, element: Any) -> Any:
     """An element as float32: the bits of a float16 (uint16) or of a bfloat16 (int16), or a float32."""
 
-    def float16(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+    def lower(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        return wide(builder, element, arguments[0])
 
-    def bfloat16(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
-        wide = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
-
-    def float32(__: Any, ___: Any, ____: Any, arguments: Any) -> Any:
-        return arguments[0]
-
-    lower = {types.uint16: float16, types.int16: bfloat16, types.float32: float32}[element]
     return types.float32(element), lower
 
 

@@ -11,7 +11,7 @@ from memstore.host.compiling import kernel
 from memstore.host.job import END_RING, FIRST_RING, HEADER, Job, unpacked
 from memstore.host.rings import FIRST_CELL, FIRST_LIST, FIRST_QUERY, NUM_PIECES, NUM_QUERIES, fill, slot_of
 from memstore.host.scan import scan, scan_again
-from memstore.host.scoring import COSINE, Rows, ask_for, inverse_length, score_of
+from memstore.host.scoring import COSINE, Rows, ask_for, inverse_length, score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,10 +146,10 @@ def _rank(
     """Fills in hits, (k,) scores and positions, out of positions of a ring: best first, -inf and -1 after the last."""
     scores, positions = hits
     factor = inverse_length(query) if rows.metric == COSINE else np.float32(1)
-    count = 0
+    count, found = 0, np.empty(1, np.float32)
     for position in candidates:
         if position >= 0:
-            found = score_of(rows, ring[FIRST_CELL] + slot_of(position, capacity), query)
-            count = offer(scores, positions, count, found * factor, position)
+            score(rows, ring[FIRST_CELL] + slot_of(position, capacity), query, found)
+            count = offer(scores, positions, count, found[0] * factor, position)
     put_in_order(scores, positions, count)
     scores[count:], positions[count:] = -np.inf, -1

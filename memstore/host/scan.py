@@ -141,32 +141,41 @@ def _scan_piece(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
     lists.counts[piece[PIECE_LIST] : piece[PIECE_LIST] + num_queries] = 0
     for first in range(0, piece[NUM_ROWS], BLOCK):
         cell, length = piece[PIECE_CELL] + first, min(BLOCK, piece[NUM_ROWS] - first)
+        some, position = scores[:length], piece[POSITION] + first
         if is_widened:
             widen(rows, cell, block[:length])
         for at in range(num_queries):
             query, place = piece[PIECE_QUERY] + at, piece[PIECE_LIST] + at
+            best, places, count = lists.scores[place], lists.positions[place], lists.counts[place]
             if job.coded.bits:
-                score_codes(job.coded, cell, query, products[:length], scores[:length])
-                _collect(job, query, place, piece[POSITION] + first, scores[:length])
+                score_codes(job.coded, cell, query, products[:length], some)
+                lists.counts[place] = _collect(best, places, count, position, some, job.bars[query : query + 1])
                 continue
             if is_widened:
-                score_wide(block[:length], rows, cell, job.queries[query], scores[:length])
+                score_wide(block[:length], rows, cell, job.queries[query], some)
             else:
-                score(rows, cell, job.queries[query], scores[:length])
-            _offer_all(job, query, place, piece[POSITION] + first, scores[:length])
+                score(rows, cell, job.queries[query], some)
+            lists.counts[place] = _offer_all(best, places, count, position, some, job.bars[query])
     for at in range(num_queries):
         query, place = piece[PIECE_QUERY] + at, piece[PIECE_LIST] + at
+        best, places, count = lists.scores[place], lists.positions[place], lists.counts[place]
         if job.coded.bits:
-            _cut_to_best(job, query, place)
-        elif lists.counts[place] == lists.scores.shape[1]:
-            job.bars[query] = max(job.bars[query], lists.scores[place, 0])
+            lists.counts[place] = _cut_to_best(best, places, count, job.bars[query : query + 1])
+        elif count == len(best):
+            job.bars[query] = max(job.bars[query], best[0])
+
+
+# What is called once a block is given no more than it needs: each array is seven arguments.
 
 
 @kernel
-def _offer_all(job: Job, query: int, place: int, position: int, scores: NDArray[Any]) -> None:
-    """Offers rows, the first of which is that of `position`, to a list, unless there are known to be k better ones."""
-    best, places, count = job.lists.scores[place], job.lists.positions[place], job.lists.counts[place]
-    bar = job.bars[query]
+def _offer_all(
+    best: NDArray[Any], places: NDArray[Any], count: int, position: int, scores: NDArray[Any], bar: float
+) -> int:
+    """Offers rows, the first of which is that of `position`, to a list, unless there are known to be k better ones.
+
+    best, places: (k,), a list of which `count` are in use; gives how many are then.
+    """
     if count == len(best):
         bar = max(bar, best[0])
     for row in range(len(scores)):
@@ -174,32 +183,30 @@ def _offer_all(job: Job, query: int, place: int, position: int, scores: NDArray[
             count = offer(best, places, count, scores[row], position + row)
             if count == len(best):
                 bar = max(bar, best[0])
-    job.lists.counts[place] = count
+    return count
 
 
 @kernel
-def _collect(job: Job, query: int, place: int, position: int, scores: NDArray[Any]) -> None:
-    """The same with a list that has room for twice as many as are kept of it: see best.py."""
-    lists, count = job.lists, job.lists.counts[place]
-    bar = job.bars[query]
-    best, places = lists.scores[place], lists.positions[place]
+def _collect(
+    best: NDArray[Any], places: NDArray[Any], count: int, position: int, scores: NDArray[Any], bars: NDArray[Any]
+) -> int:
+    """The same with a list that has room for twice as many as are kept of it, see best.py. bars: (1,), of its query."""
+    bar = bars[0]
     for row in range(len(scores)):
         if scores[row] >= bar:
             best[count], places[count] = scores[row], position + row
             count += 1
             if count == len(best):
-                lists.counts[place] = count
-                _cut_to_best(job, query, place)
-                count, bar = lists.counts[place], job.bars[query]
-    lists.counts[place] = count
+                count = _cut_to_best(best, places, count, bars)
+                bar = bars[0]
+    return count
 
 
 @kernel
-def _cut_to_best(job: Job, query: int, place: int) -> None:
+def _cut_to_best(best: NDArray[Any], places: NDArray[Any], count: int, bars: NDArray[Any]) -> int:
     """Leaves of a list with room for twice as many the half that is best, and raises the bar of its query to them."""
-    lists = job.lists
-    num_kept = lists.scores.shape[1] // 2
-    count = keep_best(lists.scores[place], lists.positions[place], lists.counts[place], num_kept)
-    lists.counts[place] = count
+    num_kept = len(best) // 2
+    count = keep_best(best, places, count, num_kept)
     if count == num_kept:
-        job.bars[query] = max(job.bars[query], worst_of(lists.scores[place], count))
+        bars[0] = max(bars[0], worst_of(best, count))
+    return count

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from memstore.host.compiling import kernel
+from memstore.host.compiling import inlined, kernel
+from memstore.host.likeness import ROWS, nearness, nearness_of_one, product, product_of_one
 from memstore.host.lowering import prefetch, widened
 from memstore.types import Metric
 
@@ -54,21 +55,6 @@ def score(rows: Rows, cell: int, query: NDArray[Any], scores: NDArray[Any]) -> N
 
 
 @kernel
-def score_of(rows: Rows, cell: int, query: NDArray[Any]) -> Any:
-    """The same of one row."""
-    keys = rows.keys[cell : cell + 1]
-    if rows.kind == FLOAT16:
-        total = _likeness(keys.view(np.uint16), 0, rows.metric, query)
-    elif rows.kind == BFLOAT16:
-        total = _likeness(keys.view(np.int16), 0, rows.metric, query)
-    else:
-        total = _likeness(keys.view(np.float32), 0, rows.metric, query)
-    if rows.metric == COSINE:
-        total *= rows.norms[cell]
-    return total if total == total else np.float32(-np.inf)
-
-
-@kernel
 def ask_for(rows: Rows, cell: int) -> None:
     """Asks memory for a row."""
     num_bytes = rows.keys.shape[1]
@@ -107,29 +93,30 @@ def _widen(keys: NDArray[Any], wide: NDArray[Any]) -> None:
 @kernel
 def _compare(keys: NDArray[Any], metric: int, query: NDArray[Any], scores: NDArray[Any]) -> None:
     """-|row - query|^2 of each row for l2, else its inner product with the query. keys: (n, dim), see `widened`."""
-    for row in range(len(scores)):
-        ask_ahead(keys, row, 1)
-        scores[row] = _likeness(keys, row, metric, query)
+    in_groups = len(scores) // ROWS * ROWS
+    for row in range(0, in_groups, ROWS):
+        ask_ahead(keys, row, ROWS)
+        if metric == L2:
+            nearness(keys, row, query, scores)
+        else:
+            product(keys, row, query, scores)
+    for row in range(in_groups, len(scores)):
+        _compare_one(keys, row, metric, query, scores)
 
 
 @kernel
-def _likeness(keys: NDArray[Any], row: int, metric: int, query: NDArray[Any]) -> Any:
-    total = np.float32(0)
+def _compare_one(keys: NDArray[Any], row: int, metric: int, query: NDArray[Any], scores: NDArray[Any]) -> None:
     if metric == L2:
-        for at in range(keys.shape[1]):
-            apart = widened(keys[row, at]) - query[at]
-            total -= apart * apart
+        nearness_of_one(keys, row, query, scores)
     else:
-        for at in range(keys.shape[1]):
-            total += widened(keys[row, at]) * query[at]
-    return total
+        product_of_one(keys, row, query, scores)
 
 
-@kernel
+@inlined
 def ask_ahead(keys: NDArray[Any], row: int, num_rows: int) -> None:
     """Asks memory for what will be read AHEAD_BYTES after some rows.
 
-    Not for float32: its rows are so long that the processor does that as well by itself.
+    Not for float32: its rows are so long that the processor does that by itself, and asking would disturb it.
     """
     if keys.itemsize < 4:
         dim, line = keys.shape[1], LINE_BYTES // keys.itemsize

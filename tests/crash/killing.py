@@ -80,7 +80,7 @@ class KillingDisk(SystemDisk):
         self.around(f"{_kind(path)}.replace", lambda: super(KillingDisk, self).replace(path, content))
 
     def rename(self, source: Path, target: Path) -> None:
-        self.around("snapshot.rename", lambda: super(KillingDisk, self).rename(source, target))
+        self.around(f"{_kind(target)}.rename", lambda: super(KillingDisk, self).rename(source, target))
 
     def remove(self, path: Path) -> None:
         self.around(f"{_kind(path)}.remove", lambda: super(KillingDisk, self).remove(path))

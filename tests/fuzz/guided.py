@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["memstore", "integration", "model_clien
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.fuzz.targets import Target
+    from tests.fuzz.target import Target
 
 LONGEST = 1 << 16
 OWN_RATIO = 0.5

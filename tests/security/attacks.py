@@ -16,13 +16,17 @@ from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from io import BufferedIOBase
 
-DATA, HEADERS, RESET, SETTINGS, PING, CONTINUATION = 0, 1, 3, 4, 6, 9
-END_HEADERS = 4
+DATA, HEADERS, RESET, SETTINGS, PING, WINDOW, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
+END_STREAM = ACK = 1
+END_HEADERS = INITIAL_WINDOW = 4
 PATIENCE_S = 1.0
 """How long an attacker waits for a peer that does not take what it sends."""
 PIECE = bytes(16_000)
 MEGABYTE = 1_000_000
+FIRST_ROOM = 65_535
+"""Bytes that each end of a connection takes before it has said anything."""
 
 
 class Target:
@@ -158,6 +162,47 @@ def _pour(target: Target, number: int, num_announced: int, num_sent: int) -> lis
         pieces = [frame(DATA, 0, 1, PIECE)] * (num_sent // len(PIECE))
         target.send(connection, PREFACE, call("Step"), announced(num_announced), *pieces)
     return opened
+
+
+def strangers(target: Target, number: int) -> list[socket.socket]:
+    """Sends most of a message within the limit, without a credential, and takes care to send no more than it may."""
+    opened = list(target.connections(number // 5))
+    for connection in opened:
+        target.send(connection, PREFACE, call("Step"), announced(60 * MEGABYTE))
+        _send_as_allowed(target, connection, 16 * MEGABYTE)
+    return opened
+
+
+def _send_as_allowed(target: Target, connection: socket.socket, num_bytes: int) -> None:
+    """Sends so much of the message of stream 1, as far as the other end gives room for it and does not end the call."""
+    room = dict.fromkeys((0, 1), FIRST_ROOM - len(announced(0)))
+    with connection.makefile("rb") as reader, suppress(OSError):
+        for _ in range(num_bytes // len(PIECE)):
+            while min(room.values()) < len(PIECE):
+                if not _goes_on(target, connection, reader, room):
+                    return
+            target.send(connection, frame(DATA, 0, 1, PIECE))
+            room = {stream: left - len(PIECE) for stream, left in room.items()}
+
+
+def _goes_on(target: Target, connection: socket.socket, reader: BufferedIOBase, room: dict[int, int]) -> bool:
+    """Reads one frame, and does what it says; False where stream 1, or all, has ended."""
+    head = reader.read(9)
+    if len(head) < 9:
+        return False
+    kind, flags, stream = struct.unpack(">xxxBBI", head)
+    body = reader.read(int.from_bytes(head[:3]))
+    if kind == WINDOW:
+        room[stream] += int.from_bytes(body)
+    elif kind in (SETTINGS, PING) and not flags & ACK:
+        room[1] += _initial_window(body) - FIRST_ROOM if kind == SETTINGS else 0
+        target.send(connection, frame(kind, ACK, 0, body if kind == PING else b""))
+    return stream != 1 or not (kind == RESET or (kind == HEADERS and flags & END_STREAM))
+
+
+def _initial_window(settings: bytes) -> int:
+    """What is said of it in a frame of settings."""
+    return int(dict(struct.iter_unpack(">HI", settings)).get(INITIAL_WINDOW, FIRST_ROOM))
 
 
 def rapid_reset(target: Target, number: int) -> list[socket.socket]:

@@ -13,6 +13,8 @@ from memstore.listen import SERVER_OPTIONS
 from memstore.metrics import Metrics, MetricsServer
 from memstore.v1 import memstore_pb2 as pb
 from tests import serving as serving_module
+from tests.calling import bearer, hashed
+from tests.processes import Usage
 from tests.security import attacks
 from tests.security.attacks import Target
 from tests.security.victim import Victim
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 NUMBER = int(os.environ.get("ABUSE", "50"))
+STRANGERS_BYTES = 64 << 20
+"""What those may make a server take who have no credential; glibc takes much of it at a time."""
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -102,6 +106,18 @@ def test_the_port_of_metrics_endures(victim: Victim, attack: Attack) -> None:
 @pytest.mark.parametrize("attack", attacks.PACKETS, ids=lambda attack: attack.__name__)
 def test_the_socket_of_descriptors_endures(victim: Victim, attack: Attack) -> None:
     victim.endure(attack, victim.sockets, NUMBER)
+
+
+def test_messages_of_strangers_are_not_held(tmp_path: Path) -> None:
+    """With tokens, whoever has none makes the server hold hardly anything, whatever it would send if it were let."""
+    path = tmp_path / "tokens"
+    path.write_text(f"{hashed('t', 'red')}\n")
+    victim = Victim(tmp_path, "--token-file", str(path), metadata=bearer("t"))
+    try:
+        victim.endure(attacks.strangers, victim.front, NUMBER)
+        assert Usage.of(victim.pid).peak_bytes < victim.before.peak_bytes + STRANGERS_BYTES
+    finally:
+        victim.close()
 
 
 def test_a_unix_socket_endures(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from typing import TYPE_CHECKING
 
 import grpc
@@ -11,8 +12,16 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from memstore.access import SCOPES, Identity, check
-from memstore.errors import NotAllowed, NotAuthenticated
-from memstore.listen import SERVER_OPTIONS, Door
+from memstore.auth import Certificates, Credentials, Open
+from memstore.door import Door
+from memstore.errors import Internal, NotAllowed, NotAuthenticated
+from memstore.gate import Gate
+from memstore.listen import SERVER_OPTIONS
+from memstore.metrics import Metrics
+from memstore.outcomes import Outcomes
+from memstore.quotas import Quotas
+from memstore.seams import SystemClock
+from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 from tests.calling import Conversation, bearer, fails, failure, hashed, tokens
 from tests.fakes import FakeClock
@@ -102,8 +111,63 @@ def test_every_method_with_every_credential(guarded: Serving, path: str, credent
         assert found is grpc.StatusCode.PERMISSION_DENIED
 
 
+@pytest.mark.parametrize("path", [path for path in METHODS if NEEDED[path.rpartition("/")[2]]])
+@pytest.mark.parametrize("credential", ["none", "wrong", "expired", "other scopes"])
+def test_who_may_not_call_is_refused_before_a_message_is_sent(guarded: Serving, path: str, credential: str) -> None:
+    """Not a byte of it: so nobody's message is read whose credential does not reach as far as the method."""
+    needed = set(NEEDED[path.rpartition("/")[2]].split(","))
+    lacking = next(each for each in ("write", "admin", "read") if needed - {each} and each not in needed)
+    name = lacking if credential == "other scopes" else credential
+    outgoing: queue.Queue[bytes | None] = queue.Queue()
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = guarded.channel.stream_stream(path)
+    before = counted(guarded, path)
+    answers = call(iter(outgoing.get, None), metadata=() if name == "none" else bearer(name), timeout=15)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(answers)
+    assert isinstance(failure(caught.value), NotAllowed if name == lacking else NotAuthenticated)
+    assert "x-request-id" in dict(caught.value.trailing_metadata() or ())
+    assert counted(guarded, path) == before + 1
+    outgoing.put(None)
+
+
+def test_a_bug_at_the_door_lets_nobody_in_and_does_not_show_its_text() -> None:
+    class Broken(Open):
+        """Fails."""
+
+        def identify(self, credentials: Credentials) -> Identity:
+            raise RuntimeError("of what is known")
+
+    with serving(Setting(authenticator=Broken())) as server:
+        with pytest.raises(grpc.RpcError) as caught:
+            server.stub.ServerInfo(pb.ServerInfoRequest(), metadata=(("x-request-id", "mine"),))
+        assert isinstance(failure(caught.value), Internal)
+        assert "known" not in str(caught.value)
+        assert "mine" in str(caught.value)
+
+
+def test_a_certificate_is_asked_for_behind_the_door_and_the_table_before_it() -> None:
+    """TLS has turned strangers away by then; the names in a certificate are known once a call is served."""
+    gate, path = Gate(Certificates(), Quotas(Open(), Quota(), SystemClock())), METHODS[0]
+    gate.meet(path, Credentials())
+    with pytest.raises(NotAuthenticated):
+        gate.enter(path, Credentials())
+    with pytest.raises(NotAllowed):
+        gate.meet("/grpc.channelz.v1.Channelz/Look", Credentials(common_names=("red",)))
+
+
+def counted(server: Serving, path: str) -> float:
+    """Calls of a method that were refused."""
+    samples = (
+        server.metrics.registry.get_sample_value(
+            "memstore_rpc_server_duration_seconds_count", {"method": path.rpartition("/")[2], "code": code.name}
+        )
+        for code in REFUSALS
+    )
+    return sum(sample or 0.0 for sample in samples)
+
+
 def test_a_method_without_a_row_is_refused_to_everybody() -> None:
-    with pytest.raises(NotAllowed, match="Shred: no credential reaches it"):
+    with pytest.raises(NotAllowed, match="no credential reaches this method"):
         check("/memstore.v1.MemoryService/Shred", Identity(tenant="red"))
 
 
@@ -113,8 +177,12 @@ def test_what_is_added_to_a_server_without_a_row_is_not_served() -> None:
     async def answer(request: bytes, _: object) -> bytes:
         return request
 
+    clock = SystemClock()
+    gate = Gate(Open(), Quotas(Open(), Quota(), clock))
+    door = Door(gate, Outcomes(Metrics([], "0", 0), clock), clock)
+
     async def run() -> grpc.StatusCode:
-        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(Door(),))
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(door,))
         handlers = {"Look": grpc.unary_unary_rpc_method_handler(answer)}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.channelz.v1.Channelz", handlers),))
         port = server.add_insecure_port("127.0.0.1:0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from memstore.v1 import memstore_pb2 as pb
@@ -25,7 +25,9 @@ SPARE = 6
 class Victim:
     """A server, its ports, and somebody who honestly uses it."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        """metadata: what honest calls carry."""
+        self._metadata = tuple(metadata)
         self._process = Process(folder, "--port", "0", "--capacity", "64M", *arguments)
         ready = self._process.until("ready")
         self.front = Target(ready["address"])
@@ -33,8 +35,9 @@ class Victim:
         self.pid = self._process.pid
         self._process.pass_over()
         self._stub = self._process.connect(ready["address"])
-        self._stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
-        offer = self._stub.OpenPlane(pb.OpenPlaneRequest(memory="notes", sequences=["lent"], writer="w"))
+        self._stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=self._metadata)
+        lend = pb.OpenPlaneRequest(memory="notes", sequences=["lent"], writer="w")
+        offer = self._stub.OpenPlane(lend, metadata=self._metadata)
         self.sockets = Target(offer.socket_path, socket.SOCK_SEQPACKET)
         for _ in range(20):
             self.serve()
@@ -42,7 +45,7 @@ class Victim:
 
     def serve(self) -> None:
         """Is as it should be."""
-        self._stub.Step(step(("a",), append=False, writer=""), timeout=30)
+        self._stub.Step(step(("a",), append=False, writer=""), timeout=30, metadata=self._metadata)
 
     def endure(self, attack: Attack, target: Target, number: int) -> Usage:
         """Goes on during an attack, and lets go of everything after it."""

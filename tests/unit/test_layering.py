@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Each module of memstore may import those that stand before it.
 ORDER = """
-    v1 types errors config seams logs
+    v1 types errors futures config seams logs
     descriptors
     ring window codes region slab control lease search host gpu index sequence lent
     retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
     log journal ledger refill memory
-    folder snapshot recovery archive
-    admission capacity catalog store turns joining device plane replies
-    wire status access followed tokens auth quotas gate registry snapshotter expirer metrics service
-    embedded mapped lending listen grpc_front health
+    folder snapshot salvage recovery archive
+    admission capacity catalog store turns errands joining device plane replies
+    wire status access followed tokens auth quotas gate
+    entries removals rooms registry snapshotter expirer metrics service
+    embedded mapped lending listen arrival outcomes door grpc_front health
     server console issuing backup __main__
 """.split()
 PACKAGES = ("memstore", "model_client", "integration")
@@ -34,6 +35,9 @@ FOREIGN = {
     "grpc": {
         "memstore/status.py",
         "memstore/listen.py",
+        "memstore/arrival.py",
+        "memstore/outcomes.py",
+        "memstore/door.py",
         "memstore/grpc_front.py",
         "memstore/health.py",
         "memstore/server.py",
@@ -44,6 +48,7 @@ FOREIGN = {
     "numba": {
         "memstore/host/compiling.py",
         "memstore/host/dots.py",
+        "memstore/host/likeness.py",
         "memstore/host/lowering.py",
         "memstore/host/tiles.py",
     },

@@ -1,4 +1,4 @@
-"""Servers for the tests of this folder."""
+"""Servers, and memories with their oracle, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from memstore.index import BUILDERS, INDEXES
+from memstore.types import IndexKind
 from memstore.v1 import memstore_pb2 as pb
+from tests.pairing import SPEC, Pair, replace
 from tests.serving import Serving, serving, spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +32,13 @@ def server() -> Iterator[Serving]:
     with serving() as made:
         made.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
         yield made
+
+
+@pytest.fixture(params=list(IndexKind), ids=lambda kind: kind.value)
+def pair(request: pytest.FixtureRequest, device: torch.device) -> Pair:
+    """A memory of each index on each device, and its oracle."""
+    if request.param is not IndexKind.EXACT:
+        pytest.importorskip("faiss")
+    if request.param not in INDEXES and device.type not in BUILDERS:
+        pytest.skip(f"no builder for {device}")
+    return Pair(device, replace(SPEC, index=request.param))

@@ -19,6 +19,7 @@ from memstore.auth import (
 )
 from memstore.config import Config, ConfigError
 from memstore.errors import NotAuthenticated
+from memstore.tokens import PREFIX_BYTES, hash_of, parse_tokens
 from tests.calling import hashed, tokens
 from tests.fakes import FakeClock
 
@@ -57,20 +58,46 @@ def test_anything_else_is_refused_without_saying_why(metadata: dict[str, str]) -
     assert str(caught.value) == "a valid token is needed: authorization: Bearer TOKEN"
 
 
-def test_every_known_token_is_compared_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However early one fits: time says nothing about which, or whether."""
-    compared: list[tuple[bytes, bytes]] = []
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
+    """What is compared in constant time."""
+    made: list[tuple[bytes, bytes]] = []
 
     def compare(known: bytes, given: bytes) -> bool:
-        compared.append((known, given))
+        made.append((known, given))
         return known == given
 
-    monkeypatch.setattr("memstore.auth.hmac.compare_digest", compare)
-    for token in ("old", "other"):
+    monkeypatch.setattr("memstore.tokens.hmac.compare_digest", compare)
+    return made
+
+
+def test_one_token_of_many_is_compared_whole_and_in_constant_time(compared: list[tuple[bytes, bytes]]) -> None:
+    """However many there are: a thousand tokens cost what one does."""
+    many = tokens(*(hashed(str(number), f"t{number}") for number in range(1000)))
+    for number in (0, 500, 999):
         compared.clear()
-        KNOWN.identify(carrying(token))
-        assert len(compared) == 3
-        assert len({given for _, given in compared}) == 1
+        assert many.identify(carrying(str(number))).tenant == f"t{number}"
+        assert compared == [(hash_of(str(number)), hash_of(str(number)))]
+    compared.clear()
+    with pytest.raises(NotAuthenticated):
+        many.identify(carrying("wrong"))
+    assert len(compared) <= 1
+
+
+def test_what_leads_to_a_token_does_not_let_in(compared: list[tuple[bytes, bytes]]) -> None:
+    """Hashes that begin alike are told apart, and one that is of no token is none."""
+    alike = [bytes(PREFIX_BYTES) + bytes([end]) * (32 - PREFIX_BYTES) for end in range(4)]
+    lines = [f"sha256:{digest.hex()} t{number}\n" for number, digest in enumerate(alike[:3])]
+    file = parse_tokens("".join(lines))
+    for number, digest in enumerate(alike[:3]):
+        found = file.find(digest)
+        assert found is not None
+        assert found.tenant == f"t{number}"
+    compared.clear()
+    assert file.find(alike[3]) is None
+    assert {known for known, _ in compared} == set(alike[:3])
+    for cut in (b"", alike[0][:PREFIX_BYTES], alike[0][:-1], alike[0] + b"0"):
+        assert file.find(cut) is None
 
 
 def test_a_token_is_good_until_it_expires() -> None:
@@ -86,7 +113,7 @@ def test_a_token_is_good_until_it_expires() -> None:
 
 def test_tokens_come_from_the_configured_file(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
-    path.write_text(hashed("new", "red", "scopes=read"))
+    path.write_text(f"{hashed('new', 'red', 'scopes=read')}\n")
     identity = authenticator_of(Config(token_file=path), FakeClock()).identify(carrying("new"))
     assert (identity.tenant, identity.scopes) == ("red", {Scope.READ})
     with pytest.raises(ConfigError, match="No such file"):
@@ -98,7 +125,7 @@ def test_tokens_come_from_the_configured_file(tmp_path: Path) -> None:
 
 def test_tokens_are_rotated_without_a_restart(tmp_path: Path) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
-    path.write_text(hashed("old", "red"))
+    path.write_text(f"{hashed('old', 'red')}\n")
     known = authenticator_of(Config(token_file=path), clock)
 
     def goes(token: str) -> bool:
@@ -111,7 +138,7 @@ def test_tokens_are_rotated_without_a_restart(tmp_path: Path) -> None:
     assert (goes("old"), goes("new")) == (True, False)
     path.write_text(f"{hashed('old', 'red')}\n{hashed('new', 'red')}\n")
     assert (goes("old"), goes("new")) == (True, True)
-    path.write_text(hashed("new", "red"))
+    path.write_text(f"{hashed('new', 'red')}\n")
     assert (goes("old"), goes("new")) == (False, True)
 
 
@@ -119,7 +146,7 @@ def test_a_file_that_is_spoilt_later_changes_nothing_and_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
-    path.write_text(hashed("good", "red"))
+    path.write_text(f"{hashed('good', 'red')}\n")
     known = authenticator_of(Config(token_file=path), clock)
     for spoil in (lambda: path.write_text("nonsense here\n"), path.unlink):
         caplog.clear()
@@ -128,16 +155,34 @@ def test_a_file_that_is_spoilt_later_changes_nothing_and_is_logged_once(
             clock.advance(FOLLOW_S)
             assert known.identify(carrying("good")).tenant == "red"
         assert [record.getMessage() for record in caplog.records] == ["changed file not taken, what was known stays"]
-    path.write_text(hashed("next", "red"))
+    path.write_text(f"{hashed('next', 'red')}\n")
     clock.advance(FOLLOW_S)
     assert known.identify(carrying("next")).tenant == "red"
 
 
+def test_a_file_that_is_read_half_written_is_not_taken_and_says_so(tmp_path: Path) -> None:
+    path, clock = tmp_path / "tokens", FakeClock()
+    whole = f"{hashed('other', 'red')}\n{hashed('passing', 'red', 'scopes=read', 'expires=2030-01-31T12:00:00Z')}\n"
+    path.write_text(f"{hashed('other', 'red')}\n")
+    known = authenticator_of(Config(token_file=path), clock)
+    assert not known.is_stale
+    path.write_text(whole[: whole.index(" scopes")])  # by now good for ever, for everything
+    clock.advance(FOLLOW_S)
+    with pytest.raises(NotAuthenticated):
+        known.identify(carrying("passing"))
+    assert known.identify(carrying("other")).tenant == "red"
+    assert known.is_stale
+    path.write_text(whole)
+    clock.advance(FOLLOW_S)
+    assert not known.is_stale  # asking is looking
+    assert known.identify(carrying("passing")).scopes == {Scope.READ}
+
+
 def test_a_file_of_the_same_size_and_time_is_told_by_its_inode(tmp_path: Path) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
-    path.write_text(hashed("one", "red"))
+    path.write_text(f"{hashed('one', 'red')}\n")
     known, before = authenticator_of(Config(token_file=path), clock), path.stat()
-    (tmp_path / "next").write_text(hashed("two", "red"))
+    (tmp_path / "next").write_text(f"{hashed('two', 'red')}\n")
     os.utime(tmp_path / "next", ns=(before.st_atime_ns, before.st_mtime_ns))
     (tmp_path / "next").replace(path)
     clock.advance(FOLLOW_S)
@@ -148,6 +193,7 @@ def test_without_a_file_everyone_is_one_tenant() -> None:
     made = authenticator_of(Config(), FakeClock())
     assert isinstance(made, Open)
     assert made.identify(Credentials()).tenant == DEFAULT_TENANT
+    assert not made.is_stale
 
 
 def test_a_certificate_names_its_tenant() -> None:
@@ -155,6 +201,7 @@ def test_a_certificate_names_its_tenant() -> None:
     made = authenticator_of(config, FakeClock())
     assert isinstance(made, Certificates)
     assert made.identify(Credentials(common_names=("red",))).tenant == "red"
+    assert not made.is_stale
     for names in ((), ("red", "blue"), ("../red",), ("",)):
         with pytest.raises(NotAuthenticated):
             made.identify(Credentials(common_names=names))

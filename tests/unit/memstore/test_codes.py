@@ -153,12 +153,14 @@ def test_products_are_the_same_whatever_the_processor_has(bits: int, has_pairs: 
 @pytest.mark.parametrize("num_kept", [1, 7, 64])
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 128])
 @pytest.mark.parametrize("num_values", [1, 3, 1000])
-def test_the_best_of_a_list_are_kept_in_any_order(num_kept: int, count: int, num_values: int) -> None:
+def test_the_best_of_a_list_are_kept_in_order_of_position(num_kept: int, count: int, num_values: int) -> None:
     random = np.random.default_rng(count)
-    scores = random.integers(0, num_values, 128).astype(np.float32)
-    positions = random.permutation(128)
-    want = sorted(zip(-scores[:count], positions[:count], strict=True))[:num_kept]
+    scores = random.integers(-num_values // 2, num_values // 2 + 1, 128).astype(np.float32)
+    scores[random.integers(0, 128, 9)] = random.choice([-np.inf, np.inf, 1e-42, -3e38], 9)
+    positions = np.sort(random.permutation(1000)[:128])
+    best = sorted(zip(-scores[:count], positions[:count], strict=True))[:num_kept]
     kept = keep_best(scores, positions, count, num_kept)
-    assert kept == len(want)
-    assert sorted(zip(-scores[:kept], positions[:kept], strict=True)) == want
+    assert kept == len(best)
+    want = sorted((position, -score) for score, position in best)
+    assert list(zip(positions[:kept], scores[:kept], strict=True)) == want
     assert not is_worse(1.0, 2, 1.0, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import stat
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,15 @@ from grpc_health.v1 import health_pb2
 
 from memstore.auth import DEFAULT_TENANT
 from memstore.catalog import FileCatalog
-from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, NotReady, QuotaExceeded
+from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, NotFound, NotReady, QuotaExceeded
 from memstore.plane import InlinePlane
+from memstore.registry import State
 from memstore.service import Caller
 from memstore.store import PROGRESS_S, FileStore, Progress, Syncers, disk_bytes
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
 from tests.calling import fails, failure
-from tests.fakes import Diligent, FakeClock, FakeDisk
+from tests.fakes import Diligent, FakeClock, FakeDisk, FakeReadFile
 from tests.processes import Process
 from tests.serving import Setting, Unwatched, file_store, serving, spec, step
 
@@ -148,6 +150,59 @@ def test_a_memory_that_is_made_again_has_nothing_of_the_one_before() -> None:
         assert again.epoch != epoch
 
 
+class FailingDisk(FakeDisk):
+    """Whose logs cannot be read for now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_failing = threading.Event()
+        self.has_failed = threading.Event()
+
+    def open(self, path: Path) -> FakeReadFile:
+        if self.is_failing.is_set() and path.name.startswith("log-") and "notes" in path.parts:
+            self.has_failed.set()
+            raise OSError(5, "Input/output error")
+        return super().open(path)
+
+
+def test_a_memory_that_cannot_be_read_for_now_is_no_damage_and_is_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memstore.registry.RETRY_LOAD_S", 0.01)
+    disk = FailingDisk()
+    with serving(_setting(disk)) as server:
+        for name in ("notes", "others", "dropped"):
+            server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(name, durability=ALWAYS)))
+            server.stub.Step(step(memory=name))
+    disk.is_failing.set()
+    with serving(_setting(disk)) as server:
+        assert server.registry.state is State.SERVING
+        assert server.stub.Step(step(memory="others", seq=1)).sequences[0].first_position == 1
+        for call, request in (
+            ("Step", step(seq=1)),
+            ("DescribeMemory", pb.DescribeMemoryRequest(name="notes")),
+            ("CreateMemory", pb.CreateMemoryRequest(spec=spec(durability=ALWAYS))),
+        ):
+            error = fails(server, call, request)
+            assert isinstance(error, NotReady)
+            assert "Input/output error" in str(error)
+        lines = server.metrics.text().decode().splitlines()
+        assert "memstore_damaged_memories 0.0" in lines
+        assert "memstore_waiting_memories 1.0" in lines
+        disk.has_failed.clear()
+        assert disk.has_failed.wait(10), "it is tried again"
+        disk.is_failing.clear()
+        while not server.registry.is_loaded(DEFAULT_TENANT, "notes"):
+            server.stub.ServerInfo(pb.ServerInfoRequest())
+        assert server.stub.Step(step(seq=1)).sequences[0].first_position == 1
+        assert "memstore_waiting_memories 0.0" in server.metrics.text().decode().splitlines()
+    disk.is_failing.set()
+    with serving(_setting(disk)) as server:
+        server.stub.DropMemory(pb.DropMemoryRequest(name="notes"))
+        disk.is_failing.clear()
+        assert isinstance(fails(server, "Step", step(seq=2)), NotFound)
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
+        assert server.stub.Step(step()).sequences[0].first_position == 0
+
+
 def test_what_a_crash_left_of_a_dropped_memory_does_not_come_back() -> None:
     disk = FakeDisk()
     with serving(_setting(disk)) as server:
@@ -183,7 +238,7 @@ def test_what_is_told_of_a_memory_is_synced_first_or_never_can_be(has_failed: bo
         appended = service.call("Step", step(retrieve=None), caller)
         described = service.call("DescribeMemory", pb.DescribeMemoryRequest(name="notes"), caller)
         listed = service.call("ListMemories", pb.ListMemoriesRequest(), caller)
-        server.registry._admin.submit(lambda: None).result()
+        server.registry._errands.submit(lambda: None).result()
         server.registry.worker.control(lambda: None, behind=DEFAULT_TENANT).result()  # all three have been done
         assert not any(each.done() for each in (appended, described, listed))
         disk.cannot_sync = has_failed

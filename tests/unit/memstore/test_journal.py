@@ -18,7 +18,7 @@ from memstore.sequence import Reply
 from memstore.snapshotter import Snapshotter
 from memstore.types import Durability, MemorySpec
 from tests.fakes import FakeClock, FakeDisk, FakeReply
-from tests.lives import CPU, SPEC, Life, batch
+from tests.lives import CPU, SPEC, Life, OneMemory, batch
 from tests.serving import Unwatched
 
 if TYPE_CHECKING:
@@ -141,26 +141,10 @@ def test_changes_come_back_as_they_were() -> None:
     assert decode(memoryview(encode(changes))) == changes
 
 
-class _Registry:
-    """The memories of a Life, for a Snapshotter."""
-
-    def __init__(self, life: Life) -> None:
-        self.life = life
-        self.worker = self
-        self.engine, self.archive, self.spec = life.memory, life.archive, life.memory.spec
-        self.id = self
-        self.name = "m"
-        self.control = life.control
-
-    def all(self) -> list[_Registry]:
-        """The one."""
-        return [self]
-
-
 def test_a_snapshot_is_due_when_the_log_is_old_or_long(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
     life = Life(FakeDisk(), is_new=True)
-    registry = _Registry(life)
+    registry = OneMemory(life)
     snapshotter = Snapshotter(registry, clock, 100.0, Unwatched())  # type: ignore[arg-type]
     snapshotter.close()
     assert not snapshotter._is_due(registry)  # type: ignore[arg-type]
@@ -185,7 +169,7 @@ def test_a_snapshot_is_due_when_the_log_is_old_or_long(monkeypatch: pytest.Monke
 def test_a_bug_in_one_snapshot_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
     life = Life(FakeDisk(), is_new=True)
-    registry = _Registry(life)
+    registry = OneMemory(life)
     snapshotter = Snapshotter(registry, clock, 100.0, Unwatched())  # type: ignore[arg-type]
     snapshotter.close()
     life.append("a", 1, 0)

@@ -17,7 +17,7 @@ from memstore.memory import Memory
 from memstore.region import map_region
 from memstore.sequence import Sequence
 from memstore.slab import Slab
-from memstore.types import KEY, MemorySpec, PayloadSpec, RetrieveOptions, SequencePart, StepBatch, StepResult
+from memstore.types import KEY, MemorySpec, PayloadSpec, RetrieveOptions, SequencePart, SpillSpec, StepBatch, StepResult
 from memstore.wire import found_states, leave_states
 
 if TYPE_CHECKING:
@@ -352,6 +352,35 @@ def test_sequences_of_a_dead_server_are_found_again(lent: Lent) -> None:
     assert (again.is_replay, again.epoch) == (True, states[0].epoch)
     assert counts(successor.server)[:2] == (2, 22)
     assert lease.number != 0
+
+
+def test_what_is_found_again_has_room_made_for_it_where_sequences_can_be_spilled(lent: Lent) -> None:
+    lent.lend("a", "b", "c")
+    for number, name in enumerate("abc"):
+        append(lent.holder, name, [number])
+    states = [state_of(name, each, each.writers) for name, each in lent.table.lent()]
+    successor = Lent(replace(SPEC, spill=SpillSpec(max_sequences=2, host_sequences=2)))
+    for number, name in enumerate("xyz", start=7):
+        append(successor.server, name, [number])
+    assert successor.server.lender.restore(lent.holder._slab, states) == 2, "as many as the memory may have"
+    for number, name in enumerate("ab"):
+        assert content(successor.server, name) == {0: number}
+        assert append(successor.server, name, [number]).sequences[0].is_replay
+    for number, name in enumerate("xyz", start=7):
+        assert content(successor.server, name) == {0: number}
+    assert counts(successor.server)[:2] == (5, 10)
+
+
+def test_where_nothing_may_leave_what_is_found_again_is_left_out(lent: Lent) -> None:
+    lent.lend("a")
+    append(lent.holder, "a", [1])
+    states = [state_of(name, each, each.writers) for name, each in lent.table.lent()]
+    successor = Lent(replace(SPEC, spill=SpillSpec(max_sequences=2, host_sequences=2)))
+    for name in "xyz":
+        append(successor.server, name, [1])
+    successor.server.pin(["x", "y", "z"], True)
+    assert successor.server.lender.restore(lent.holder._slab, states) == 0
+    assert counts(successor.server)[:2] == (3, 6)
 
 
 def test_no_more_is_found_again_than_there_is_room_for(lent: Lent) -> None:

@@ -14,26 +14,28 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from memstore.arrival import credentials_of
 from memstore.auth import authenticator_of
 from memstore.config import Config, ConfigError
 from memstore.errors import NotReady
-from memstore.grpc_front import credentials_of
-from memstore.listen import SERVER_OPTIONS, add_reflection, address_lock, bind
+from memstore.listen import SERVER_OPTIONS, _unwatched, add_reflection, address_lock, bind
 from memstore.seams import SystemClock, SystemDisk
 from memstore.server import StopSignals
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 ASK = health_pb2.HealthCheckRequest()
 
 
 @asynccontextmanager
-async def listening(config: Config) -> AsyncIterator[str]:
+async def listening(
+    config: Config, follow: Callable[[str, Callable[[], bool]], None] = _unwatched
+) -> AsyncIterator[str]:
     """A server that answers health checks at the configured address, which is given."""
     server = grpc.aio.server(options=SERVER_OPTIONS)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
-    address = bind(server, config, SystemClock())
+    address = bind(server, config, SystemClock(), follow)
     await server.start()
     try:
         yield address
@@ -159,23 +161,26 @@ def test_certificates_are_exchanged_without_a_restart(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     config = Config(host="localhost", port=0, tls_cert=cert, tls_key=key, tls_client_ca=cert)
     old, old_key = cert.read_bytes(), key.read_bytes()
+    followed: dict[str, Callable[[], bool]] = {}
 
     def channel(address: str, pem: bytes, pem_key: bytes) -> grpc.aio.Channel:
         own = grpc.ssl_channel_credentials(pem, pem_key, pem)
         return grpc.aio.secure_channel(address, own, options=[("grpc.use_local_subchannel_pool", 1)])
 
     async def run() -> None:
-        async with listening(config) as address:
+        async with listening(config, followed.__setitem__) as address:
             standing = channel(address, old, old_key)
             ask = health_pb2_grpc.HealthStub(standing).Check
             await ask(ASK, timeout=10)
             certify(tmp_path)
             new, new_key = cert.read_bytes(), key.read_bytes()
             cert.write_bytes(old)
+            assert followed["certificates"]()
             assert await answered(channel(address, old, old_key))
             assert not await answered(channel(address, new, new_key))
             cert.write_bytes(new)
             assert await answered(channel(address, new, new_key))
+            assert not followed["certificates"]()
             assert not await answered(channel(address, old, old_key))
             await ask(ASK, timeout=10)  # a connection that stands goes on
             await standing.close()

@@ -6,6 +6,7 @@ import json
 import queue
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import grpc
@@ -13,9 +14,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from memstore.config import Config
 from memstore.errors import NotReady
+from memstore.server import Server
 from memstore.v1 import memstore_pb2 as pb
-from tests.calling import failure
+from tests.calling import failure, hashed
+from tests.fakes import FakeDisk
 from tests.processes import Process
 from tests.serving import spec, step
 
@@ -119,6 +123,23 @@ def test_a_spoilt_catalogue_stops_the_start(tmp_path: Path, started: list[Proces
     code, log = server.end()
     assert code == 1
     assert "catalog.json: not a catalogue" in log
+
+
+def test_a_token_file_that_is_not_taken_is_seen_in_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memstore.auth.FOLLOW_S", 0.0)
+    path = tmp_path / "tokens"
+    path.write_text(f"{hashed('t', 'red')}\n")
+    with ExitStack() as stack:
+        server = Server(Config(token_file=path, catalog="none"), stack, FakeDisk())
+
+        def shown() -> float | None:
+            return server._metrics.registry.get_sample_value("memstore_file_not_taken", {"file": "tokens"})
+
+        assert shown() == 0
+        path.write_text(hashed("t", "red"))
+        assert shown() == 1
+        path.write_text(f"{hashed('u', 'red')}\n")
+        assert shown() == 0
 
 
 def test_without_its_checks_it_does_not_start(tmp_path: Path, started: list[Process]) -> None:

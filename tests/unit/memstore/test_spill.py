@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -13,98 +11,20 @@ import pytest
 import torch
 
 from memstore import lifecycle
-from memstore.errors import Corrupt, InvalidRequest, MemstoreError, NotFound, PositionExpired, QuotaExceeded
+from memstore.errors import InvalidRequest, NotFound, PositionExpired, QuotaExceeded
 from memstore.memory import Memory
-from memstore.spill_file import SpillFolder
-from memstore.tiers import host_bytes
-from memstore.types import (
-    FirstPass,
-    Hits,
-    MemorySpec,
-    Metric,
-    PayloadSpec,
-    RetrieveOptions,
-    SpillCounts,
-    SpillSpec,
-    StepBatch,
-    StepResult,
-)
+from memstore.tiers import host_bytes, replies_room
+from memstore.types import FirstPass, Hits, MemorySpec, Metric, RetrieveOptions, SpillSpec, StepBatch, StepResult
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec, encode_spec
-from tests.fakes import FakeClock, FakeDisk
 from tests.lives import batch, found
+from tests.spilling import CPU, RICH, SPEC, Watched, looked, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence as SequenceOf
 
-CPU = torch.device("cpu")
-FOLDER = Path("/data/spilled/t/m")
-SPEC = MemorySpec(name="m", dim=2, capacity=4, max_sequences=2, spill=SpillSpec(max_sequences=3, host_sequences=1))
-RICH = replace(
-    SPEC,
-    num_layers=2,
-    metric=Metric.COSINE,
-    payloads=(PayloadSpec(name="hidden", dtype=torch.bfloat16, shape=(3,)),),
-)
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-class Watched:
-    """A memory that spills, its clock and its disk."""
-
-    def __init__(self, spec: MemorySpec = SPEC, device: torch.device = CPU) -> None:
-        self.clock = FakeClock()
-        self.disk = FakeDisk()
-        self.memory = Memory(spec, device, new_epoch=itertools.count(1).__next__)
-        self.memory.lifecycle.clock = self.clock
-        if self.memory.lifecycle.spill is not None:
-            self.memory.lifecycle.spill.tiers.folder = SpillFolder(FOLDER, self.disk)
-
-    @property
-    def counts(self) -> SpillCounts:
-        """Where sequences lie."""
-        counts = self.memory.counts().spill
-        assert counts is not None
-        return counts
-
-    @property
-    def tiers(self) -> tuple[int, int, int]:
-        """Sequences on the device, in host memory, in files."""
-        counts = self.counts
-        return counts.num_resident, counts.num_on_host, counts.num_on_disk
-
-    def resident(self) -> str:
-        """The names of sequences on the device."""
-        return "".join(
-            sorted(n for n, each in self.memory._table.items() if each.place < self.memory.spec.max_sequences)
-        )
-
-    def step(self, *batches: StepBatch) -> list[StepResult | MemstoreError]:
-        """Several steps joined into one."""
-        self.clock.advance(1)
-        return self.memory.step(batches)
-
-    def append(self, names: str, rows: int = 3, seq: int = 0, value: float = 0.0) -> None:
-        """Appends to each of these sequences, one after another."""
-        for name in names:
-            (result,) = self.step(batch(self.memory.spec, name, rows, seq, value=value + ord(name)))
-            if isinstance(result, MemstoreError):
-                raise result
-
-
-def plain(spec: MemorySpec) -> MemorySpec:
-    """The same memory with a place for every sequence."""
-    return replace(spec, max_sequences=spec.total_sequences, spill=SpillSpec())
-
-
-def looked(memory: Memory, name: str) -> list[Any]:
-    """All that a retrieval gives, to be compared."""
-    result = found(memory, name)
-    hits = result.hits
-    assert isinstance(hits, Hits)
-    assert hits.scores is not None
-    arrays = {each: rows.cpu().view(torch.uint8).tolist() for each, rows in hits.arrays.items()}
-    return [result.sequences, hits.positions.tolist(), hits.index.tolist(), hits.scores.cpu().tolist(), arrays]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -317,84 +237,6 @@ def test_what_is_away_can_be_reset_where_it_is(release: bool) -> None:
     assert watched.memory.counts().num_rows == 10
 
 
-def test_files_go_when_nobody_needs_them() -> None:
-    watched = Watched()
-    watched.append("abcde")
-    assert len(watched.disk.files) == 2
-    assert watched.counts.disk_bytes == sum(map(len, watched.disk.files.values()))
-    found(watched.memory, "a")
-    assert len(watched.disk.files) == 2, "another one went there"
-    watched.memory.reset(list("abcde"), release=True)
-    assert not watched.disk.files
-    assert watched.counts.disk_bytes == 0
-    watched.append("abcde")
-    watched.memory.free()
-    assert not watched.disk.files
-
-
-def test_a_full_disk_refuses_what_needs_it_and_loses_nothing() -> None:
-    watched, ample = Watched(), Watched(plain(SPEC))
-    for each in (watched, ample):
-        each.append("abc")
-    watched.disk.is_full = True
-    for _ in range(3):
-        (refused,) = watched.step(batch(SPEC, "d", 1, 0))
-        assert isinstance(refused, QuotaExceeded)
-        assert "disk" in str(refused)
-    assert watched.tiers == (2, 1, 0)
-    assert not watched.disk.files
-    assert watched.resident() == "bc"
-    for name in "abcab":  # what changes places in memory needs no disk
-        assert looked(watched.memory, name) == looked(ample.memory, name)
-    watched.disk.is_full = False
-    watched.append("de")
-    for name in "abc":
-        assert looked(watched.memory, name) == looked(ample.memory, name)
-
-
-def test_without_a_folder_host_memory_is_enough_for_what_may_lie_there() -> None:
-    spec = replace(SPEC, spill=SpillSpec(max_sequences=3, host_sequences=3))
-    watched = Watched(spec)
-    assert watched.memory.lifecycle.spill is not None
-    watched.memory.lifecycle.spill.tiers.folder = None
-    watched.append("abcde")
-    for seq in range(1, 4):
-        watched.append("abcdeedcba"[5 * (seq % 2) :][:5], 1, seq)
-    assert watched.tiers == (2, 3, 0)
-
-
-@pytest.mark.parametrize("bit", range(8))
-def test_every_flipped_bit_of_a_file_is_found(bit: int) -> None:
-    watched = Watched(replace(SPEC, spill=SpillSpec(max_sequences=1)))
-    watched.append("abc")
-    ((path, content),) = watched.disk.files.items()
-    for at in range(len(content)):
-        spoilt = bytearray(content)
-        spoilt[at] ^= 1 << bit
-        watched.disk.files[path] = bytes(spoilt)
-        (result,) = watched.step(batch(SPEC, "a", 0, 1))
-        assert isinstance(result, Corrupt), f"bit {bit} of byte {at}"
-    assert watched.tiers == (2, 0, 1)
-
-
-def test_every_truncation_of_a_file_is_found_and_a_reset_helps() -> None:
-    watched = Watched(replace(SPEC, spill=SpillSpec(max_sequences=2)))
-    watched.append("abc")
-    ((path, content),) = watched.disk.files.items()
-    for end in range(len(content)):
-        watched.disk.files[path] = content[:end]
-        (result,) = watched.step(batch(SPEC, "a", 0, 1))
-        assert isinstance(result, Corrupt)
-    watched.disk.files[path] = content + b"\0"
-    assert isinstance(watched.step(batch(SPEC, "a", 0, 1))[0], Corrupt)
-    del watched.disk.files[path]
-    assert isinstance(watched.step(batch(SPEC, "a", 0, 1))[0], Corrupt)
-    watched.append("bc", 1, 1)
-    watched.memory.reset(["a"], release=False)
-    watched.append("a", 2)
-    assert found(watched.memory, "a").sequences[0].as_of == 2
-
-
 def test_idle_sequences_end_and_pins_and_use_are_honoured() -> None:
     watched = Watched(replace(SPEC, idle_ttl_s=60))
     watched.append("abcd")
@@ -441,7 +283,9 @@ def test_host_memory_is_counted() -> None:
     spec = replace(SPEC, max_sequences=4)
     assert host_bytes(plain(spec)) == 0
     row_bytes = 2 * 2 + 4
-    assert host_bytes(spec) == 2 * 4 * row_bytes, "one more place than stays there"
+    rows = 2 * 4 * row_bytes  # one more place than stays there
+    assert host_bytes(spec) == rows + replies_room(spec)
+    assert host_bytes(replace(spec, spill=SpillSpec(max_sequences=3))) == rows // 2, "what passes through stays no time"
     assert Memory.bytes_needed(spec, CPU) == Memory.bytes_needed(replace(spec, spill=SpillSpec()), CPU) + host_bytes(
         spec
     )
@@ -478,7 +322,9 @@ def _shown(hits: Hits | None) -> list[object]:
     return [hits.positions.tolist(), hits.index.tolist(), hits.scores.tolist(), hits.arrays["key"].tolist()]
 
 
-def _together(names: Sequence[str], rows: int = 1, seqs: Sequence[int] | None = None, value: float = 0.0) -> StepBatch:
+def _together(
+    names: SequenceOf[str], rows: int = 1, seqs: SequenceOf[int] | None = None, value: float = 0.0
+) -> StepBatch:
     """One call that appends to several sequences."""
     numbers = seqs or [1] * len(names)
     each = [batch(SPEC, name, rows, seq, value=value) for name, seq in zip(names, numbers, strict=True)]

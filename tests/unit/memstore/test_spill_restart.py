@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from memstore import still
-from memstore.errors import Corrupt, MemstoreError, QuotaExceeded
+from memstore.errors import Corrupt, MemstoreError, NotReady, QuotaExceeded
 from memstore.recovery import Filling
 from memstore.snapshot import Snapshot
 from memstore.types import Durability, Metric, SpillSpec
-from tests.fakes import FakeDisk
+from tests.fakes import FakeAppendFile, FakeDisk, FakeReadFile
 from tests.lives import SPEC, SPILLED, Life, contents, found
-from tests.unit.memstore.test_spill import RICH
+from tests.spilling import RICH
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memstore.types import MemorySpec
 
 SPILLING = replace(SPEC, max_sequences=2, spill=SpillSpec(max_sequences=3, host_sequences=1))
@@ -78,8 +80,6 @@ def test_a_damaged_file_is_said_and_a_restart_has_the_rows() -> None:
     assert lost
     with pytest.raises(Corrupt, match=f"'{lost[0]}'"):
         life.append(lost[0], 1, 2)
-    with pytest.raises(Corrupt):
-        life.snapshot()
     assert contents(life.again().memory) == before
 
 
@@ -175,6 +175,49 @@ def test_a_full_disk_refuses_the_call_and_nothing_is_logged() -> None:
     assert life.archive.journal.log_bytes == log_bytes
     life.disk.is_full = False
     assert contents(life.again().memory) == before
+
+
+@pytest.mark.parametrize("trouble", ["full", "unreadable", "spoilt"])
+@pytest.mark.parametrize("has_snapshot", [False, True], ids=["log", "snapshot"])
+def test_a_disk_that_fails_while_a_log_is_done_again_is_no_damage(has_snapshot: bool, trouble: str) -> None:
+    life = filled(SPILLING)
+    assert not has_snapshot or life.snapshot()
+    for seq, name in enumerate("abab", start=2):
+        life.append(name, 1, seq // 2 + 1)
+    for name in "ced":
+        life.append(name, 0, writer="")  # who is away comes back
+    before = contents(life.memory)
+    disk = TroubledDisk(trouble)
+    disk.files = dict(life.disk.files)
+    life.disk = disk
+    with pytest.raises((OSError, NotReady)):
+        life.again()
+    assert disk.num_troubles
+    disk.trouble = ""
+    assert contents(life.again().memory) == before
+
+
+class TroubledDisk(FakeDisk):
+    """Files of spilled sequences cannot be written, or cannot be read, or are read with another content."""
+
+    def __init__(self, trouble: str) -> None:
+        super().__init__()
+        self.trouble = trouble
+        self.num_troubles = 0
+
+    def scratch(self, path: Path) -> FakeAppendFile:
+        if self.trouble == "full":
+            self.num_troubles += 1
+            raise OSError(28, "No space left on device")
+        return super().scratch(path)
+
+    def open(self, path: Path) -> FakeReadFile:
+        if SPILLED in path.parents and self.trouble:
+            self.num_troubles += 1
+            if self.trouble == "unreadable":
+                raise OSError(5, "Input/output error")
+            return FakeReadFile(b"nonsense")
+        return super().open(path)
 
 
 class _Later:

@@ -15,6 +15,7 @@ import torch
 from memstore.errors import DeviceMemoryFull, InvalidRequest, NotFound, NotReady, QuotaExceeded
 from memstore.expirer import Expirer
 from memstore.memory import Memory
+from memstore.reply_bytes import A_WRITER_BYTES
 from memstore.store import spilled_bytes
 from memstore.types import Durability, MemorySpec, SpillSpec, StepResult
 from memstore.v1 import memstore_pb2 as pb
@@ -137,7 +138,7 @@ def test_where_sequences_lie_is_shown() -> None:
         status = server.stub.DescribeMemory(pb.DescribeMemoryRequest(name="m")).memory.status.spill
         assert (status.spills, status.returns) == (5, 1)
         assert status.disk_bytes == sum(len(content) for path, content in disk.files.items() if "spilled" in path.parts)
-        assert status.host_bytes == 2 * 8 * (4 * 4 + 4)
+        assert status.host_bytes == 2 * 8 * (4 * 4 + 4) + A_WRITER_BYTES
         lines = server.metrics.text().decode().splitlines()
         for line in (
             'memstore_sequences{memory="m",tier="device"} 2.0',

@@ -21,7 +21,7 @@ from tests.serving import Serving, Setting, serving, spec, step
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from memstore.grpc_front import Context
+    from memstore.arrival import Context
 
 
 def test_a_stream_answers_in_order_and_goes_on_after_a_failure(server: Serving) -> None:

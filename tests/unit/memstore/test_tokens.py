@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GOOD = hashed("good", "red")
+LAST = "the last line has no end"
 
 
 def test_fields_say_how_far_a_token_reaches() -> None:
@@ -28,7 +29,8 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             hashed("all", "red"),
             hashed("reader", "red", "scopes=read"),
             hashed("passing", "blue", "expires=2030-01-31T12:00:00+01:00", "scopes=read,write"),
-            "quota red bytes=8G sequences=4096 calls_per_s=200.5",
+            "quota red bytes=8G sequences=4096 calls_per_s=200.5 leases=12 spilled_bytes=1T",
+            "",
         )
     )
     file = parse_tokens(text)
@@ -39,7 +41,8 @@ def test_fields_say_how_far_a_token_reaches() -> None:
             tenant="blue", scopes=frozenset({Scope.READ, Scope.WRITE}), expires_at=1896087600.0
         ),
     }
-    assert file.quotas == {"red": Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5)}
+    red = Quota(reserved_bytes=8 << 30, sequences=4096, calls_per_s=200.5, leases=12, spilled_bytes=1 << 40)
+    assert file.quotas == {"red": red}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ def test_fields_say_how_far_a_token_reaches() -> None:
         (f"{GOOD}\nquota red calls_per_s=-1", "line 2: calls_per_s=-1 is outside"),
         (f"{GOOD}\nquota red calls_per_s=nan", "line 2: calls_per_s=nan is outside"),
         (f"{GOOD}\nquota red sequences=-1", "line 2: sequences=-1 is below 0"),
+        (f"{GOOD}\nquota red leases=-1", "line 2: leases=-1 is below 0"),
         (f"{GOOD}\nquota red bytes=much", "line 2: not a size"),
         (f"{GOOD}\nquota red\nquota red", "line 3: tenant red has a quota already"),
         (f"{GOOD}\nquota", "line 2: not `sha256"),
@@ -69,9 +73,30 @@ def test_fields_say_how_far_a_token_reaches() -> None:
 )
 def test_a_token_file_that_cannot_be_right_names_its_line(text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
-        parse_tokens(text)
+        parse_tokens(text if text.endswith("\n") else f"{text}\n")
     assert str(caught.value).startswith("--token-file: ")
     assert hashed("old", "").split()[0] not in str(caught.value)
+
+
+def test_a_file_that_is_cut_short_never_reaches_further_than_the_whole() -> None:
+    """A line that has lost its end may have lost its scopes, or the time at which it expires."""
+    rows = (
+        hashed("reader", "red", "scopes=read", "expires=2030-01-31T12:00:00Z"),
+        hashed("writer", "blue", "scopes=read,write"),
+        "quota red bytes=8G sequences=4096",
+        hashed("admin", "blue"),
+    )
+    text = "\n".join((*rows, ""))
+    whole = parse_tokens(text)
+    lengths = {len("\n".join((*rows[:number], ""))) for number in range(1, len(rows) + 1)}
+    for length in range(len(text)):
+        if length in lengths:
+            file = parse_tokens(text[:length])
+            assert file.identities.items() <= whole.identities.items()
+            assert file.quotas.items() <= whole.quotas.items()
+        else:
+            with pytest.raises(ConfigError, match=LAST if length else "no token"):
+                parse_tokens(text[:length])
 
 
 def test_tokens_are_long_random_and_recognisable() -> None:
@@ -86,7 +111,7 @@ def test_the_line_of_a_token_lets_it_in_and_does_not_show_it() -> None:
     line = line_of(token, identity)
     assert token not in line
     assert token.removeprefix(PREFIX) not in line
-    assert parse_tokens(line).identities == {hash_of(token): identity}
+    assert parse_tokens(f"{line}\n").identities == {hash_of(token): identity}
 
 
 def test_the_command_adds_a_line_and_prints_the_token_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +133,7 @@ def test_the_command_adds_a_line_and_prints_the_token_alone(tmp_path: Path, caps
 def test_the_command_shows_token_and_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["token", "red"]) == 0
     token, line = (row.split(maxsplit=1)[1] for row in capsys.readouterr().out.splitlines())
-    assert parse_tokens(line).identities == {hash_of(token): Identity(tenant="red")}
+    assert parse_tokens(f"{line}\n").identities == {hash_of(token): Identity(tenant="red")}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,235 @@
+"""Memories that are dropped: what waits for it, and what does not."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from memstore.admission import Admission, CapacityBudget, QueueLimits
+from memstore.auth import Open
+from memstore.catalog import FileCatalog, MemoryId
+from memstore.device import DeviceWorker
+from memstore.errors import MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.expirer import Expirer
+from memstore.quotas import Quotas
+from memstore.registry import Registry
+from memstore.tokens import Quota
+from memstore.turns import SERVER
+from memstore.types import Durability, MemorySpec, SpillSpec
+from tests.fakes import FakeClock, FakeDisk
+from tests.lives import batch
+from tests.serving import file_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from memstore.device import Settling
+    from memstore.registry import Loaded
+
+DATA = Path("/data")
+SPILLING = MemorySpec(name="m", dim=2, capacity=4, max_sequences=1, spill=SpillSpec(max_sequences=3))
+DURABLE = MemorySpec(name="m", dim=2, capacity=4, durability=Durability.INTERVAL)
+A, B = MemoryId("a", "m"), MemoryId("b", "m")
+WAIT_S = 10.0
+
+
+class SlowDisk(FakeDisk):
+    """Removes a folder only when it may; says in which threads it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_remove = threading.Event()
+        self.may_remove.set()
+        self.is_removing = threading.Event()
+        self.removers: set[str] = set()
+
+    def remove_folder(self, path: Path) -> None:
+        if any(path in each.parents for each in self.files):
+            self.is_removing.set()
+            assert self.may_remove.wait(WAIT_S)
+            self.removers.add(threading.current_thread().name)
+        super().remove_folder(path)
+
+    def of(self, kind: str) -> list[Path]:
+        """What lies in one of the folders of the data folder."""
+        return [path for path in self.files if DATA / kind in path.parents]
+
+
+class HeldWorker(DeviceWorker):
+    """A worker in which what is queued behind some tenants stays there until it is let go."""
+
+    def __init__(self, device: torch.device, admission: Admission, clock: FakeClock) -> None:
+        self._held: dict[str, list[tuple[Callable[[], Any], Future[Any]]]] = {}
+        super().__init__(device, admission, clock)
+
+    @property
+    def num_held(self) -> int:
+        """How much waits."""
+        return sum(map(len, self._held.values()))
+
+    def hold(self, tenant: str) -> None:
+        """From now on."""
+        self._held[tenant] = []
+
+    def let_go(self, tenant: str) -> None:
+        """All that waits goes on its way."""
+        for run, waiting in self._held.pop(tenant, ()):
+            self.control(run).add_done_callback(partial(_pass_on, waiting))
+
+    def control(self, run: Callable[[], Any], engine: Settling | None = None, *, behind: str = SERVER) -> Future[Any]:
+        if behind not in self._held:
+            return super().control(run, engine, behind=behind)
+        waiting: Future[Any] = Future()
+        self._held[behind].append((run, waiting))
+        return waiting
+
+
+def _pass_on(waiting: Future[Any], done: Future[Any]) -> None:
+    error = done.exception()
+    if error is None:
+        waiting.set_result(done.result())
+    else:
+        waiting.set_exception(error)
+
+
+class Bench:
+    """A registry with files."""
+
+    def __init__(self) -> None:
+        self.disk = SlowDisk()
+        self.clock = FakeClock()
+        self.worker = HeldWorker(torch.device("cpu"), Admission(QueueLimits()), self.clock)
+        self.budget = CapacityBudget(1 << 20)
+        self.store = file_store(DATA, self.disk, self.clock)
+        quotas = Quotas(Open(), Quota(sequences=8), self.clock)
+        catalog = FileCatalog(DATA, self.disk)
+        self.registry = Registry(catalog, self.worker, self.budget, self.clock, 10, self.store, quotas=quotas)
+        self.registry.load().result(WAIT_S)
+
+    def make(self, memory: MemoryId, spec: MemorySpec = SPILLING) -> Loaded:
+        """A memory with three sequences of a row."""
+        spec = replace(spec, name=memory.name)
+        loaded, _ = self.registry.create(memory, spec, False).result(WAIT_S)
+        for name in "xyz" if spec.spill.max_sequences else "x":
+            (result,) = self.worker.control(partial(loaded.engine.step, [batch(spec, name, 1, 0)])).result(WAIT_S)
+            assert not isinstance(result, MemstoreError)
+        return loaded
+
+    def close(self) -> None:
+        """Ends its threads."""
+        self.disk.may_remove.set()
+        for tenant in "ab":
+            self.worker.let_go(tenant)
+        self.registry.close()
+        self.worker.close()
+        self.registry.close_files()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("spec", [SPILLING, DURABLE], ids=["spilled", "durable"])
+def test_files_of_a_dropped_memory_hold_up_neither_the_device_nor_other_changes(bench: Bench, spec: MemorySpec) -> None:
+    bench.make(A, spec)
+    bench.make(B)
+    bench.disk.may_remove.clear()
+    dropped = bench.registry.drop(A)
+    assert bench.disk.is_removing.wait(WAIT_S)
+    bench.worker.control(lambda: None).result(WAIT_S)
+    bench.make(MemoryId("b", "more"), MemorySpec(name="more", dim=2, capacity=4))
+    assert [each.id for each in bench.registry.listing("b", "").result(WAIT_S)] == [B, MemoryId("b", "more")]  # type: ignore[union-attr]
+    again = bench.make(A, spec)
+    assert not dropped.done(), "its name and its room are free before its files have gone"
+    bench.disk.may_remove.set()
+    dropped.result(WAIT_S)
+    assert not any(name.startswith(("memstore-cpu", "memstore-admin")) for name in bench.disk.removers)
+    assert again.engine.counts().num_sequences == len(again.engine._table)
+    kind = "spilled" if spec is SPILLING else "memories"
+    assert bench.disk.of(kind), "what has the name now is there"
+    assert not bench.disk.of("memories/a") or spec is DURABLE
+    bench.registry.drop(A).result(WAIT_S)
+    assert not [path for kind in ("spilled", "memories") for path in bench.disk.of(kind) if "a" in path.parts]
+    assert bench.store.used_bytes > 0
+    bench.registry.drop(B).result(WAIT_S)
+    assert bench.store.used_bytes == 0
+
+
+def test_a_drop_waits_for_the_jobs_of_its_own_tenant_and_nobody_waits_for_it(bench: Bench) -> None:
+    bench.make(A)
+    bench.make(B)
+    bench.worker.hold("a")
+    first = bench.registry.drop(A)
+    bench.registry.drop(B).result(WAIT_S)
+    bench.make(B)
+    assert not first.done()
+    bench.worker.let_go("a")
+    first.result(WAIT_S)
+
+
+def test_while_a_memory_goes_its_name_and_its_share_of_the_quota_are_taken(bench: Bench) -> None:
+    bench.make(A)
+    bench.make(MemoryId("a", "n"))
+    bench.worker.hold("a")
+    dropped = bench.registry.drop(A)
+    with pytest.raises(NotReady, match="being removed"):
+        bench.registry.create(A, SPILLING, False).result(WAIT_S)
+    with pytest.raises(NotFound):
+        bench.registry.find("a", "m")
+    with pytest.raises(NotFound):
+        bench.registry.drop(A).result(WAIT_S)
+    with pytest.raises(QuotaExceeded):
+        bench.registry.create(MemoryId("a", "o"), SPILLING, False).result(WAIT_S)
+    assert bench.registry.held("a").sequences == 8
+    bench.worker.let_go("a")
+    dropped.result(WAIT_S)
+    assert bench.registry.held("a").sequences == 4
+    bench.make(A)
+
+
+def test_a_tenant_whose_jobs_take_long_holds_up_the_idle_sequences_of_no_other(bench: Bench) -> None:
+    spec = replace(SPILLING, idle_ttl_s=10)
+    for memory in (A, B):
+        bench.make(memory, spec)
+    bench.clock.advance(10)
+    bench.worker.hold("a")
+    expirer = Expirer(bench.registry)
+    try:
+        expirer.begin()
+        expirer.begin()
+        bench.worker.control(lambda: None, behind="b").result(WAIT_S)
+        assert bench.registry.find("b", "m").engine.counts().num_sequences == 0
+        assert bench.worker.num_held == 1, "one question at a time"
+        bench.worker.let_go("a")
+        expirer.check()
+        assert bench.registry.find("a", "m").engine.counts().num_sequences == 0
+    finally:
+        expirer.close()
+
+
+def test_what_a_crash_left_of_files_that_were_to_be_removed_goes_with_the_next_start(bench: Bench) -> None:
+    bench.make(A, DURABLE)
+    bench.make(B)
+    bench.disk.may_remove.clear()
+    drops = [bench.registry.drop(A), bench.registry.drop(B)]
+    assert bench.disk.is_removing.wait(WAIT_S)
+    bench.worker.control(lambda: None, behind="a").result(WAIT_S)
+    bench.worker.control(lambda: None, behind="b").result(WAIT_S)
+    left = FakeDisk()
+    left.files = dict(bench.disk.files)
+    assert any(DATA / "memories" in path.parents for path in left.files)
+    file_store(DATA, left, FakeClock())
+    assert not [path for path in left.files if {"memories", "spilled"} & set(path.parts)]
+    bench.disk.may_remove.set()
+    for each in drops:
+        each.result(WAIT_S)
