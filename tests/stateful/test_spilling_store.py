@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -11,13 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
 
 from memstore.errors import MemstoreError
-from memstore.types import Durability, IndexKind, SequencePart, SpillSpec
+from memstore.types import Durability, IndexKind, MemorySpec, SequencePart, SpillSpec
 from model_client import Retrieval, errors
 from tests.stateful.test_durable_store import DurableStore, Lives
 from tests.stateful.test_store import SEEDS, SOME, SPECS
-
-if TYPE_CHECKING:
-    from memstore.types import MemorySpec
 
 TTL_S = 100
 SPILLS = [SpillSpec(max_sequences=most, host_sequences=host) for most in (1, 2) for host in range(most + 1)]
@@ -109,10 +105,32 @@ class SpillingStore(DurableStore):
             super().restart(is_killed=is_killed)
 
     def count(self) -> None:
-        """Adds what this life has seen to what all have, so that nobody takes idleness for success."""
+        """Adds what this life has seen to what all have."""
         spill = self.client.describe_memory("m").status.spill
         type(self).num_spills += spill.spills
         type(self).num_returns += spill.returns
+
+
+EVENTFUL = dataclasses.replace(
+    MemorySpec(name="m", dim=2, capacity=4, max_sequences=2),
+    durability=Durability.ALWAYS,
+    spill=SpillSpec(max_sequences=2, host_sequences=1),
+    idle_ttl_s=TTL_S,
+)
+
+
+def live_an_eventful_life(machine: type[SpillingStore]) -> None:
+    """One in which sequences leave for host memory and a file, return and end: none of it is left to chance."""
+    life = machine()
+    life.begin(spec=EVENTFUL, seed=0)
+    for names in ("a", "b", "c", "d", "a", "d", "b"):
+        life.step_of_a_session(counts=dict.fromkeys(names, 2), retrieval=Retrieval(2), who=0, starts="")
+        life.what_is_pinned_is_on_the_device()
+    life.restart(is_killed=True)
+    life.step_of_a_session(counts={"c": 1}, retrieval=Retrieval(2), who=1, starts="")
+    life.time_passes(used="c")
+    life.counters_agree()
+    life.teardown()
 
 
 @pytest.mark.timeout(300)
@@ -120,6 +138,8 @@ def test_a_store_that_spills_does_what_the_oracle_does() -> None:
     lives = Lives()
     machine = type("SpillingStoreOfThisServer", (SpillingStore,), {"lives": lives, "server": lives.server})
     try:
+        live_an_eventful_life(machine)
+        assert min(machine.num_spills, machine.num_returns, machine.num_files, machine.num_expired) > 0
         run_state_machine_as_test(
             machine,
             settings=settings(
@@ -128,4 +148,3 @@ def test_a_store_that_spills_does_what_the_oracle_does() -> None:
         )
     finally:
         lives.stop()
-    assert min(machine.num_spills, machine.num_returns, machine.num_files, machine.num_expired) > 0

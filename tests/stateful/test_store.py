@@ -375,9 +375,21 @@ def _engine_result(result: wire.StepResult) -> StepResult:
     return StepResult(sequences=sequences, hits=hits)
 
 
+def live_with_a_lease(machine: type[Store]) -> None:
+    """A life that goes on until one of its sessions has had its sequences in its own process."""
+    life = machine()
+    life.begin(spec=MemorySpec(name="m", dim=2, capacity=4, max_sequences=len(NAMES)), seed=0)
+    while not life.clients[0].stats.mapped_steps:
+        life.step_of_a_session(counts={"a": 1}, retrieval=Retrieval(1), who=0, starts="")
+    life.counters_agree()
+    life.teardown()
+
+
 @pytest.mark.timeout(180)
 def test_the_store_does_what_the_oracle_does(server: Serving) -> None:
     machine = type("StoreOfThisServer", (Store,), {"server": server})
+    if server.lending is not None:
+        live_with_a_lease(machine)
     run_state_machine_as_test(
         machine,
         settings=settings(
