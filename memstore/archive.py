@@ -220,7 +220,7 @@ class Archive:
         def hold() -> tuple[Still, State]:
             number = self.journal.rotate(spare)
             still, counts = memory.pictures.hold(), memory.counts()
-            memory.lifecycle.has_damage = False
+            memory.lifecycle.seating.has_damage = False
             state = State(
                 identity=self._identity,
                 number=number,

@@ -313,7 +313,15 @@ class Registry:
             if loaded is not None:
                 loaded.engine.remove_files()
 
+    def _remove_rest(self) -> None:
+        """What an earlier server left."""
+        try:
+            self._store.remove_rest()
+        except NotReady as error:
+            trouble(_log, "what an earlier server left is not removed", error)
+
     def _load(self) -> None:
+        self._removals.submit(SERVER, self._remove_rest)
         prepare(self.worker.device)
         while not self._stopping.is_set():
             try:

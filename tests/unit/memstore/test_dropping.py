@@ -19,7 +19,7 @@ from memstore.device import DeviceWorker
 from memstore.errors import MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.expirer import Expirer
 from memstore.quotas import Quotas
-from memstore.registry import Registry
+from memstore.registry import Registry, State
 from memstore.store import disk_bytes
 from memstore.tokens import Quota
 from memstore.turns import SERVER
@@ -50,8 +50,11 @@ class SlowDisk(FakeDisk):
         self.may_remove.set()
         self.is_removing = threading.Event()
         self.removers: set[str] = set()
+        self.cannot_remove = False
 
     def remove_folder(self, path: Path) -> None:
+        if self.cannot_remove:
+            raise OSError(5, "Input/output error")
         if any(path in each.parents for each in self.files):
             self.is_removing.set()
             assert self.may_remove.wait(WAIT_S)
@@ -103,9 +106,9 @@ def _pass_on(waiting: Future[Any], done: Future[Any]) -> None:
 class Bench:
     """A registry with files."""
 
-    def __init__(self, quota_bytes: int = 0) -> None:
+    def __init__(self, disk: SlowDisk | None = None, *, quota_bytes: int = 0) -> None:
         """quota_bytes: of the disk."""
-        self.disk = SlowDisk()
+        self.disk = disk or SlowDisk()
         self.clock = FakeClock()
         self.worker = HeldWorker(torch.device("cpu"), Admission(QueueLimits()), self.clock)
         self.budget = CapacityBudget(1 << 20)
@@ -286,8 +289,40 @@ def test_what_a_crash_left_of_files_that_were_to_be_removed_goes_with_the_next_s
     left = FakeDisk()
     left.files = dict(bench.disk.files)
     assert any(DATA / "memories" in path.parents for path in left.files)
-    file_store(DATA, left, FakeClock())
+    file_store(DATA, left, FakeClock()).remove_rest()
     assert not [path for path in left.files if {"memories", "spilled"} & set(path.parts)]
     bench.disk.may_remove.set()
     for each in drops:
         each.result(WAIT_S)
+
+
+def test_a_start_does_not_wait_for_what_an_earlier_server_left() -> None:
+    disk = SlowDisk()
+    for path in (
+        DATA / "spilled" / "a" / "m~1" / "sequence-00000000",
+        DATA / "memories" / "a" / ".m.1" / "log-00000001",
+    ):
+        disk.files[path] = b"old"
+    disk.may_remove.clear()
+    bench = Bench(disk)
+    try:
+        assert disk.is_removing.wait(WAIT_S)
+        bench.make(A)
+        assert bench.registry.state is State.SERVING
+        disk.may_remove.set()
+    finally:
+        bench.close()
+    assert not [path for path in disk.files if b"old" == disk.files[path]]
+
+
+def test_what_cannot_be_removed_at_a_start_is_said_and_in_nobodys_way(caplog: pytest.LogCaptureFixture) -> None:
+    disk = SlowDisk()
+    disk.files[DATA / "spilled" / "a" / "m~1" / "sequence-00000000"] = b"old"
+    disk.cannot_remove = True
+    bench = Bench(disk)
+    try:
+        bench.make(A)
+        disk.cannot_remove = False
+    finally:
+        bench.close()
+    assert "not removed" in caplog.text

@@ -12,6 +12,7 @@ import torch
 
 from memstore import ring
 from memstore.errors import Corrupt, MemstoreError, NotReady
+from memstore.places import Places
 from memstore.row_bytes import RowFormat
 from memstore.salvage import Salvage
 from memstore.snapshotter import MEND_S, Snapshotter
@@ -150,9 +151,8 @@ def test_a_snapshot_goes_on_with_sequences_whose_files_fail_and_mends_them(
 def test_one_whose_file_fails_is_said_until_then_and_the_others_are_not() -> None:
     life = filled(SPILLING, has_snapshot=True)
     first = spilled(life)[0]
-    number = int(first.name.partition("-")[2])
-    tiers = life.memory.lifecycle.spill.tiers  # type: ignore[union-attr]
-    (lost,) = [name for name in NAMES if life.memory._table[name].place == tiers._first_file + number]
+    place = Places.of(SPILLING).filed(int(first.name.partition("-")[2]))
+    (lost,) = [name for name in NAMES if life.memory._table[name].place == place]
     flip(life, first)
     for _ in range(2):
         with pytest.raises(Corrupt, match=f"'{lost}'"):
@@ -161,7 +161,9 @@ def test_one_whose_file_fails_is_said_until_then_and_the_others_are_not() -> Non
         use(life, name)
     assert life.snapshot()
     use(life, lost)
-    assert tiers.disk_bytes == sum(len(life.disk.files[path]) for path in spilled(life))
+    counts = life.memory.counts().spill
+    assert counts is not None
+    assert counts.disk_bytes == sum(len(life.disk.files[path]) for path in spilled(life))
 
 
 def test_a_snapshot_is_due_soon_after_a_file_has_failed() -> None:
@@ -172,7 +174,8 @@ def test_a_snapshot_is_due_soon_after_a_file_has_failed() -> None:
     assert not life.archive.journal.num_kept
     for path in spilled(life):
         flip(life, path)
-    (name, *_) = [name for name in NAMES if life.memory.lifecycle.spill.tiers.is_filed(life.memory._table[name].place)]  # type: ignore[union-attr]
+    places = Places.of(SPILLING)
+    name = next(name for name in NAMES if places.is_filed(life.memory._table[name].place))
     with pytest.raises(Corrupt):
         use(life, name)
     assert not snapshotter._is_due(registry)  # type: ignore[arg-type]
