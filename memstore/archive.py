@@ -135,7 +135,7 @@ class Archive:
         Sequences whose spilled files fail are taken from the log that is here still, and spilled anew (salvage.py).
         control: runs something in the device's thread. False where the archive was closed meanwhile. Raises OSError,
         Corrupt where what was written cannot be read back, or a spilled file fails and the log too, NotReady where the
-        device's thread has ended; what was there before is there still.
+        log cannot go on for now, or the device's thread has ended; what was there before is there still.
         """
         with self._busy:
             if self._is_closing.is_set() or self.journal.failure:
@@ -218,7 +218,10 @@ class Archive:
         """Begins a new segment of the log and a picture of the memory in the same moment."""
 
         def hold() -> tuple[Still, State]:
-            number = self.journal.rotate(spare)
+            try:
+                number = self.journal.rotate(spare)
+            except OSError as error:
+                raise NotReady(f"the log cannot go on in a new segment ({error.strerror})") from error
             still, counts = memory.pictures.hold(), memory.counts()
             memory.lifecycle.seating.has_damage = False
             state = State(
