@@ -153,8 +153,8 @@ class Archive:
         """Ends what is under way, syncs the log and marks it closed. Raises OSError."""
         self._is_closing.set()
         with self._busy:
-            self._drop_spare()
             self.journal.close("the server is stopping")
+            self._drop_spare()
             if not self.journal.has_failed:
                 self._folder.mark_closed(self.journal.next_number)
 
@@ -162,8 +162,8 @@ class Archive:
         """Ends what is under way, and writes nothing any more; the memory is dropped. Raises OSError."""
         self._is_closing.set()
         with self._busy:
-            self._drop_spare()
             self.journal.close("the memory is dropped")
+            self._drop_spare()
 
     def _take(self, memory: Memory, spare: AppendFile, control: Control) -> bool:
         still, state = self._hold(memory, spare, control)

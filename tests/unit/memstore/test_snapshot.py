@@ -13,7 +13,7 @@ import torch
 from memstore import still as still_module
 from memstore.admission import Admission, QueueLimits
 from memstore.device import DeviceWorker
-from memstore.errors import Corrupt, NotReady
+from memstore.errors import Corrupt, NotReady, ReadOnly
 from memstore.folder import MemoryFolder
 from memstore.log import MAGIC
 from memstore.recovery import Recovery
@@ -265,6 +265,23 @@ def test_a_log_that_cannot_go_on_in_a_new_segment_is_no_bug(
         assert life.archive.snapshot(life.memory, worker.control)
     finally:
         worker.close()
+
+
+@pytest.mark.parametrize("ends", ["end", "close"])
+def test_a_spare_segment_that_cannot_be_removed_leaves_no_log_open(monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    life = Life(FakeDisk(), is_new=True)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(NotReady):
+        patch.setattr(FakeAppendFile, "write", fail)
+        life.snapshot()
+    monkeypatch.setattr(life.disk, "remove", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        getattr(life.archive, ends)()
+    with pytest.raises(ReadOnly):
+        life.append("a", 1, 0)
 
 
 def test_a_snapshot_ends_when_its_memory_is_closed() -> None:
