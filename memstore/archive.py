@@ -135,7 +135,7 @@ class Archive:
         Sequences whose spilled files fail are taken from the log that is here still, and spilled anew (salvage.py).
         control: runs something in the device's thread. False where the archive was closed meanwhile. Raises OSError,
         Corrupt where what was written cannot be read back, or a spilled file fails and the log too, NotReady where the
-        device's thread has ended; what was there before is there still.
+        log cannot go on for now, or the device's thread has ended; what was there before is there still.
         """
         with self._busy:
             if self._is_closing.is_set() or self.journal.failure:
@@ -153,8 +153,8 @@ class Archive:
         """Ends what is under way, syncs the log and marks it closed. Raises OSError."""
         self._is_closing.set()
         with self._busy:
-            self._drop_spare()
             self.journal.close("the server is stopping")
+            self._drop_spare()
             if not self.journal.has_failed:
                 self._folder.mark_closed(self.journal.next_number)
 
@@ -162,8 +162,8 @@ class Archive:
         """Ends what is under way, and writes nothing any more; the memory is dropped. Raises OSError."""
         self._is_closing.set()
         with self._busy:
-            self._drop_spare()
             self.journal.close("the memory is dropped")
+            self._drop_spare()
 
     def _take(self, memory: Memory, spare: AppendFile, control: Control) -> bool:
         still, state = self._hold(memory, spare, control)
@@ -218,7 +218,10 @@ class Archive:
         """Begins a new segment of the log and a picture of the memory in the same moment."""
 
         def hold() -> tuple[Still, State]:
-            number = self.journal.rotate(spare)
+            try:
+                number = self.journal.rotate(spare)
+            except OSError as error:
+                raise NotReady(f"the log cannot go on in a new segment ({error.strerror})") from error
             still, counts = memory.pictures.hold(), memory.counts()
             memory.lifecycle.seating.has_damage = False
             state = State(

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from memstore.errors import Corrupt
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from memstore.seams import Disk
@@ -66,13 +67,19 @@ def folders(data: Path, disk: Disk, *, are_retired: bool = False) -> list[Path]:
 def retire_spilled(data: Path, disk: Disk) -> None:
     """Puts all that was spilled out of the way of what will be; see `leftovers`."""
     if disk.names(data / SPILLED):
-        numbers = [int(path.suffix[1:]) for path in _retired_spilled(data, disk)]
-        disk.rename(data / SPILLED, retired_path(data / SPILLED, 1 + max(numbers, default=0)))
+        number = number_behind(_retired_spilled(data, disk))
+        disk.rename(data / SPILLED, retired_path(data / SPILLED, number))
 
 
 def leftovers(data: Path, disk: Disk) -> list[Path]:
     """The folders in a data folder that nobody needs any more."""
     return [*_retired_spilled(data, disk), *folders(data, disk, are_retired=True)]
+
+
+def number_behind(retired: Iterable[Path]) -> int:
+    """The least that is larger than the number of any of these folders."""
+    numbers = (path.suffix[1:] for path in retired)
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _retired_spilled(data: Path, disk: Disk) -> list[Path]:

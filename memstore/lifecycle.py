@@ -76,9 +76,7 @@ class Lifecycle:
         try:
             self.seating.admit(names, num_new, beside or Group(), self.clock)
         except OSError as error:
-            raise QuotaExceeded(
-                f"sequences: no place is free, and none can be spilled: the disk cannot be written ({error.strerror})"
-            ) from error
+            raise _no_room("no place is free, and none can be spilled", error) from error
 
     def admit_changes(self, changes: Sequence[Change]) -> None:
         """`admit` for changes of a log that are about to be done once more.
@@ -172,7 +170,10 @@ class Lifecycle:
         is changed then.
         """
         if self.spill is not None:
-            self.spill.mend(name, found, scratch)
+            try:
+                self.spill.mend(name, found, scratch)
+            except OSError as error:
+                raise _no_room(f"{name!r} cannot be spilled anew", error) from error
 
     def counts(self) -> SpillCounts | None:
         """Where sequences lie; None where nothing is spilled."""
@@ -246,3 +247,7 @@ class Lifecycle:
             done = [error] * len(numbers)
         self._touch_new(chosen)  # they may have to leave for those of groups to come
         return dict(zip(numbers, done, strict=True))
+
+
+def _no_room(what: str, error: OSError) -> QuotaExceeded:
+    return QuotaExceeded(f"sequences: {what}: the disk cannot be written ({error.strerror})")

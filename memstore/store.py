@@ -16,6 +16,7 @@ from memstore.folder import (
     SPILLED,
     MemoryFolder,
     leftovers,
+    number_behind,
     path_of,
     retire_spilled,
     retired_path,
@@ -139,9 +140,9 @@ class FileStore:
         self._syncers = syncers
         self.used_bytes = 0
         self._lock = threading.Lock()
-        self._numbers = count(1)
         retire_spilled(data, disk)
         self._rest = leftovers(data, disk)
+        self._numbers = count(number_behind(self._rest))
 
     def check(self, spec: MemorySpec) -> None:
         needed = disk_bytes(spec)

@@ -139,6 +139,8 @@ class FakeDisk:
         return sorted({path.parts[depth] for path in self.files if folder in path.parents})
 
     def rename(self, source: Path, target: Path) -> None:
+        if any(target in path.parents for path in self.files):
+            raise OSError(39, "Directory not empty", str(target))
         for files in (self.files, self._synced):
             for path in [path for path in files if path == source or source in path.parents]:
                 files[target / path.relative_to(source)] = files.pop(path)

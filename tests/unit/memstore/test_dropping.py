@@ -106,7 +106,7 @@ def _pass_on(waiting: Future[Any], done: Future[Any]) -> None:
 class Bench:
     """A registry with files."""
 
-    def __init__(self, disk: SlowDisk | None = None, quota_bytes: int = 0) -> None:
+    def __init__(self, disk: SlowDisk | None = None, *, quota_bytes: int = 0) -> None:
         """quota_bytes: of the disk."""
         self.disk = disk or SlowDisk()
         self.clock = FakeClock()
@@ -326,3 +326,28 @@ def test_what_cannot_be_removed_at_a_start_is_said_and_in_nobodys_way(caplog: py
     finally:
         bench.close()
     assert "not removed" in caplog.text
+
+
+def test_what_a_crash_left_is_in_no_drops_way() -> None:
+    """It may take long to remove, or fail; what is dropped meanwhile gets another name."""
+    before = Bench()
+    before.make(A, DURABLE)
+    before.disk.may_remove.clear()
+    drop = before.registry.drop(A)
+    assert before.disk.is_removing.wait(WAIT_S)
+    left = SlowDisk()
+    left.files = dict(before.disk.files)
+    before.disk.may_remove.set()
+    drop.result(WAIT_S)
+    before.close()
+    left.may_remove.clear()
+    bench = Bench(left)
+    try:
+        assert left.is_removing.wait(WAIT_S)
+        bench.make(A, DURABLE)
+        again = bench.registry.drop(A)
+        left.may_remove.set()
+        again.result(WAIT_S)
+    finally:
+        bench.close()
+    assert not left.of("memories")

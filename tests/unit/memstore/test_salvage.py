@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from memstore import ring
+from memstore.admission import Admission, QueueLimits
+from memstore.device import DeviceWorker
 from memstore.errors import Corrupt, MemstoreError, NotReady
 from memstore.places import Places
 from memstore.row_bytes import RowFormat
@@ -255,6 +257,27 @@ def test_a_full_disk_leaves_the_file_as_it_is_and_the_snapshot_is_taken(monkeypa
     assert life.snapshot(), "the next one has them from this one"
     assert contents(life.memory) == before
     assert contents(life.again().memory) == before
+
+
+def test_a_full_disk_is_said_as_the_reason_that_a_file_is_not_mended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the device's thread an OSError would be taken for a bug."""
+    life = filled(SPILLING, has_snapshot=False)
+    for path in spilled(life):
+        flip(life, path)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(life.disk, "scratch", full)
+    worker = DeviceWorker(torch.device("cpu"), Admission(QueueLimits()), FakeClock())
+    try:
+        assert life.archive.snapshot(life.memory, worker.control)
+    finally:
+        worker.close()
+    assert {record.getMessage() for record in caplog.records} == {"spilled sequence not mended"}
+    assert "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(20))

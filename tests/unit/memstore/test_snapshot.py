@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from memstore import still as still_module
-from memstore.errors import Corrupt
+from memstore.admission import Admission, QueueLimits
+from memstore.device import DeviceWorker
+from memstore.errors import Corrupt, NotReady, ReadOnly
 from memstore.folder import MemoryFolder
 from memstore.log import MAGIC
 from memstore.recovery import Recovery
 from memstore.seams import SystemDisk
 from memstore.types import Durability, MemorySpec, Metric, PayloadSpec
-from tests.fakes import FakeDisk, FakeReadFile
+from tests.fakes import FakeAppendFile, FakeClock, FakeDisk, FakeReadFile
 from tests.lives import FOLDER, SPEC, Life, found, picture
 
 if TYPE_CHECKING:
@@ -242,6 +244,44 @@ def test_a_snapshot_that_the_disk_does_not_give_back_is_removed() -> None:
     assert disk.names(FOLDER) == ["log-00000001", "log-00000002"]
     disk.is_blind = False
     assert life.again().picture() == before
+
+
+def test_a_log_that_cannot_go_on_in_a_new_segment_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the device's thread an OSError would be taken for one."""
+    life = Life(FakeDisk(), is_new=True)
+    _fill(life)
+
+    def full(_: FakeAppendFile, __: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    worker = DeviceWorker(torch.device("cpu"), Admission(QueueLimits()), FakeClock())
+    try:
+        with monkeypatch.context() as patch, pytest.raises(NotReady, match="No space"):
+            patch.setattr(FakeAppendFile, "write", full)
+            life.archive.snapshot(life.memory, worker.control)
+        assert not caplog.records
+        assert life.archive.snapshot(life.memory, worker.control)
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("ends", ["end", "close"])
+def test_a_spare_segment_that_cannot_be_removed_leaves_no_log_open(monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    life = Life(FakeDisk(), is_new=True)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(NotReady):
+        patch.setattr(FakeAppendFile, "write", fail)
+        life.snapshot()
+    monkeypatch.setattr(life.disk, "remove", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        getattr(life.archive, ends)()
+    with pytest.raises(ReadOnly):
+        life.append("a", 1, 0)
 
 
 def test_a_snapshot_ends_when_its_memory_is_closed() -> None:
