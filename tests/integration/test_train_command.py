@@ -61,6 +61,7 @@ def test_it_trains_goes_on_and_gives_an_adapter_that_attaches(
     assert main([*words, "--steps", "3", "--resume", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["steps"] == 3
+    assert 0 < report["steps_per_s"] < 1e6  # the evaluation at the end is no part of it
     assert report["steps_without_memory"] == 0
     assert report["verdict"]["tokens"] == 2 * 3 * 16
     written = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
