@@ -22,12 +22,14 @@ ENV PATH=/opt/memstore/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=PASSIVE \
     MEMSTORE_DATA=/var/lib/memstore \
+    XDG_CACHE_HOME=/var/lib/memstore/.cache \
+    TRITON_CACHE_DIR=/var/lib/memstore/.cache/triton \
     MEMSTORE_LOG_FORMAT=json
 USER 10001
 WORKDIR /var/lib/memstore
 VOLUME /var/lib/memstore
 EXPOSE 7077 9077
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["memstore", "healthcheck", "--timeout", "4"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s CMD ["memstore", "healthcheck", "--timeout", "4"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["memstore"]
 CMD ["serve"]

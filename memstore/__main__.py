@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ def _parser(added: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memstore", description="The memory of transformer models as a service." + more
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('memstore')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve", help="run a server", epilog="Each setting is also read from MEMSTORE_ and its name in capitals."

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from memstore.catalog import FILE_NAME, FileCatalog, MemoryId
-from memstore.errors import Corrupt, MemstoreError
-from memstore.folder import SPILLED, MemoryFolder, folders, path_of
+from memstore.errors import Corrupt, MemstoreError, NotReady
+from memstore.folder import MEMORIES, SPILLED, MemoryFolder, folders, path_of
 from memstore.recovery import Recovery
 from memstore.seams import FILE_MODE, FOLDER_MODE
 
@@ -45,14 +45,25 @@ def run(options: argparse.Namespace, disk: Disk) -> int:
         raise Corrupt(f"{source}: there is no such folder")
     with ExitStack() as stack:
         if (source / "lock").exists():
-            stack.enter_context(disk.lock(source / "lock"))
+            _enter_lock(stack, source, disk)
+        elif not any((source / name).exists() for name in (FILE_NAME, MEMORIES)):
+            raise Corrupt(f"{source}: no data folder of memstore: it has no {FILE_NAME}, no lock and no {MEMORIES}/")
         findings = verify(source, disk)
         _show(findings, options.json)
         if any(finding.status == "damaged" for finding in findings):
+            if options.command == "restore":
+                raise Corrupt(f"{source}: damaged, and nothing was restored; take another backup")
             return 1
         if options.command == "restore":
             restore(source, options.folder, disk)
     return 0
+
+
+def _enter_lock(stack: ExitStack, source: Path, disk: Disk) -> None:
+    try:
+        stack.enter_context(disk.lock(source / "lock"))
+    except NotReady as error:
+        raise NotReady(f"{source}: a server is using it: stop that, or give a copy of the folder") from error
 
 
 def verify(data: Path, disk: Disk) -> list[Finding]:
@@ -118,6 +129,8 @@ def _show(findings: Sequence[Finding], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
         return
+    if not findings:
+        sys.stdout.write("no memory in it has rows on the disk\n")
     for each in findings:
         what = "snapshot and log" if each.snapshot else "log"
         rest = each.problem or f"{what} of {each.log_bytes} bytes, torn end of {each.cut_bytes} bytes"

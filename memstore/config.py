@@ -54,11 +54,18 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _number(kind: Callable[[str], T], text: str, name: str) -> T:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"not {name}") from error
+
+
 def whole(least: int, most: int) -> Callable[[str], int]:
     """A whole number within limits."""
 
     def parse(text: str) -> int:
-        value = int(text)
+        value = _number(int, text, "a whole number")
         if not least <= value <= most:
             raise ValueError(f"outside {least} to {most}")
         return value
@@ -70,7 +77,7 @@ def real(least: float, most: float) -> Callable[[str], float]:
     """A number within limits."""
 
     def parse(text: str) -> float:
-        value = float(text)
+        value = _number(float, text, "a number")
         if not least <= value <= most:
             raise ValueError(f"outside {least} to {most}")
         return value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,6 @@ from memstore.v1 import memstore_pb2 as pb
 from memstore.v1 import memstore_pb2_grpc
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator, Mapping, Sequence
 
     from google.protobuf.message import Message
@@ -46,8 +47,18 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument("--target", help=f"host:port or unix:///path (MEMSTORE_TARGET, else {DEFAULT_TARGET})")
         parser.add_argument("--token-file", type=Path, help="file with the token (MEMSTORE_CLIENT_TOKEN_FILE)")
         parser.add_argument("--tls-root", type=Path, help="PEM certificates to trust; use TLS (MEMSTORE_TLS_ROOT)")
-        parser.add_argument("--timeout", type=float, default=10.0, help="seconds (default %(default)s)")
+        parser.add_argument("--timeout", type=_seconds, default=10.0, help="seconds (default %(default)s)")
         parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError("a number of seconds above 0")
+    return seconds
 
 
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -113,7 +124,10 @@ def _reason(error: grpc.RpcError) -> str:
     if rich is not None:
         reply = status.from_status(rich)
         return f"{reply.reason or reply.code.name}: {reply.message}"
-    return f"{error.code().name}: {error.details()}"
+    said = f"{error.code().name}: {error.details()}"
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return f"{said}. Does `memstore serve` run there? --target or MEMSTORE_TARGET says where to ask"
+    return said
 
 
 def _list(session: Session, options: argparse.Namespace) -> int:
@@ -137,7 +151,7 @@ def _describe(session: Session, options: argparse.Namespace) -> int:
 
 def _drop(session: Session, options: argparse.Namespace) -> int:
     if not options.yes:
-        raise CommandFailed(f"drop {options.name}: all its rows will be gone; say --yes to do it")
+        raise CommandFailed(f"{options.name}: all its rows will be gone; say --yes to do it")
     session.call("DropMemory", pb.DropMemoryRequest(name=options.name))
     if options.json:
         _print_json({"dropped": options.name})

@@ -241,7 +241,9 @@ class SystemDisk:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise NotReady(f"{path}: another server holds this lock; give this one a place of its own") from error
+                raise NotReady(
+                    f"{path}: another server holds this lock; give this one a --data (or socket) of its own"
+                ) from error
             yield
 
 

@@ -15,7 +15,7 @@ from model_client.seams import Clock
 from model_client.session import Session
 from model_client.stats import ClientStats
 from model_client.transport import TransportOptions, mapped_transport, may_map, open_transport
-from model_client.wire import MemoryOptions, memory_spec
+from model_client.wire import MemoryOptions, check_options, memory_spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +50,7 @@ class ClientBase:
 
     def __init__(self, target: str = ":memory:", **options: Unpack[ClientOptions]) -> None:
         """A client of the memstore at `target`: ":memory:" (in this process), "host:port" or "unix:///path"."""
+        check_options(options, ClientOptions)
         if options.get("tune_malloc"):
             malloc.tune()
         self.stats = ClientStats()

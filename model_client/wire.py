@@ -206,12 +206,25 @@ def wire_dtype(dtype: torch.dtype) -> pb.DataType.ValueType:
     """The number format's name on the wire; InvalidRequest where it has none."""
     code = _TO_WIRE.get(dtype)
     if code is None:
-        raise InvalidRequest(f"dtype: {dtype} does not travel; convert to one of {sorted(map(str, _TO_WIRE))}")
+        raise InvalidRequest(
+            f"dtype: {dtype} is no dtype of torch that travels; these do: {sorted(map(str, _TO_WIRE))}"
+        )
     return code
+
+
+def check_options(options: Mapping[str, object], kind: type) -> None:
+    """InvalidRequest where an option is given that its TypedDict has not."""
+    for name in options:
+        if name not in kind.__annotations__:
+            raise InvalidRequest(f"{name}: there is no such option, it is none of {sorted(kind.__annotations__)}")
 
 
 def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
     """The spec of a memory as a message; InvalidRequest where a word is unknown. The server checks the numbers."""
+    check_options(options, MemoryOptions)
+    for needed in ("dim", "capacity"):
+        if needed not in options:
+            raise InvalidRequest(f"{needed}: needed")
     metric, index = options.get("metric", "l2"), options.get("index", "exact")
     durability = options.get("durability", "volatile")
     if metric not in _METRICS:
@@ -228,6 +241,8 @@ def memory_spec(name: str, options: MemoryOptions) -> pb.MemorySpec:
     if durability not in _DURABILITIES:
         raise InvalidRequest(f"durability: {durability!r} is none of {sorted(_DURABILITIES)}")
     spilled = options.get("max_spilled_sequences", 0), options.get("host_spilled_sequences", 0)
+    if spilled[1] > spilled[0]:
+        raise InvalidRequest(f"host_spilled_sequences: {spilled[1]} is above max_spilled_sequences, {spilled[0]}")
     return pb.MemorySpec(
         name=name,
         dim=options["dim"],

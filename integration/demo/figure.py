@@ -33,7 +33,8 @@ def draw(readings: Readings, read_map: ReadMap, capacity: int, file: Path) -> No
     curves.set(xlabel="tokens read", ylabel="perplexity", title="Perplexity along the text", yscale="log")
     for axis_ticks in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
         axis_ticks(ticker.FormatStrFormatter("%g"))
-    curves.legend(frameon=False)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}  # where no curve is
+    curves.legend(**below, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.2)
     curves.grid(alpha=0.25)
     _draw_map(figure, map_axes, read_map, capacity)
     figure.savefig(file, dpi=130)

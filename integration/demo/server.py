@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-START_S = 60.0
+START_S = 600.0
+"""What a first start may take, which compiles, on a slow or busy machine."""
+LONG_S = 5.0
+"""After that it is told what the wait is for."""
 STOP_S = 15.0
 POLL_S = 0.05
 
@@ -71,11 +74,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _address(process: subprocess.Popen[bytes], ready: Path, log: Path) -> str:
-    until = time.monotonic() + START_S
+    begun, is_told = time.monotonic(), False
     while not ready.exists():
-        if process.poll() is not None or time.monotonic() > until:
+        waited_s = time.monotonic() - begun
+        if waited_s > LONG_S and not is_told:
+            is_told = True
+            sys.stderr.write("the server is starting; the first start on a machine compiles its search, for a minute\n")
+        if process.poll() is not None or waited_s > START_S:
             said = log.read_text(encoding="utf-8", errors="replace")[-2000:].strip()
-            raise ServerDidNotStart(f"the server did not start: {said or 'it said nothing'}")
+            raise ServerDidNotStart(f"the server did not start in {waited_s:.0f} s: {said or 'it said nothing'}")
         time.sleep(POLL_S)
     address = json.loads(ready.read_text(encoding="utf-8"))["address"]
     return str(address)

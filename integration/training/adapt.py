@@ -199,12 +199,13 @@ class _Run:
         bar.close()
         self.client.drop_memory(memory.config.memory)
         seconds = time.monotonic() - self.started
+        trained_s = max(1e-9, seconds - self.judge_s)
         self._save()
         verdict = self._judge()
         return AdaptReport(
             steps=self.step,
             seconds=round(seconds, 2),
-            steps_per_s=round((self.step - first_step) / max(1e-9, seconds - self.judge_s), 3),
+            steps_per_s=round((self.step - first_step) / trained_s, 3),
             tokens=self.step * options.batch * options.segment,
             parameters=sum(parameter.numel() for parameter in self._trained()),
             steps_without_memory=memory.stats.steps_without_memory,

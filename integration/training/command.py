@@ -14,7 +14,7 @@ import torch
 
 from integration import arguments
 from integration.config import DTYPES, MemoryConfig
-from integration.training.adapt import AdaptOptions, adapt
+from integration.training.adapt import CHECKPOINT_FILE, AdaptOptions, adapt
 from integration.training.documents import Documents, load_documents
 from model_client.errors import MemstoreClientError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 HELD_OUT_RATIO = 0.05
 
 ADAPT_HELP = {
-    "steps": "steps at most",
+    "steps": "steps at most; 0: no limit but --minutes",
     "minutes": "wall time at most, evaluations included; 0: no limit",
     "segment": "tokens of a document that are read in one step",
     "batch": "documents that are read at once",
@@ -79,6 +79,8 @@ def _train(options: argparse.Namespace) -> AdaptReport:
         held_out = load_documents(options.validation, tokenizer, options.cache)
     else:
         documents, held_out = _split(documents, options.segment)
+    if options.resume and not (options.out / CHECKPOINT_FILE).exists():
+        sys.stderr.write(f"memstore train: no checkpoint in {options.out}, training begins anew\n")
     config = MemoryConfig.for_model(model, **_config_changes(options))
     return adapt(model, config, documents, held_out, options.out, _adapt_options(options), resume=options.resume)
 
@@ -105,7 +107,13 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     _add_memory_arguments(parser.add_argument_group("memory"))
     _add_training_arguments(parser.add_argument_group("training"))
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    for name in ("steps", "minutes"):
+        if not getattr(options, name) >= 0:
+            parser.error(f"--{name}: 0 or more")
+    if not options.steps and not options.minutes:
+        parser.error("--steps 0 needs --minutes: nothing would end the training")
+    return options
 
 
 def _add_memory_arguments(group: Any) -> None:
@@ -136,6 +144,8 @@ def _flag(name: str) -> str:
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if options.model.startswith(("/", ".", "~")) and not Path(options.model).is_dir():
+        raise ValueError(f"--model={options.model}: no such folder")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(options.device)
     return model, tokenizer

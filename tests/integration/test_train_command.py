@@ -52,13 +52,16 @@ def test_it_trains_goes_on_and_gives_an_adapter_that_attaches(
 ) -> None:
     out = tmp_path / "adapter"
     words = ["train", "--model", model, "--data", books[0], "--validation", *books[1:], "--out", str(out), *SHORT]
-    assert main([*words, "--steps", "2"]) == 0
-    told = capsys.readouterr().out
+    assert main([*words, "--steps", "2", "--resume"]) == 0
+    captured = capsys.readouterr()
+    told = captured.out
+    assert f"no checkpoint in {out}, training begins anew\n" in captured.err
     assert "2 steps in " in told
     assert re.search(r"with_memory +\d+\.\d{4}\n", told)
     assert main([*words, "--steps", "3", "--resume", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["steps"] == 3
+    assert 0 < report["steps_per_s"] < 1e6  # the evaluation at the end is no part of it
     assert report["steps_without_memory"] == 0
     assert report["verdict"]["tokens"] == 2 * 3 * 16
     written = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
@@ -88,6 +91,7 @@ def test_a_part_of_the_data_is_held_out_by_default(
         (["--validation", "A"], "--validation: two documents of 1025 tokens or more are needed"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "/no/model"], "--model=/no/model: no such folder"),
         (["--attention-layers", "9"], "attention_layers: layer 9 named, the model has 3 layers"),
         (["--data", "LINES"], 'line 2 is no JSON object with a "text"'),
         (["--target", "unix:///nowhere"], "nowhere"),
@@ -121,6 +125,16 @@ def test_arguments_that_make_no_sense_are_named(words: list[str], capsys: pytest
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--model", "m", "--data", "d", "--out", "o", *words])
     assert f"argument {words[0]}: " in capsys.readouterr().err
+
+
+def test_training_without_an_end_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--model", "m", "--data", "d", "--out", "o", "--steps", "0"])
+    assert "--steps 0 needs --minutes" in capsys.readouterr().err
+    for words in (["--steps", "-1"], ["--minutes", "-1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--model", "m", "--data", "d", "--out", "o", *words])
+        assert f"{words[0]}: 0 or more" in capsys.readouterr().err
 
 
 def test_help_tells_every_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from integration.demo import server
 from memstore import __main__ as command_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STUBBORN = (
     "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); sys.stdin.read()"
@@ -20,8 +25,29 @@ STUBBORN = (
 
 def test_a_server_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(server.ServerDidNotStart, match="did not start: it said nothing"), server.running_server():
+    with (
+        pytest.raises(server.ServerDidNotStart, match=r"did not start in \d+ s: it said nothing"),
+        server.running_server(),
+    ):
         pass
+
+
+@pytest.mark.parametrize("seconds", [1.0, 120.0])
+def test_a_slow_first_start_is_waited_for_and_told(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It compiles; on a slow or busy machine that takes minutes."""
+    ready, now = tmp_path / "ready.json", [0.0]
+
+    def sleep(duration: float) -> None:
+        now[0] += duration
+        if now[0] >= seconds:
+            ready.write_text('{"address": "127.0.0.1:1"}')
+
+    monkeypatch.setattr(server, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    process = SimpleNamespace(poll=lambda: None)
+    assert server._address(process, ready, tmp_path / "log") == "127.0.0.1:1"  # type: ignore[arg-type]
+    assert capsys.readouterr().err.count("compiles") == (seconds > server.LONG_S)
 
 
 def test_a_server_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,26 @@ def test_a_spoilt_catalogue_and_a_missing_folder_are_named(
 def test_a_folder_in_use_is_left_alone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with SystemDisk().lock(data / "lock"):
         assert main(["verify", str(data)]) == 1
-    assert "another server holds this lock" in capsys.readouterr().err
+    assert "a server is using it: stop that, or give a copy" in capsys.readouterr().err
+
+
+def test_a_folder_without_durable_memories_is_no_silent_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tmp_path)]) == 1
+    assert f"{tmp_path}: no data folder of memstore" in capsys.readouterr().err
+    (tmp_path / "lock").touch()
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "no memory in it has rows on the disk" in capsys.readouterr().out
+
+
+def test_a_damaged_backup_is_not_restored_and_that_is_said(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _flip(next(data.glob("memories/*/*/snapshot-*/rows.bin")))
+    assert main(["restore", str(data), str(tmp_path / "new")]) == 1
+    assert "nothing was restored" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_restored_backup_has_its_rows_and_new_epochs(

@@ -100,6 +100,21 @@ def test_healthcheck_is_an_exit_code(capsys: pytest.CaptureFixture[str], server:
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "ls", "--target", "127.0.0.1:1", "--timeout", "5", code=1)
     assert text.startswith("memstore ls: 127.0.0.1:1: UNAVAILABLE")
+    assert "memstore serve" in text
+    assert "--target" in text
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_a_time_that_cannot_pass_is_wrong_usage(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["ls", f"--timeout={seconds}"])
+    assert "--timeout: a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_the_version_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"memstore {VERSION}\n"
 
 
 def test_a_token_is_read_from_its_file(

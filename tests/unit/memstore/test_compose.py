@@ -132,6 +132,15 @@ def test_a_server_listens_where_its_clients_look(name: str) -> None:
     assert float(service["stop_grace_period"].removesuffix("s")) > grace
 
 
+def test_compiled_code_is_kept_where_a_container_may_write() -> None:
+    """A server that compiles at every start is not ready before its probes give up."""
+    environment, (data,) = environment_of_image(), instructions("VOLUME")
+    for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
+        assert environment[name].startswith(f"{data}/")
+    report = next(volume.partition(":")[2] for volume in SERVICES["demo"]["volumes"] if volume.startswith("demo-"))
+    assert SERVICES["demo"]["environment"]["XDG_CACHE_HOME"].startswith(f"{report}/")
+
+
 def test_the_catalogue_is_reached_by_the_server_alone() -> None:
     valkey = SERVICES["valkey"]
     assert "ports" not in valkey

@@ -70,11 +70,12 @@ def test_sizes_have_units(text: str, size: int) -> None:
     ("environ", "named"),
     [
         ({"MEMSTORE_PROT": "1"}, "MEMSTORE_PROT"),
-        ({"MEMSTORE_PORT": "http"}, "MEMSTORE_PORT=http"),
+        ({"MEMSTORE_PORT": "http"}, "MEMSTORE_PORT=http: not a whole number"),
         ({"MEMSTORE_PORT": "65536"}, "MEMSTORE_PORT=65536"),
         ({"MEMSTORE_CAPACITY": "8 apples"}, "MEMSTORE_CAPACITY"),
         ({"MEMSTORE_CAPACITY": "-1"}, "MEMSTORE_CAPACITY"),
         ({"MEMSTORE_GRACE": "-1"}, "MEMSTORE_GRACE"),
+        ({"MEMSTORE_GRACE": "long"}, "MEMSTORE_GRACE=long: not a number"),
         ({"MEMSTORE_GRACE": "nan"}, "MEMSTORE_GRACE"),
         ({"MEMSTORE_TENANT_RATIO": "2"}, "MEMSTORE_TENANT_RATIO"),
         ({"MEMSTORE_INSECURE_BIND": "maybe"}, "MEMSTORE_INSECURE_BIND"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memstore.v1 import memstore_pb2 as pb
-from model_client import Retrieval, errors, wire
+from model_client import MemoryClient, Retrieval, errors, wire
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8]
@@ -82,6 +82,25 @@ def test_a_memory_spec() -> None:
 def test_unknown_words_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(errors.InvalidRequest):
         wire.memory_spec("m", {"dim": 1, "capacity": 1, **options})  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"dim": 1, "capacity": 1, "max_sequence": 8}, "max_sequence: .* none of .*max_sequences"),
+        ({"dim": 1}, "capacity: needed"),
+        ({"dim": 1, "capacity": 1, "dtype": "fp64"}, "dtype: fp64 .*float16"),
+        ({"dim": 1, "capacity": 1, "host_spilled_sequences": 1}, "host_spilled_sequences: .* max_spilled_sequences"),
+    ],
+)
+def test_options_that_are_misspelt_or_missing_are_named(options: dict[str, object], named: str) -> None:
+    with pytest.raises(errors.InvalidRequest, match=named):
+        wire.memory_spec("m", options)  # type: ignore[arg-type]
+
+
+def test_a_client_is_given_no_option_that_it_does_not_know() -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"timeout: .* none of .*timeout_s"):
+        MemoryClient(":memory:", timeout=3)  # type: ignore[call-arg]
 
 
 def test_retrieve_options() -> None:
