@@ -104,7 +104,7 @@ def _full(device: torch.device, num_on_host: int, folder: Path) -> Memory:
     spec = MemorySpec(name="m", dim=DIM, capacity=CAPACITY, spill=spill)
     memory = Memory(spec, device, new_epoch=itertools.count(1).__next__)
     if memory.lifecycle.spill is not None:
-        memory.lifecycle.spill.tiers.folder = SpillFolder(folder, SystemDisk())
+        memory.lifecycle.spill.tiers.files.folder = SpillFolder(folder, SystemDisk())
     part = SequencePart(sequence="a", num_rows=CAPACITY + CAPACITY // 2)
     keys = torch.randn(1, part.num_rows, DIM)
     memory.step([StepBatch(parts=(part,), layers=(0,), keys=keys, append=True)])

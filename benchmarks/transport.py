@@ -1,5 +1,5 @@
 """What does a step cost through gRPC, unary and on a stream, against the same step in process? What is it without the
-search? And what do distinct rows save?
+search, and what of that is gRPC's own? And what do distinct rows save?
 
 The server is a process of its own on a loopback port; the three memories hold the same rows and are asked in turn. A
 reply has each distinct row once: its bytes on the wire are set against those of `top_k * window` rows a query, which a
@@ -18,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from benchmarks.bare import BareStream, BareUnary
 from benchmarks.canned import canned
 from benchmarks.report import Report, interleaved
 from model_client import MemoryClient, Retrieval
@@ -78,6 +79,16 @@ ALONE = {"without the search, 128 KiB reply": Case(8, 16, 1), "without the searc
 PLANE_GOALS_MS = {UNARY: 1.0, STREAM: 0.7}
 LARGE_GOAL_GB_PER_S = 0.6
 LARGE_GOAL_FAULTS = 500
+
+
+BARE = "bare gRPC echo, 128 KiB"
+
+
+class Timed(Protocol):
+    """What can be done again and again."""
+
+    def seconds(self) -> float:
+        """How long it takes once."""
 
 
 class States:
@@ -151,14 +162,28 @@ def traffic(client: MemoryClient, model: Model) -> tuple[float, float, int]:
 
 
 def measure_small(case: str, size: Case, clients: dict[str, MemoryClient], report: Report, rounds: int) -> None:
-    """Adds the time of a step without its search, and with a small reply."""
-    steps = {name: Canned(client, size) for name, client in clients.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, each in steps.items():  # a stretch each: the steps of a decode loop follow one another
-            seconds[name] += [each.seconds() for _ in range(STRETCH)][1:]
-    for name, values in seconds.items():
-        report.add(case, name, statistics.median(values) * 1e3, "ms", goal=PLANE_GOALS_MS.get(name))
+    """Adds the time of a step without its search, and with a small reply; and of gRPC alone, with the same sizes."""
+    with bare_callers() as callers:
+        steps: dict[tuple[str, str], Timed] = {(case, name): Canned(each, size) for name, each in clients.items()}
+        steps |= callers
+        seconds: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, each in steps.items():  # a stretch each: the steps of a decode loop follow one another
+                seconds[name] += [each.seconds() for _ in range(STRETCH)][1:]
+    for (of, name), values in seconds.items():
+        goal = PLANE_GOALS_MS.get(name) if of == case else None
+        report.add(of, name, statistics.median(values) * 1e3, "ms", goal=goal)
+
+
+@contextmanager
+def bare_callers() -> Iterator[dict[tuple[str, str], Timed]]:
+    """Callers of a server that does nothing but answer, by case and figure."""
+    with (
+        server("benchmarks.bare") as (target, _),
+        closing(BareUnary(target)) as unary,
+        closing(BareStream(target)) as stream,
+    ):
+        yield {(BARE, UNARY): unary, (BARE, STREAM): stream}
 
 
 def measure_large(

@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from memstore.errors import Corrupt, MemstoreError, NotReady
+from memstore.errors import Corrupt, MemstoreError, NotReady, ReadOnly
+from memstore.folder import FIRST_SEGMENT
 from memstore.journal import Journal
 from memstore.log import Head
 from memstore.logs import event, trouble
@@ -93,23 +94,39 @@ class Archive:
         found = Recovery(folder, identity, progress).run(memory)
         folder.mark_open()  # before the log goes on; its name is gone for good once the new segment's is there
         archive = cls._begin(folder, identity, memory.spec, syncer, found)
-        archive.journal.count_replayed(found.num_changes, found.log_bytes)
-        memory.keeper = archive.journal
-        if found.is_restored or (found.is_loss_possible and archive.journal.may_lose):
-            memory.renew()
-        folder.forget_restored()
+        try:
+            archive._go_on_with(memory, found)
+        except BaseException:
+            archive.journal.close("the memory could not be loaded")
+            raise
         return archive, found
+
+    def _go_on_with(self, memory: Memory, found: Recovered) -> None:
+        """Makes the journal the keeper of what was found, under new epochs where positions may have been lost."""
+        self.journal.count_replayed(found.num_changes, found.log_bytes)
+        memory.keeper = self.journal
+        if found.is_restored or (found.is_loss_possible and self.journal.may_lose):
+            try:
+                memory.renew()
+            except ReadOnly as error:
+                raise NotReady(error.message) from error
+        self._folder.forget_restored()
 
     @classmethod
     def _begin(
         cls, folder: MemoryFolder, identity: str, spec: MemorySpec, syncer: Asked, found: Recovered | None = None
     ) -> Archive:
         """Goes on behind what was found; None for a memory that is new."""
-        segment, number, is_behind_loss = 1, 1, False
+        segment, number, is_behind_loss = FIRST_SEGMENT, 1, False
         if found is not None:
             segment, number, is_behind_loss = found.next_segment, found.next_number, found.is_loss_possible
         head = Head(identity, folder.disk.boot_id(), is_behind_loss)
-        journal = Journal(folder.disk.create(folder.segment(segment)), head, number, spec, syncer)
+        file = folder.disk.create(folder.segment(segment))
+        try:
+            journal = Journal(file, head, number, spec, syncer)
+        except BaseException:
+            file.close()
+            raise
         return cls(folder, identity, segment, journal)
 
     def snapshot(self, memory: Memory, control: Control) -> bool:
@@ -167,7 +184,7 @@ class Archive:
         disk.rename(unfinished, self._folder.snapshot(number))
         try:
             Snapshot(disk, self._folder.snapshot(number)).verify()
-        except Corrupt:
+        except (Corrupt, OSError):
             disk.remove_folder(self._folder.snapshot(number))
             raise
         self._mend(memory, still, control)
@@ -203,7 +220,7 @@ class Archive:
         def hold() -> tuple[Still, State]:
             number = self.journal.rotate(spare)
             still, counts = memory.pictures.hold(), memory.counts()
-            memory.lifecycle.has_damage = False
+            memory.lifecycle.seating.has_damage = False
             state = State(
                 identity=self._identity,
                 number=number,

@@ -86,7 +86,7 @@ def restore(backup: Path, data: Path, disk: Disk) -> None:
         raise Corrupt(f"{data}: not empty; a backup is restored to a folder of its own")
     partial = data.with_name(f".{data.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(backup, partial, ignore=shutil.ignore_patterns("lock", SPILLED))
+    shutil.copytree(backup, partial, ignore=shutil.ignore_patterns("lock", SPILLED, f".{SPILLED}.*"))
     for path in (partial, *partial.rglob("*")):
         path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
     for folder in folders(partial, disk):

@@ -15,6 +15,7 @@ from memstore.errors import DeviceMemoryFull, Expired, Internal, MemstoreError, 
 from memstore.joining import Group
 from memstore.logs import trouble
 from memstore.turns import SERVER, Turns
+from memstore.types import NO_ROOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -350,7 +351,7 @@ class DeviceWorker:
         """The error that the caller sees: ours as it is, anything else logged and closed up."""
         if isinstance(error, MemstoreError):
             return error
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
+        if isinstance(error, NO_ROOM) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return DeviceMemoryFull("no working memory is left on the device for this request")
         if isinstance(error, torch.AcceleratorError) and not self.is_sick:
             self.is_sick = True

@@ -8,7 +8,7 @@ from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING
 
-from memstore.errors import NotReady
+from memstore.errors import NotFound, NotReady
 from memstore.logs import event, trouble
 
 if TYPE_CHECKING:
@@ -81,5 +81,5 @@ class Expirer:
     def _say(self, loaded: Loaded, num_expired: int, error: BaseException | None) -> None:
         if num_expired:
             event(_log, logging.INFO, "idle sequences ended", memory=loaded.id.name, num_sequences=num_expired)
-        if error is not None and not isinstance(error, NotReady):  # as while the server is stopping
+        if error is not None and not isinstance(error, NotReady | NotFound):  # the server stops; it was dropped
             trouble(_log, "idle sequences not ended", error, memory=loaded.id.name)

@@ -1,5 +1,6 @@
 """MemoryFolder: where the files of one durable memory lie, and what they are called. Never a name as a client gave it.
 
+DATA/.spilled.1/                        what an earlier server had spilled, until it is removed
 DATA/memories/TENANT/.NAME.1/           one that was dropped, until it is removed; at the latest at the next start
 DATA/memories/TENANT/NAME/
     log-00000001, log-00000002, ...     segments of the log, each going on where the one before ends
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from memstore.seams import Disk
 
 MEMORIES, SPILLED = "memories", "spilled"
+FIRST_SEGMENT = 1
+"""The segment that a new memory's log begins with."""
 CLOSED, RESTORED = "closed", "restored"
+_RETIRED = re.compile(rf"\.{SPILLED}\.\d{{1,18}}")
 _NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")
 
 
@@ -57,6 +61,22 @@ def folders(data: Path, disk: Disk, *, are_retired: bool = False) -> list[Path]:
         for name in disk.names(data / MEMORIES / tenant)
         if name.startswith(".") is are_retired
     ]
+
+
+def retire_spilled(data: Path, disk: Disk) -> None:
+    """Puts all that was spilled out of the way of what will be; see `leftovers`."""
+    if disk.names(data / SPILLED):
+        numbers = [int(path.suffix[1:]) for path in _retired_spilled(data, disk)]
+        disk.rename(data / SPILLED, retired_path(data / SPILLED, 1 + max(numbers, default=0)))
+
+
+def leftovers(data: Path, disk: Disk) -> list[Path]:
+    """The folders in a data folder that nobody needs any more."""
+    return [*_retired_spilled(data, disk), *folders(data, disk, are_retired=True)]
+
+
+def _retired_spilled(data: Path, disk: Disk) -> list[Path]:
+    return [data / name for name in disk.names(data) if _RETIRED.fullmatch(name)]
 
 
 class MemoryFolder:

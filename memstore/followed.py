@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 class Followed(Generic[T]):
     """What `parse` makes of some files. What cannot be read later leaves what was known, and is logged once.
 
+    What is wrong in a file is looked at again when it has changed; what the disk or the process refused, at every look.
     Any thread may ask.
     """
 
@@ -36,7 +37,7 @@ class Followed(Generic[T]):
         self._lock = threading.Lock()
         self._seen = self._look()
         self._value = parse()
-        self._is_stale = False
+        self._is_stale = self._is_unread = False
         self._next_look = clock.monotonic() + every_s
 
     def now(self) -> T:
@@ -55,17 +56,19 @@ class Followed(Generic[T]):
         with self._lock:
             self._next_look = self._clock.monotonic() + self._every_s
             found = self._look()
-            if found == self._seen:
+            has_changed, self._seen = found != self._seen, found
+            if not (has_changed or self._is_unread):
                 return
-            self._seen = found
             names = ", ".join(map(str, self._paths))
             try:
                 self._value = self._parse()
             except (ConfigError, OSError) as error:
-                self._is_stale = True
-                event(_log, logging.ERROR, "changed file not taken, what was known stays", files=names, reason=error)
+                self._is_stale, self._is_unread = True, isinstance(error, OSError)
+                if has_changed:
+                    what = "changed file not taken, what was known stays"
+                    event(_log, logging.ERROR, what, files=names, reason=error)
             else:
-                self._is_stale = False
+                self._is_stale = self._is_unread = False
                 event(_log, logging.INFO, "changed file taken", files=names)
 
     def _look(self) -> tuple[tuple[int, int, int] | None, ...]:

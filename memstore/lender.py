@@ -76,8 +76,7 @@ class Lender:
         Raises NotReady where one is lent already, NotFound where the memory was dropped, QuotaExceeded,
         DeviceMemoryFull; nothing is changed then.
         """
-        if self._is_over:
-            raise NotFound("the memory was dropped")
+        self.check_lives()
         if any(self._table.loan(name) is not None for name in names):
             raise NotReady("sequences: one of them is lent to another process")
         known = [self._table.get(name) for name in names]
@@ -132,6 +131,11 @@ class Lender:
             lease.block.close()
             lease.on_end()
         self._leases.clear()
+
+    def check_lives(self) -> None:
+        """NotFound where the memory was dropped, after the caller had found it: nothing of it may be touched."""
+        if self._is_over:
+            raise NotFound("the memory was dropped")
 
     def check_writable(self, name: str, writer: str) -> None:
         """NotReady for a sequence that is lent; it is recalled unless its own holder asks, who knows better."""

@@ -1,25 +1,23 @@
-"""Lifecycle: which sequences of a memory have a place on its device, who leaves it, and whose time is over.
+"""Lifecycle: the sequences of a memory that is used: their places, the order in which they were used, and their end.
 
-A sequence that is used has a place. Where none is free for it, the least recently used one that may leave is spilled
-(see spill.py), and comes back when it is used itself. Pinned and lent sequences stay, as do those of the same call.
-What was not used for `idle_ttl_s` ends, as by a reset with `release`, unless it is pinned or lent.
+A sequence that is used has a place on the device (seating.py); where none is free, the least recently used one that may
+leave is spilled (spill.py). What was not used for `idle_ttl_s` ends, as by a reset with `release`, unless it is pinned
+or lent.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from memstore.changes import Appended, Forked, Pinned
 from memstore.errors import Corrupt, MemstoreError, NotReady, QuotaExceeded
-from memstore.lease import RECALL_S
+from memstore.places import Places
 from memstore.seams import SystemClock
+from memstore.seating import Group, Seating
 from memstore.spill import Spill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from collections.abc import Set as AbstractSet
 
     from memstore.changes import Change
     from memstore.seams import Clock
@@ -34,15 +32,6 @@ if TYPE_CHECKING:
 
 MAX_EXPIRED = 4096
 """Sequences that end for being idle in one change of the log."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """Batches that are run together, by their numbers: their sequences, and how many of these are new."""
-
-    numbers: list[int] = field(default_factory=list)
-    held: set[str] = field(default_factory=set)
-    num_new: int = 0
 
 
 class Lifecycle:
@@ -61,12 +50,10 @@ class Lifecycle:
         self.is_needed = pictures is not None and bool(spec.spill.max_sequences or spec.idle_ttl_s)
         self.spill = Spill(spec, slab, table, pictures) if pictures is not None and spec.spill.max_sequences else None
         self.num_expired = 0
-        self.has_damage = False
-        """Whether a spilled file has failed since the last snapshot began, which mends it; see Archive.snapshot."""
+        self.seating = Seating(spec, table, self.spill)
+        self._used = self.seating.used
         self._spec = spec
         self._table = table
-        self._used: OrderedDict[str, float] = OrderedDict()
-        """When each that has a place was used, monotonic seconds; the least recently used one first."""
 
     def step(self, batches: Sequence[StepBatch], carry: Carry, run: Run) -> list[StepResult | MemstoreError]:
         """`run` for all batches: at once where all their sequences have places, else for as many as can have together.
@@ -81,18 +68,13 @@ class Lifecycle:
             return results
         return self._share(batches, carry, run)
 
-    def admit(
-        self, names: Sequence[str], num_new: int = 0, held: AbstractSet[str] = frozenset(), num_kept: int = 0
-    ) -> None:
-        """Gives a place to each of these that exists, and sees to one for each of so many new sequences.
+    def admit(self, names: Sequence[str], num_new: int = 0, beside: Group | None = None) -> None:
+        """Sees to the places that a call needs; see Seating.admit. beside: that will be run with it.
 
-        held: others that keep theirs for now, so that it is worth while to try again without. num_kept: places that
-        are left free beside. Where the memory can have no more sequences, no place is made for new ones. Raises
-        QuotaExceeded, NotReady where lent ones have the places (one is asked back) or a file cannot be read, Corrupt,
-        DeviceMemoryFull; who has a place may have changed then.
+        Raises QuotaExceeded, NotReady, Corrupt, DeviceMemoryFull; who has a place may have changed then.
         """
         try:
-            self._admit(names, num_new, held, num_kept)
+            self.seating.admit(names, num_new, beside or Group(), self.clock)
         except OSError as error:
             raise QuotaExceeded(
                 f"sequences: no place is free, and none can be spilled: the disk cannot be written ({error.strerror})"
@@ -114,29 +96,11 @@ class Lifecycle:
             if isinstance(change, Forked):
                 known.append(change.source)
         try:
-            self._admit(known, len(new))
+            self.seating.admit(known, len(new), Group(), self.clock)
         except QuotaExceeded as error:
             raise Corrupt(f"the log cannot be done once more: {error}") from error
         except Corrupt as error:  # that of a file which this process has spilled, and nothing that lasts
             raise NotReady(f"the log could not be done once more: {error.message}") from error
-
-    def _admit(
-        self, names: Sequence[str], num_new: int, held: AbstractSet[str] = frozenset(), num_kept: int = 0
-    ) -> None:
-        """See `admit`; OSError where a file cannot be written."""
-        spill = self.spill
-        if spill is None:
-            return
-        if len(self._table) + num_kept + num_new > self._spec.total_sequences:
-            num_new = 0
-        if sum(name in self._table for name in names) + num_new > self._spec.max_sequences:
-            raise QuotaExceeded(f"sequences: a call has places for {self._spec.max_sequences} at once")
-        stay = held | set(names)
-        for name in names:
-            if name in spill.away:
-                self._bring_back(spill, name, stay, num_kept, asks_back=not held)
-        while num_new and self._table.num_free_places < num_kept + num_new:
-            self._make_room(spill, stay, None, asks_back=not held)
 
     def touch_changed(self, changes: Sequence[Change]) -> None:
         """`touch`, and `empty`, for the sequences of changes of a log that were done."""
@@ -190,7 +154,7 @@ class Lifecycle:
             for name, at in used.items():
                 if at > last or len(names) == MAX_EXPIRED:
                     break
-                if self._may_leave(name):
+                if self.seating.may_leave(name):
                     names.append(name)
         return names
 
@@ -198,7 +162,8 @@ class Lifecycle:
         """Takes note of the sequences of a snapshot. ValueError where they do not fit."""
         if self.spill is not None:
             self.spill.restore(sequences, self.clock.monotonic())
-        self.touch(name for name, each in sequences.items() if each.place < self._spec.max_sequences)
+        places = Places.of(self._spec)
+        self.touch(name for name, each in sequences.items() if places.is_on_device(each.place))
 
     def mend(self, name: str, found: Stream, scratch: Slab) -> None:
         """Gives a sequence a new file whose own cannot be read, if nobody has changed it since.
@@ -239,9 +204,12 @@ class Lifecycle:
         self.touch(part.sequence for batch in batches for part in batch.parts if part.sequence not in self._used)
 
     def _share(self, batches: Sequence[StepBatch], carry: Carry, run: Run) -> list[StepResult | MemstoreError]:
-        """Runs as many batches at a time as can have their places together."""
+        """Runs as many batches at a time as can have their places together, in order.
+
+        One for which there is no room beside those before it is tried again alone, when they have run.
+        """
         results: dict[int, StepResult | MemstoreError] = {}
-        group = _Group()
+        group = Group()
         for at, batch in enumerate(batches):
             try:
                 try:
@@ -250,24 +218,22 @@ class Lifecycle:
                     if not group.numbers:
                         raise
                     results |= self._run_group(group, batches, carry, run)
-                    group = _Group()
+                    group = Group()
                     self._join(group, at, batch)
             except MemstoreError as error:
                 results[at] = error
         results |= self._run_group(group, batches, carry, run)
         return [results[at] for at in range(len(batches))]
 
-    def _join(self, group: _Group, at: int, batch: StepBatch) -> None:
+    def _join(self, group: Group, at: int, batch: StepBatch) -> None:
         """Adds a batch to a group, with places for all of it. Raises what `admit` does; it is not added then."""
         names = [part.sequence for part in batch.parts]
         num_new = sum(name not in self._table for name in names) if batch.append else 0
-        self.admit(names, num_new, group.held, group.num_new)
-        group.numbers.append(at)
-        group.held.update(names)
-        group.num_new += num_new
+        self.admit(names, num_new, group)
+        group.add(at, names, num_new)
 
     def _run_group(
-        self, group: _Group, batches: Sequence[StepBatch], carry: Carry, run: Run
+        self, group: Group, batches: Sequence[StepBatch], carry: Carry, run: Run
     ) -> dict[int, StepResult | MemstoreError]:
         """Runs the batches of a group; what came of each, by its number."""
         numbers = group.numbers
@@ -280,48 +246,3 @@ class Lifecycle:
             done = [error] * len(numbers)
         self._touch_new(chosen)  # they may have to leave for those of groups to come
         return dict(zip(numbers, done, strict=True))
-
-    def _bring_back(self, spill: Spill, name: str, held: AbstractSet[str], num_kept: int, *, asks_back: bool) -> None:
-        """Gives one that is away a place. Where that fails, whoever left for it comes back, as far as it can."""
-        left, used_at = None, 0.0
-        if self._table.num_free_places <= num_kept:
-            left, used_at = self._make_room(spill, held, name, asks_back=asks_back)
-        try:
-            spill.come_back(name)
-        except (MemstoreError, OSError) as error:
-            self.has_damage |= isinstance(error, Corrupt)
-            if left is not None:  # else one more than has room would be away
-                spill.come_back(left)
-                self._used[left] = used_at
-                self._used.move_to_end(left, last=False)
-            raise
-        self._used[name] = self.clock.monotonic()
-
-    def _make_room(
-        self, spill: Spill, held: AbstractSet[str], returning: str | None, *, asks_back: bool
-    ) -> tuple[str, float]:
-        """Spills one sequence; its name, and when it was used. Raises QuotaExceeded, NotReady; nothing is changed then.
-
-        asks_back: where that makes room, the lease that was used least recently is asked back.
-        """
-        name = next((name for name in self._used if name not in held and self._may_leave(name)), None)
-        if name is None:
-            raise self._no_place(held if asks_back else self._used.keys())
-        spill.leave(name, self._used[name], returning)
-        return name, self._used.pop(name)
-
-    def _may_leave(self, name: str) -> bool:
-        sequence = self._table[name]
-        return not sequence.is_pinned and sequence.loan is None
-
-    def _no_place(self, held: AbstractSet[str]) -> MemstoreError:
-        """Why nobody can leave. The lease that was used least recently, but for those of `held`, is asked back."""
-        for name in self._used:
-            loan = self._table.loan(name)
-            if loan is not None and name not in held:
-                loan.lease.ask_back()
-                return NotReady("sequences: lent ones have all places, and were asked back", RECALL_S)
-        num_pinned = sum(self._table[name].is_pinned for name in self._used)
-        return QuotaExceeded(
-            f"sequences: a call has places for {self._spec.max_sequences} at once, and {num_pinned} of them are pinned"
-        )

@@ -24,6 +24,7 @@ from memstore.slab import Slab, bytes_needed
 from memstore.still import Pictures
 from memstore.tiers import host_bytes
 from memstore.types import (
+    NO_ROOM,
     Durability,
     Hits,
     MemoryCounts,
@@ -112,10 +113,11 @@ class Memory:
         batch and its hits while nothing is changed yet; what it raises is that batch's error. A resend of an append is
         answered and retrieved for as at its first arrival, as far as the rows it saw are still there. Where the changes
         cannot be kept, ReadOnly answers the batches that have some. Raises DeviceMemoryFull where there is no scratch,
-        and then nothing is changed at all.
+        and then nothing is changed at all; NotFound, as all changes do, once the memory is freed.
 
         Where sequences are spilled, those of a batch come back for it; see Lifecycle.step.
         """
+        self.lender.check_lives()
         return (
             self.lifecycle.step(batches, carry, self._step) if self.lifecycle.is_needed else self._step(batches, carry)
         )
@@ -136,7 +138,7 @@ class Memory:
             staged = stage(self._slab, _plans_of(outcomes), self._table.places_of_new)
             if staged is not None:
                 self.pictures.preserve(staged.first_cells)
-        except torch.OutOfMemoryError as error:
+        except NO_ROOM as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
         changes = self._commit(outcomes, staged)
         results = [
@@ -186,6 +188,7 @@ class Memory:
 
         Raises NotFound, QuotaExceeded where they cannot all have places, ReadOnly; then no pin is changed.
         """
+        self.lender.check_lives()
         for name in names:
             if self._table.get(name) is None:
                 raise NotFound(f"sequences: there is no sequence {name!r}")
@@ -201,6 +204,7 @@ class Memory:
         QuotaExceeded, ReadOnly, NotReady where one is lent; nothing is changed then. first_position of the result is
         the target's next position.
         """
+        self.lender.check_lives()
         for name in (source, target):
             self.lender.check_writable(name, "")
         plan = plan_fork(self._table, source, target, as_of, epoch, self.spec.capacity)
@@ -334,6 +338,7 @@ class Memory:
 
     def _do(self, changes: SequenceOf[Change]) -> None:
         """Keeps changes without rows, then does them. Raises ReadOnly, and nothing is changed then."""
+        self.lender.check_lives()
         if changes:
             self.keeper.write(changes, None)
         for change in changes:

@@ -146,7 +146,7 @@ class Quotas:
 
 
 class SpilledBytes:
-    """What a tenant has in files of spilled sequences; see Allowance in tiers.py."""
+    """What a tenant has in files of spilled sequences; see Allowance in filed.py."""
 
     def __init__(self, quotas: Quotas, tenant: str) -> None:
         self._quotas = quotas

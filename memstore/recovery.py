@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from memstore.errors import Corrupt
 from memstore.journal import read_step
 from memstore.log import STEP, Head, SegmentReader, read_head
-from memstore.logs import trouble
-from memstore.snapshot import Snapshot
+from memstore.snapshot import newest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,8 +18,7 @@ if TYPE_CHECKING:
     from memstore.folder import MemoryFolder
     from memstore.log import Record
     from memstore.memory import Memory
-
-_log = logging.getLogger(__name__)
+    from memstore.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +137,7 @@ class Recovery:
     def _read(self, target: Target) -> tuple[list[_Segment], Recovered]:
         """Reads the newest snapshot and the log behind it into a target."""
         folder = self._folder
-        snapshot, first = self._newest()
+        snapshot, first = newest(folder)
         sizes = {number: self._size(number) for number in folder.segments() if number >= first}
         numbers = [number for number in sizes if sizes[number] or number == first]  # an empty one was not begun
         if numbers != list(range(first, first + len(numbers))) or not numbers:
@@ -169,22 +166,6 @@ class Recovery:
             is_loss_possible=closed_at is None and last.is_behind_loss(folder.disk.boot_id()),
             is_restored=folder.is_restored,
         )
-
-    def _newest(self) -> tuple[Snapshot | None, int]:
-        """The newest snapshot, and the first segment behind it. An older one where the newest is bad, and says so."""
-        numbers = self._folder.snapshots()
-        for number in reversed(numbers):
-            try:
-                snapshot = Snapshot(self._folder.disk, self._folder.snapshot(number))
-                if len(numbers) > 1:  # the log behind an older one is still there
-                    snapshot.verify()
-            except Corrupt as error:
-                if number == numbers[0]:
-                    raise
-                trouble(_log, "snapshot is damaged, taking the one before", error, folder=str(self._folder.path))
-                continue
-            return snapshot, number
-        return None, 1
 
     def _replay_all(self, numbers: Sequence[int], next_number: int, target: Target) -> list[_Segment]:
         """Does what the segments say, up to the torn end of one; those behind it were never acknowledged."""

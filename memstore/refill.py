@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from memstore.appending import cells_of
 from memstore.changes import Appended
 from memstore.errors import Corrupt
+from memstore.places import Places
 from memstore.row_bytes import RowFormat
 
 if TYPE_CHECKING:
@@ -49,19 +50,19 @@ class Refill:
         Raises Corrupt where they have another length, or are of no sequence; OSError where they have to be spilled, and
         the disk fails.
         """
-        if place < self._spec.max_sequences:
+        if Places.of(self._spec).is_on_device(place):
             self._put([(place, position, num_rows)], content)
             return
         if self._lifecycle.spill is None:
             raise Corrupt("rows of a place that the memory does not have")
         slots = cells_of([(0, position, num_rows)], self._spec.capacity)
         rows = self._format(num_rows, content).decode(content, num_rows)
-        self._lifecycle.spill.put(place, position + num_rows, rows, slots)
+        self._lifecycle.spill.arrivals.put(place, position + num_rows, rows, slots)
 
     def check_whole(self) -> None:
         """After the last `put`. Raises Corrupt where rows are missing."""
         if self._lifecycle.spill is not None:
-            self._lifecycle.spill.check_arrived()
+            self._lifecycle.spill.arrivals.check_whole()
 
     def redo(self, changes: Sequence[Change], content: memoryview) -> None:
         """Does changes of a log once more, and puts the rows they appended. Raises as Lifecycle.admit_changes."""

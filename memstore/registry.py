@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -32,7 +33,6 @@ from memstore.turns import SERVER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from concurrent.futures import Future
 
     from memstore.archive import Archive
     from memstore.catalog import Catalog
@@ -300,20 +300,28 @@ class Registry:
 
     def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
         """Removes a memory that nobody can find any more; None where it could not be loaded, and has files only."""
+        archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
         try:
-            archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
-            remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
-        finally:
-            if loaded is not None:
-                self._rooms.give_back(memory, loaded.engine)
-            self._going.pop(memory, None)
-        try:
+            try:
+                remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
+            finally:
+                if loaded is not None:
+                    self._rooms.give_back(memory, loaded.engine)
+                self._going.pop(memory, None)
             remove()
         finally:
             if loaded is not None:
                 loaded.engine.remove_files()
 
+    def _remove_rest(self) -> None:
+        """What an earlier server left."""
+        try:
+            self._store.remove_rest()
+        except NotReady as error:
+            trouble(_log, "what an earlier server left is not removed", error)
+
     def _load(self) -> None:
+        self._removals.submit(SERVER, self._remove_rest)
         prepare(self.worker.device)
         while not self._stopping.is_set():
             try:
@@ -337,16 +345,22 @@ class Registry:
             self._reloading.start()
 
     def _reload(self, texts: Mapping[MemoryId, str]) -> None:
-        """Tries memories again whose files could not be read, until none waits: at longer and longer intervals."""
+        """Tries memories again whose files could not be read, until none waits: at longer and longer intervals.
+
+        In this thread, as it may take long; meanwhile changes of the same tenant wait for it, and of no other.
+        """
         delay_s = RETRY_LOAD_S
         while self.num_waiting and not self._stopping.wait(delay_s):
             delay_s = min(2 * delay_s, LONGEST_RETRY_LOAD_S)
             for memory in [memory for memory, error in list(self._unloaded.items()) if isinstance(error, NotReady)]:
-                self._errands.add(memory.tenant, self._load_waiting(memory, texts[memory])).result()
-
-    def _load_waiting(self, memory: MemoryId, text: str) -> Steps[None]:
-        if memory in self._unloaded and not self._stopping.is_set():  # it may have been dropped
-            yield from self._load_one(memory, text)
+                turn, is_over = Future[None](), Future[None]()
+                self._errands.add(memory.tenant, _kept_for(turn, is_over))
+                turn.result()
+                try:
+                    if memory in self._unloaded and not self._stopping.is_set():  # it may have been dropped
+                        run(self._load_one(memory, texts[memory]))
+                finally:
+                    is_over.set_result(None)
 
     def _load_one(self, memory: MemoryId, text: str) -> Steps[None]:
         """One memory; what cannot be loaded is logged and left out, so that the others serve."""
@@ -367,6 +381,12 @@ class Registry:
         if archive is not None:
             self.worker.control(engine.wake).result()
         return archive
+
+
+def _kept_for(turn: Future[None], is_over: Future[None]) -> Steps[None]:
+    """The turn of a tenant's changes, for another thread: from when it is told until it says so."""
+    turn.set_result(None)
+    yield is_over
 
 
 def _nobody() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Rooms:
-    """See above. `make` is called by one thread at a time, the rest by any."""
+    """See above. Thread safe, one call of a memory at a time."""
 
     def __init__(
         self,
@@ -89,14 +89,14 @@ class Rooms:
         """Gives a memory time, and room for what leaves it."""
         engine.lifecycle.clock = self._clock
         if engine.lifecycle.spill is not None:
-            tiers = engine.lifecycle.spill.tiers
-            tiers.folder, tiers.allowance = self._store.spill_folder(memory), self._quotas.spilled(memory.tenant)
-            tiers.is_filling = True
+            files = engine.lifecycle.spill.tiers.files
+            files.folder, files.allowance = self._store.spill_folder(memory), self._quotas.spilled(memory.tenant)
+            files.is_filling = True
 
     def _bound(self, engine: Memory) -> None:
         """From now on the tenant's quota bounds what is spilled; a quota that was lowered takes nothing away."""
         if engine.lifecycle.spill is not None:
-            engine.lifecycle.spill.tiers.is_filling = False
+            engine.lifecycle.spill.tiers.files.is_filling = False
 
     def _reserve(self, spec: MemorySpec) -> None:
         self._host_budget.reserve(self._host_bytes(spec))

@@ -1,8 +1,8 @@
 """Salvage: some sequences of a memory out of its log and the snapshot before, where their spilled files fail.
 
 What lies in a spilled file is in log and snapshot too: only these make rows last. So the next snapshot takes a sequence
-from there whose file fails its check. The log is read once for all sequences in question, and those they were forked
-from; it says where their live rows stand, and these are read then, one sequence after the other.
+from there whose file fails its check. The log is read for all sequences in question, and those they were forked from;
+it says where their live rows stand, and these are read then, one sequence after the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memstore.ledger import Ledger
 from memstore.log import STEP, SegmentReader, read_head
 from memstore.row_bytes import RowFormat
 from memstore.sequence import SequenceTable
-from memstore.snapshot import ROWS, Snapshot
+from memstore.snapshot import ROWS, newest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from memstore.log import Record
     from memstore.sequence import Sequence as Stream
     from memstore.slab import Slab, StagedRows
+    from memstore.snapshot import Snapshot
     from memstore.types import MemorySpec
 
 
@@ -67,26 +68,23 @@ class _Extent:
         return replace(self, position=begin, num_rows=max(end - begin, 0), first=self.first + begin - self.position)
 
 
-class _NotFollowed(Exception):
-    """A sequence was forked from one that is not followed."""
-
-
 class Salvage:
     """Sequences as they were where a segment of the log begins. Every call raises Corrupt and OSError."""
 
     def __init__(self, folder: MemoryFolder, spec: MemorySpec, segment: int, names: Iterable[str]) -> None:
-        """names: of those that are asked for. Reads the log from the newest snapshot on up to this segment."""
+        """names: of those that are asked for. Reads the log from the newest snapshot on up to this segment.
+
+        Once; or twice where some were forked from others, which the first reading tells.
+        """
         self._folder = folder
         self._spec = spec
         self._format = RowFormat(spec)
         self._segment = segment
-        self._followed = set(names)
-        while True:
-            try:
-                self._follow()
-                return
-            except _NotFollowed as source:
-                self._followed.add(str(source))
+        self._sources: dict[str, set[str]] = {}
+        """What each sequence was forked from, whoever had its name."""
+        self._follow(frozenset(names))
+        if self._is_lacking:
+            self._follow(self._with_sources(self._followed))
 
     def sequence(self, name: str) -> Stream:
         """Its counters and writers; its place says nothing."""
@@ -108,24 +106,32 @@ class Salvage:
         if position != sequence.next_position:
             raise Corrupt(f"sequences[{name!r}]: the log lacks rows of it")
 
-    def _follow(self) -> None:
-        """Follows the sequences through snapshot and log: their state, and where their rows stand."""
+    def _with_sources(self, names: Iterable[str]) -> frozenset[str]:
+        """These, and all that they may have rows of."""
+        found: set[str] = set()
+        waiting = list(names)
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += self._sources.get(name, ())
+        return frozenset(found)
+
+    def _follow(self, names: frozenset[str]) -> None:
+        """Follows sequences through snapshot and log: their state, and where their rows stand."""
         total = self._spec.total_sequences
+        self._followed = names
+        self._is_lacking = False  # one of them was forked from one that is not
         self._table = SequenceTable(total, total)
         self._ledger = Ledger(self._spec, self._table)
         self._extents: dict[str, deque[_Extent]] = {}
-        numbers = [number for number in self._folder.snapshots() if number < self._segment]
-        first, next_number = 1, 1
-        if numbers:
-            first = numbers[-1]
-            next_number = self._follow_snapshot(first)
+        snapshot, first = newest(self._folder, before=self._segment)
+        next_number = 1 if snapshot is None else self._follow_snapshot(snapshot, self._folder.snapshot(first))
         for number in range(first, self._segment):
             next_number = self._follow_segment(number, next_number)
 
-    def _follow_snapshot(self, number: int) -> int:
+    def _follow_snapshot(self, snapshot: Snapshot, path: Path) -> int:
         """Begins with a snapshot; the number of the first record behind it."""
-        path = self._folder.snapshot(number)
-        snapshot = Snapshot(self._folder.disk, path)
         sequences = snapshot.state(self._spec).sequences
         followed = {name: sequence for name, sequence in sequences.items() if name in self._followed}
         self._ledger.restore(followed, 0, 0)
@@ -163,14 +169,15 @@ class Salvage:
         block, first = _Block(path, offset, sum(counts)), 0
         for change, count in zip(changes, counts, strict=True):
             name = change.target if isinstance(change, Forked) else change.sequence
-            if name in self._followed:
+            if isinstance(change, Forked):
+                self._sources.setdefault(name, set()).add(change.source)
+                self._is_lacking |= name in self._followed and change.source not in self._followed
+            if name in self._followed and not self._is_lacking:
                 self._follow_change(name, change, _Extent(0, count, block, first))
             first += count
 
     def _follow_change(self, name: str, change: Change, appended: _Extent) -> None:
         """appended: the rows of the change in its record, whose positions are still to be said."""
-        if isinstance(change, Forked) and change.source not in self._followed:
-            raise _NotFollowed(change.source)
         self._ledger.check(change)
         self._ledger.do(change)
         match change:

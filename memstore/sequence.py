@@ -63,12 +63,12 @@ class Writer:
 
 @dataclass(slots=True)
 class Sequence:
-    """One stream of entries in all layers: its place in the slab and its one counter of positions.
+    """One stream of entries in all layers: its place and its one counter of positions.
 
+    place: where its rows lie: in the slab on the device, or where it is spilled, in host memory or a file; see Places.
     floor: first position that this sequence was ever given, above 0 for one that was forked from a wrapped ring.
     is_pinned: it is neither spilled nor ended for being idle. num_appended: rows of a layer that this table's process
-    has appended. loan: while another process has it. Without a place in the slab it lies where its place says all the
-    same; see Tiers.
+    has appended. loan: while another process has it. writers: empty for one in a file, which has them.
     """
 
     place: int

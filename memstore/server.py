@@ -64,7 +64,7 @@ def run(config: Config, disk: Disk | None = None) -> int:
     """Serves until told to stop; the exit code. ConfigError and MemstoreError say why it could not begin."""
     logs.configure(config.log_format, config.log_level)
     check_bind(config)
-    _tune_malloc()
+    tune_malloc()
     if config.threads:
         torch.set_num_threads(config.threads)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, ExitStack() as stack:
@@ -316,7 +316,7 @@ def default_quota(config: Config, *, has_tenants: bool) -> Quota:
     )
 
 
-def _tune_malloc() -> None:
+def tune_malloc() -> None:
     """Keeps glibc from mapping and unmapping every large message, which costs more than copying it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc

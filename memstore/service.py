@@ -111,14 +111,17 @@ class Service:
             raise InvalidRequest("spec", "missing")
         spec = wire.decode_spec(request.spec)
         memory = MemoryId(caller.tenant, spec.name)
-        made = self._admitted(request, caller, lambda: self.registry.create(memory, spec, request.exist_ok))
-        return then(
-            made,
-            lambda outcome: then(
-                self._described(outcome[0]),
-                lambda description: done(pb.CreateMemoryResponse(memory=description, created=outcome[1])),
-            ),
-        )
+
+        def make() -> Future[Message]:
+            return then(
+                self.registry.create(memory, spec, request.exist_ok),
+                lambda outcome: then(
+                    self._described(outcome[0]),
+                    lambda description: done(pb.CreateMemoryResponse(memory=description, created=outcome[1])),
+                ),
+            )
+
+        return self._admitted(request, caller, make)
 
     def _describe(self, request: pb.DescribeMemoryRequest, caller: Caller) -> Future[Message]:
         loaded = self.registry.find(caller.tenant, request.name, "name")
@@ -126,8 +129,6 @@ class Service:
         return then(self._worker.submit(job), lambda found: done(pb.DescribeMemoryResponse(memory=found)))
 
     def _list(self, request: pb.ListMemoriesRequest, caller: Caller) -> Future[Message]:
-        listed = self._admitted(request, caller, lambda: self.registry.listing(caller.tenant, request.name_prefix))
-
         def describe(memories: list[Loaded | MemorySpec]) -> Future[Message]:
             shown = _Shown([memory.engine for memory in memories if not isinstance(memory, MemorySpec)])
             every = self._worker.control(
@@ -135,7 +136,9 @@ class Service:
             )
             return then(every, lambda found: done(pb.ListMemoriesResponse(memories=found)))
 
-        return then(listed, describe)
+        return self._admitted(
+            request, caller, lambda: then(self.registry.listing(caller.tenant, request.name_prefix), describe)
+        )
 
     def _drop(self, request: pb.DropMemoryRequest, caller: Caller) -> Future[Message]:
         memory = MemoryId(caller.tenant, wire.memory_name(request.name, "name"))
@@ -166,7 +169,7 @@ class Service:
         raise NotAllowed("plane: nothing is lent to this caller; it goes on inline")
 
     def _admitted(self, request: Message, caller: Caller, begin: Callable[[], Future[T]]) -> Future[T]:
-        """What `begin` begins, counted as a request in flight until it is done. Raises Overloaded."""
+        """What `begin` begins, counted as a request in flight until it is answered. Raises Overloaded."""
         admission, num_bytes = self._worker.admission, _ticket(request, caller).num_bytes
         admission.admit(caller.tenant, num_bytes)
         try:

@@ -25,7 +25,7 @@ from memstore.codes import BITS, NUM_TERMS, code_bytes, encode
 from memstore.errors import DeviceMemoryFull
 from memstore.region import make_region, padded, pinned
 from memstore.region.base import array
-from memstore.types import KEY, MemorySpec, Metric
+from memstore.types import KEY, NO_ROOM, MemorySpec, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +108,7 @@ class Slab:
             if is_shared:
                 self.region = make_region(bytes_needed(spec, device, is_shared=True), device)
             tensors = self._arrays(_formats(spec))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+        except (*NO_ROOM, RuntimeError, OSError) as error:
             raise DeviceMemoryFull(f"no room for {bytes_needed(spec)} bytes on {device}") from error
         self.keys = tensors.pop(0)
         self.norms = None if spec.metric is Metric.INNER_PRODUCT else tensors.pop(0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from memstore.errors import Corrupt, NotReady
+from memstore.folder import FIRST_SEGMENT
+from memstore.logs import trouble
 from memstore.reply_bytes import NUMBERS, a_count, a_name, encode_replies, found_writers, writers_entry
 from memstore.row_bytes import RowFormat
 from memstore.sequence import Sequence
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from memstore.folder import MemoryFolder
     from memstore.seams import Disk
     from memstore.still import Piece, Rescue, Still
     from memstore.types import MemorySpec
@@ -35,6 +39,7 @@ FORMAT = 1
 MANIFEST, ROWS, REPLIES = "manifest.json", "rows.bin", "replies.bin"
 REPLY_CHUNK_BYTES = 8 * NUMBERS << 16
 """One chunk of replies.bin: 65,536 replies."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +193,29 @@ def _sealed(manifest: Mapping[str, object]) -> bytes:
 def _sequence_entry(name: str, sequence: Sequence) -> list[object]:
     counters = [sequence.place, sequence.epoch, sequence.next_position, sequence.floor]
     return [name, *counters, writers_entry(sequence)]
+
+
+def newest(folder: MemoryFolder, before: int | None = None) -> tuple[Snapshot | None, int]:
+    """The newest snapshot, and the first segment of the log behind it; None, and 1, where the log has everything.
+
+    before: of those with a lower number. One that was never read back, so that what it replaces is still there, is read
+    now, and gives way to that where it is damaged, and says so. Raises Corrupt where nothing else is there, OSError.
+    """
+    numbers = [number for number in folder.snapshots() if before is None or number < before]
+    has_log = FIRST_SEGMENT in folder.segments()
+    for number in reversed(numbers):
+        is_last = number == numbers[0] and not has_log
+        try:
+            snapshot = Snapshot(folder.disk, folder.snapshot(number))
+            if not is_last:
+                snapshot.verify()
+        except Corrupt as error:
+            if is_last:
+                raise
+            trouble(_log, "snapshot is damaged, taking what was before it", error, folder=str(folder.path))
+        else:
+            return snapshot, number
+    return None, FIRST_SEGMENT
 
 
 class Snapshot:

@@ -58,7 +58,7 @@ class Snapshotter:
                     self._take(loaded)
 
     def _is_due(self, loaded: Loaded) -> bool:
-        archive, has_damage = loaded.archive, loaded.engine.lifecycle.has_damage
+        archive, has_damage = loaded.archive, loaded.engine.lifecycle.seating.has_damage
         if archive is None or not (archive.journal.num_kept or has_damage):
             return False
         age_s = self._clock.monotonic() - self._tried.setdefault(archive, self._clock.monotonic())

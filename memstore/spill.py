@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-import torch
-
-from memstore.errors import Corrupt, DeviceMemoryFull, MemstoreError, QuotaExceeded
+from memstore.arrivals import Arrivals
+from memstore.errors import DeviceMemoryFull, MemstoreError, QuotaExceeded
 from memstore.reply_bytes import held_bytes
 from memstore.tiers import Tiers, host_bytes, replies_room
-from memstore.types import SpillCounts
+from memstore.types import NO_ROOM, SpillCounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from memstore.sequence import Sequence, SequenceTable
-    from memstore.slab import Slab, StagedRows
+    from memstore.slab import Slab
     from memstore.still import Pictures
     from memstore.types import MemorySpec
 
@@ -31,6 +30,7 @@ class Spill:
     def __init__(self, spec: MemorySpec, slab: Slab, table: SequenceTable, pictures: Pictures) -> None:
         """Raises DeviceMemoryFull where the host has no room."""
         self.tiers = pictures.tiers = Tiers(spec, slab)
+        self.arrivals = Arrivals(self.tiers, self._arrive)
         self.away: OrderedDict[str, float] = OrderedDict()
         """When each was used, monotonic seconds; in the order in which they left, or were emptied where they are."""
         self._spec = spec
@@ -39,8 +39,6 @@ class Spill:
         self._hosted: OrderedDict[str, int] = OrderedDict()  # bytes of what is kept of the writers of each
         self._writer_bytes = 0
         self._writers_room = replies_room(spec)
-        self._arriving: dict[int, str] = {}
-        self._arrival = -1
         self._num_spills = self._num_returns = 0
 
     def leave(self, name: str, used_at: float, returning: str | None) -> None:
@@ -65,7 +63,7 @@ class Spill:
             raise
         self._table.vacate(name, place)
         self.away[name] = used_at
-        if not self.tiers.is_filed(place):
+        if not self.tiers.places.is_filed(place):
             self._host(name, writer_bytes)
         self._num_spills += 1
 
@@ -76,13 +74,13 @@ class Spill:
         """
         sequence = self._table[name]
         before = sequence.place
-        if self.tiers.is_filed(before):
+        if self.tiers.places.is_filed(before):
             self._see_to_room()
         (place,) = self._table.places_of_new([name])
         capacity = self._spec.capacity
         try:
             self._pictures.preserve_rows(place, sequence.begin(capacity), sequence.num_live(capacity))
-        except torch.OutOfMemoryError as error:
+        except NO_ROOM as error:
             raise DeviceMemoryFull("no working memory is left on the device; nothing was changed") from error
         self.tiers.copy_in(name, sequence, place)
         self._table.occupy(name)
@@ -94,7 +92,7 @@ class Spill:
     def empty(self, name: str) -> None:
         """A sequence, which may be away, was reset where it is: nothing of it is left."""
         sequence = self._table[name]
-        if self.tiers.is_filed(sequence.place):
+        if self.tiers.places.is_filed(sequence.place):
             sequence.place = self.tiers.empty(sequence.place)
         elif name in self._hosted:
             self._host(name, 0)
@@ -106,39 +104,15 @@ class Spill:
             self.tiers.drop(self._table[name].place)
 
     def restore(self, sequences: Mapping[str, Sequence], now: float) -> None:
-        """Takes note of those of a snapshot that are away; `put` gets their rows next. ValueError: they do not fit.
+        """Takes note of those of a snapshot that are away; `arrivals` is given their rows next. Raises as `leave`.
 
-        Raises as `put`.
+        ValueError: there are more than the memory has room for.
         """
-        self._arriving = {
-            each.place: name for name, each in sequences.items() if each.place >= self._spec.max_sequences
-        }
-        if len(self._arriving) > self._spec.spill.max_sequences:
+        coming = {name: each for name, each in sequences.items() if not self.tiers.places.is_on_device(each.place)}
+        if len(coming) > self._spec.spill.max_sequences:
             raise ValueError("more sequences than the memory has room for")
-        self.away.update((name, now) for name in self._arriving.values())
-        for place, name in tuple(self._arriving.items()):
-            if not sequences[name].num_live(self._spec.capacity):
-                self._arrive(place, self.tiers.take())
-
-    def put(self, place: int, end: int, rows: StagedRows, slots: torch.Tensor) -> None:
-        """Puts rows of a sequence that is away, those in front of position `end`, into these slots.
-
-        place: as in `restore`. The rows of a sequence come one after another, oldest first. Raises Corrupt,
-        QuotaExceeded, and OSError as `leave`.
-        """
-        if place not in self._arriving:
-            raise Corrupt("the snapshot has rows of a sequence that it does not have")
-        if self._arrival < 0:
-            self._arrival = self.tiers.take()
-        self.tiers.write(self._arrival, rows, slots)
-        if end == self._table[self._arriving[place]].next_position:
-            self._arrive(place, self._arrival)
-            self._arrival = -1
-
-    def check_arrived(self) -> None:
-        """Raises Corrupt where a sequence of the snapshot had no rows."""
-        if self._arriving:
-            raise Corrupt(f"sequences[{min(self._arriving.values())!r}]: the snapshot lacks rows of it")
+        self.away.update((name, now) for name in coming)
+        self.arrivals.expect(coming, self._spec.capacity)
 
     def mend(self, name: str, found: Sequence, scratch: Slab) -> None:
         """See Lifecycle.mend."""
@@ -153,10 +127,10 @@ class Spill:
             num_on_host=len(self._hosted),
             num_on_disk=len(self.away) - len(self._hosted),
             host_bytes=host_bytes(self._spec),
-            disk_bytes=self.tiers.disk_bytes,
+            disk_bytes=self.tiers.files.num_bytes,
             spills=self._num_spills,
             returns=self._num_returns,
-            refusals=self.tiers.num_refusals,
+            refusals=self.tiers.files.num_refusals,
         )
 
     def _see_to_room(self) -> None:
@@ -180,7 +154,7 @@ class Spill:
 
     def _check_files(self, *, has_place: bool) -> None:
         """Raises QuotaExceeded where there is a place in host memory, but nothing else for what has no room beside."""
-        if has_place and self.tiers.folder is None:
+        if has_place and self.tiers.files.folder is None:
             raise QuotaExceeded(
                 "sequences: no place is free, host memory has no room for what is kept of writers of more of them, and "
                 "this server has no folder to spill sequences to"
@@ -205,11 +179,10 @@ class Spill:
         """A sequence is there no more, if it was."""
         self._writer_bytes -= self._hosted.pop(name, 0)
 
-    def _arrive(self, place: int, host_place: int) -> None:
-        """All rows of a sequence are in host memory."""
-        name = self._arriving.pop(place)
+    def _arrive(self, name: str, place: int) -> None:
+        """All rows of a sequence of a snapshot are in this place in host memory. Makes room for the next one."""
         sequence = self._table[name]
-        sequence.place = host_place
+        sequence.place = place
         self._host(name, held_bytes(sequence))
         self._see_to_writers(0, None)
         if not self.tiers.has_room:

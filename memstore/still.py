@@ -16,6 +16,7 @@ import torch
 from memstore import ring
 from memstore.appending import cells_of
 from memstore.errors import Corrupt
+from memstore.places import Places
 from memstore.row_bytes import RowFormat
 from memstore.sequence import Sequence, Writer
 
@@ -71,7 +72,7 @@ class Still:
         self._tiers = tiers
         self._read: tuple[int, Slab] | None = None
         self.rescued: dict[str, Rescue] = {}
-        self._num_places = spec.max_sequences
+        self._places = Places.of(spec)
         self._capacity = spec.capacity
         length = max(1, PIECE_BYTES // self.format.row_bytes)
         self.pieces = [piece for each in self.sequences.values() for piece in _pieces(each, spec.capacity, length)]
@@ -79,7 +80,7 @@ class Still:
         self._aside: dict[int, list[_Aside]] = {}
         self._names = {sequence.place: name for name, sequence in self.sequences.items()}
         for piece in self.pieces:
-            if piece.place < self._num_places:
+            if self._places.is_on_device(piece.place):
                 self._cells(piece).fill_(True)
 
     def preserve(self, cells: torch.Tensor) -> None:
@@ -95,7 +96,7 @@ class Still:
 
     def take(self, piece: Piece) -> list[memoryview]:
         """The bytes of a piece, as RowFormat has them; a copy."""
-        if self._tiers is not None and piece.place >= self._num_places:
+        if self._tiers is not None and not self._places.is_on_device(piece.place):
             return self._take_beyond(self._tiers, piece)
         begin = piece.place * self._capacity + piece.slot
         cells = torch.arange(begin, begin + piece.length)
@@ -108,7 +109,7 @@ class Still:
 
     def is_filed(self, piece: Piece) -> bool:
         """Whether a piece is read from a file, and can be taken in any thread, one after another."""
-        return self._tiers is not None and self._tiers.is_filed(piece.place)
+        return self._tiers is not None and self._places.is_filed(piece.place)
 
     def name_of(self, piece: Piece) -> str:
         """Whose piece it is."""
@@ -116,7 +117,7 @@ class Still:
 
     def whole(self, name: str, sequence: Sequence) -> Sequence:
         """A sequence of this picture with its writers, which may have to be read. Raises Corrupt, NotReady, OSError."""
-        if self._tiers is None or not self._tiers.is_filed(sequence.place):
+        if self._tiers is None or not self._places.is_filed(sequence.place):
             return sequence
         rescue = self.rescued.get(name)
         writers = self._tiers.writers_of(name, sequence) if rescue is None else rescue.sequence(name).writers
@@ -133,7 +134,7 @@ class Still:
     def _take_beyond(self, tiers: Tiers, piece: Piece) -> list[memoryview]:
         """The same of a piece that lies beyond the slab."""
         slots = torch.arange(piece.slot, piece.slot + piece.length)
-        if not tiers.is_filed(piece.place):
+        if not self._places.is_filed(piece.place):
             return self.format.encode(tiers.rows(piece.place, slots))
         place, scratch = self._read or (-1, tiers.scratch())
         if place != piece.place:

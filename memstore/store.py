@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from memstore.archive import Archive
 from memstore.errors import Corrupt, InvalidRequest, NotReady, QuotaExceeded
-from memstore.folder import SPILLED, MemoryFolder, folders, path_of, retired_path, spilled_path
+from memstore.folder import (
+    SPILLED,
+    MemoryFolder,
+    leftovers,
+    path_of,
+    retire_spilled,
+    retired_path,
+    spilled_path,
+)
 from memstore.journal import Syncer
 from memstore.logs import event
 from memstore.slab import bytes_needed
@@ -55,7 +63,10 @@ class Store(Protocol):
         """Raises InvalidRequest where a memory of this spec cannot be kept here at all, QuotaExceeded for its size."""
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
-        """Begins the files of a new memory and makes them its keeper; None for a volatile one. Raises NotReady."""
+        """Begins the files of a new memory and makes them its keeper; None for a volatile one.
+
+        Raises NotReady, and QuotaExceeded where others have taken its room since `check`.
+        """
 
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
@@ -66,6 +77,9 @@ class Store(Protocol):
         archive, spec: what it was; both None where it could not be loaded. Gives what removes them, which may take
         long, and then gives its share of the quota back; that raises NotReady. In any thread. Raises NotReady.
         """
+
+    def remove_rest(self) -> None:
+        """Removes what an earlier server has spilled, or had still to remove. In any thread. Raises NotReady."""
 
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         """Where a memory has files of its sequences that are spilled; None where it has none."""
@@ -96,6 +110,9 @@ class NoStore:
     def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
         return _nothing
 
+    def remove_rest(self) -> None:
+        """There is nothing."""
+
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return None
 
@@ -104,14 +121,15 @@ class NoStore:
 
 
 class FileStore:
-    """Archives in a folder that this server owns. But for `retire`, called by one thread at a time."""
+    """Archives in a folder that this server owns. Thread safe, one call of a memory at a time."""
 
     def __init__(
         self, data: Path, disk: Disk, clock: Clock, quota_bytes: int, observer: StoreObserver, syncers: Syncers
     ) -> None:
         """quota_bytes: what memories may take in the folder; 0 for no bound but the disk's.
 
-        What an earlier server has spilled, or had still to remove, is removed: nothing of it is needed. Raises OSError.
+        What an earlier server has spilled is put out of the way, for `remove_rest`: nothing of it is needed. Raises
+        OSError.
         """
         self._data = data
         self._disk = disk
@@ -122,9 +140,8 @@ class FileStore:
         self.used_bytes = 0
         self._lock = threading.Lock()
         self._numbers = count(1)
-        disk.remove_folder(data / SPILLED)
-        for folder in folders(data, disk, are_retired=True):
-            disk.remove_folder(folder)
+        retire_spilled(data, disk)
+        self._rest = leftovers(data, disk)
 
     def check(self, spec: MemorySpec) -> None:
         needed = disk_bytes(spec)
@@ -136,6 +153,7 @@ class FileStore:
             )
 
     def create(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
+        self.check(engine.spec)
         if engine.spec.durability is Durability.VOLATILE:
             self._count(engine.spec)
             return None
@@ -183,6 +201,13 @@ class FileStore:
             self._count(spec, -1)
             raise _unwritable(error) from error
         return partial(self._remove, rest, spec)
+
+    def remove_rest(self) -> None:
+        try:
+            for folder in self._rest:
+                self._disk.remove_folder(folder)
+        except OSError as error:  # the next start tries it again
+            raise _unwritable(error) from error
 
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return SpillFolder(spilled_path(self._data, *memory, next(self._numbers)), self._disk)

@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from memstore.pace import Pace
+
 T = TypeVar("T")
 SERVER = ""
 """The lane of the server's own work, which goes before all others."""
@@ -16,12 +18,6 @@ LEAST_JOBS = 4
 FIRST_JOBS = 32
 """Jobs of a turn of which it is not known what they take."""
 LEAST_COST_S = 1e-6
-_NEW, _NEW_IF_FAR, _FAR = 0.2, 0.5, 4.0
-"""Weights of the last turn in what is known of a lane. One that took more than four times as long counts as four times,
-and is soon forgotten: it shall not get others refused.
-"""
-_KEPT = 0.9
-"""Of what is known of the turns of others, with each turn."""
 _MARGIN = 1.1
 """For what is not known: whoever is admitted at the very limit should still be answered in time."""
 MAX_LANES = 1024
@@ -30,37 +26,22 @@ MAX_LANES = 1024
 
 @dataclass(slots=True)
 class _Lane(Generic[T]):
-    """One tenant's jobs, in order.
-
-    used_s: time of the device it has had, or gave up. mean_s, turn_s: what a job and a turn take, lately. ended:
-    the end of the last turn, where that left jobs behind. passed_s, had_s: lately, the time from such ends to the next
-    ones, and what the lane had of it.
-    """
+    """One tenant's jobs, in order. used_s: time of the device that it has had, or gave up by having no jobs."""
 
     jobs: deque[T] = field(default_factory=deque)
     used_s: float = 0.0
-    mean_s: float = 0.0
-    turn_s: float = 0.0
-    ended: float | None = None
-    passed_s: float = 0.0
-    had_s: float = 0.0
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def ahead_s(self) -> float:
         """What its queued jobs should take."""
-        return len(self.jobs) * self.mean_s
+        return len(self.jobs) * self.pace.job_s
 
     @property
-    def stretch(self) -> float:
-        """How much longer its jobs take to be served than the device needs for them: what others have meanwhile."""
-        return max(1.0, self.passed_s / self.had_s) if self.had_s > 0 else 1.0
-
-    def learn(self, seconds: float, now: float) -> None:
-        """Takes note of a turn."""
-        if self.ended is not None:
-            self.passed_s = _KEPT * self.passed_s + now - self.ended
-            self.had_s = _KEPT * self.had_s + seconds
-        self.ended = now if self.jobs else None
+    def num_next(self) -> int:
+        """How many of them its next turn should have."""
+        job_s = self.pace.job_s
+        return min(len(self.jobs), max(LEAST_JOBS, int(TURN_S / job_s)) if job_s > 0 else FIRST_JOBS)
 
 
 class Turns(Generic[T]):
@@ -97,10 +78,8 @@ class Turns(Generic[T]):
         lane = self._server if self._server.jobs else self._next()
         if lane is None:
             return []
-        number = len(lane.jobs)
-        if lane is not self._server:
-            number = min(number, max(LEAST_JOBS, int(TURN_S / lane.mean_s)) if lane.mean_s > 0 else FIRST_JOBS)
-        self._turn, self._begun, self._ends = lane, now, now + number * lane.mean_s
+        number = len(lane.jobs) if lane is self._server else lane.num_next
+        self._turn, self._begun, self._ends = lane, now, now + number * lane.pace.job_s
         self._num_jobs -= number
         if number == len(lane.jobs):
             jobs = list(lane.jobs)
@@ -116,10 +95,7 @@ class Turns(Generic[T]):
         seconds = now - self._begun
         self._used_s = max(self._used_s, lane.used_s)  # whoever comes now begins where this turn began
         lane.used_s += max(seconds, LEAST_COST_S)
-        lane.learn(seconds, now)
-        if num_served:  # or else jobs that cost nothing would make others look cheap
-            lane.mean_s = _mean(lane.mean_s, seconds / num_served)
-            lane.turn_s = _mean(lane.turn_s, seconds)
+        lane.pace.turned(seconds, now, num_served=num_served, has_more=bool(lane.jobs))
 
     def finish_s(self, name: str, now: float) -> float:
         """How long until a job that is put into a lane now should be answered; 0 where nothing is in its way.
@@ -127,18 +103,27 @@ class Turns(Generic[T]):
         It is answered with all others of its turn.
         """
         wait_s, lane = self._wait_s(name, now), self._lanes.get(name)
-        return _MARGIN * (wait_s + max(lane.mean_s, lane.turn_s)) if wait_s and lane is not None else wait_s
+        if not wait_s or lane is None:
+            return wait_s
+        return _MARGIN * (wait_s + max(lane.pace.job_s, lane.pace.turn_s))
 
     def _wait_s(self, name: str, now: float) -> float:
+        """How long until the turn of such a job should begin.
+
+        What is left of the present turn, then the larger of two estimates: by what is queued now, which does not see
+        who will come while it waits; and by how long those before it in its own lane lately had to wait, which does not
+        see who has come since.
+        """
         left_s = 0.0 if self._turn is None else max(0.0, self._ends - now)
         if not self._num_jobs:
             return left_s
-        own = self._lanes.get(name)
-        own_s = 0.0 if own is None else own.ahead_s
-        share_s = own_s + TURN_S
-        rivals = (lane.ahead_s for other, lane in self._lanes.items() if lane.jobs and other != name)
-        rivals_s = sum(min(ahead_s, share_s) for ahead_s in rivals)
-        return left_s + max(own_s + rivals_s, own_s * (1.0 if own is None else own.stretch))
+        own = self._lanes.get(name) or _Lane()
+        by_queues_s = own.ahead_s + sum(
+            min(lane.ahead_s, own.ahead_s + TURN_S)  # each other lane gets as much as this one, and a turn more at most
+            for other, lane in self._lanes.items()
+            if lane.jobs and other != name
+        )
+        return left_s + max(by_queues_s, own.ahead_s * own.pace.stretch)
 
     def _next(self) -> _Lane[T] | None:
         best = None
@@ -152,10 +137,3 @@ class Turns(Generic[T]):
         if len(self._lanes) >= MAX_LANES:
             self._lanes = {name: lane for name, lane in self._lanes.items() if lane.jobs}
         return _Lane()
-
-
-def _mean(known: float, last: float) -> float:
-    if known <= 0:
-        return last
-    weight = _NEW_IF_FAR if last * _FAR < known else _NEW
-    return known + weight * (min(last, _FAR * known) - known)

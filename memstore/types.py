@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 KEY = "key"
 """The name under which the searched vectors themselves are asked for."""
 
+NO_ROOM = (torch.OutOfMemoryError, MemoryError)
+"""What torch raises where a device has no memory left, and numpy where the host has none."""
+
 
 class Metric(Enum):
     """How near two vectors are; a score is larger for a nearer row."""

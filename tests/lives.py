@@ -53,7 +53,7 @@ class Life:
         self.memory = Memory(spec, device, new_epoch=self.epochs.__next__)
         disk.remove_folder(SPILLED)
         if self.memory.lifecycle.spill is not None:
-            self.memory.lifecycle.spill.tiers.folder = SpillFolder(SPILLED, disk)
+            self.memory.lifecycle.spill.tiers.files.folder = SpillFolder(SPILLED, disk)
         self.found: Recovered | None = None
         if is_new:
             self.archive = Archive.create(self.folder, "m", spec, self.syncer)

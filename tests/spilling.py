@@ -36,7 +36,7 @@ class Watched:
         self.memory = Memory(spec, device, new_epoch=itertools.count(1).__next__)
         self.memory.lifecycle.clock = self.clock
         if self.memory.lifecycle.spill is not None:
-            self.memory.lifecycle.spill.tiers.folder = SpillFolder(FOLDER, self.disk)
+            self.memory.lifecycle.spill.tiers.files.folder = SpillFolder(FOLDER, self.disk)
 
     @property
     def counts(self) -> SpillCounts:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from memstore.device import DeviceWorker
 
@@ -18,7 +21,7 @@ LEFT_BYTES = 256 << 20
 BALLAST = (64 << 20, 8 << 20, 1 << 20, 1 << 16)
 """Sizes of its pieces, each as often as there is room."""
 LARGEST_BYTES = 64 << 10
-"""On the host: larger tensors cannot be made."""
+"""On the host: larger tensors and arrays cannot be made."""
 
 
 @contextmanager
@@ -57,12 +60,25 @@ def _adds(pieces: list[torch.Tensor], size: int, device: torch.device) -> bool:
 
 @contextmanager
 def _refusals(worker: DeviceWorker) -> Iterator[None]:
-    mode = _Refusing()
+    mode, thread = _Refusing(), worker.control(threading.get_ident).result()
     worker.control(mode.__enter__).result()
     try:
-        yield
+        with mock.patch.object(np, "empty", _refusing(np.empty, thread)):
+            yield
     finally:
         worker.control(lambda: mode.__exit__(None, None, None)).result()
+
+
+def _refusing(empty: Callable[..., Any], thread: int) -> Callable[..., Any]:
+    """numpy.empty, which fails in one thread for what is larger than LARGEST_BYTES."""
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        array = empty(*args, **kwargs)
+        if array.nbytes > LARGEST_BYTES and threading.get_ident() == thread:
+            raise MemoryError("made up: there is no memory left")
+        return array
+
+    return made
 
 
 class _Refusing(TorchDispatchMode):

@@ -30,7 +30,7 @@ WORTH_A_LINE_S = 2.0
 def warm() -> None:
     """Retrieves in a small slab for few and for many queries, and appends; does nothing of what helpers do.
 
-    Takes a fraction of a second where a process before this one has left compiled code, else a minute of a core at most.
+    Takes a fraction of a second where a process before this one has left compiled code, else a minute of a core.
     """
     kept = folder()
     if kept is None or not any(kept.iterdir()):

@@ -43,7 +43,7 @@ _METHODS = {
 """Name of a unary call -> its path, and the class of its replies."""
 
 
-_CHANNEL_OPTIONS = (
+CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A server that comes back is found again within a second, not within the library's two minutes.
@@ -55,6 +55,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),  # what is tried again is decided in core.py
     ("grpc.use_local_subchannel_pool", 1),  # a new channel after a fork must not find the old connection
 )
+"""Of every channel."""
 _ABANDONED: list[grpc.Channel] = []
 """Channels of the process that this one was forked from: closing them here would wait for threads that are not here."""
 
@@ -232,9 +233,9 @@ class GrpcTransport:
 
 def _open_channel(options: GrpcOptions) -> grpc.Channel:
     if options.tls_root is None:
-        return grpc.insecure_channel(options.target, options=_CHANNEL_OPTIONS)
+        return grpc.insecure_channel(options.target, options=CHANNEL_OPTIONS)
     credentials = grpc.ssl_channel_credentials(options.tls_root, options.tls_key, options.tls_cert)
-    return grpc.secure_channel(options.target, credentials, options=_CHANNEL_OPTIONS)
+    return grpc.secure_channel(options.target, credentials, options=CHANNEL_OPTIONS)
 
 
 def _closed() -> ClientClosed:

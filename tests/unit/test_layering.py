@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = """
     v1 types errors futures config seams logs
     descriptors
-    ring window codes region slab control lease search host gpu index sequence lent
-    retrieval appending row_bytes reply_bytes spill_file tiers still spill changes lifecycle lender
-    log journal ledger refill memory
+    ring window places codes region slab control lease search host gpu index sequence lent
+    retrieval appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
+    seating lifecycle lender log journal ledger refill memory
     folder snapshot salvage recovery archive
-    admission capacity catalog store turns errands joining device plane replies
+    admission capacity catalog store pace turns errands joining device plane replies
     wire status access followed tokens auth quotas gate
     entries removals rooms registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes door grpc_front health

@@ -160,6 +160,32 @@ def test_a_file_that_is_spoilt_later_changes_nothing_and_is_logged_once(
     assert known.identify(carrying("next")).tenant == "red"
 
 
+def test_a_file_that_could_not_be_read_is_read_again_though_it_has_not_changed_since(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there were no descriptors left for a while: a token that was taken away must not stay good."""
+    path, clock = tmp_path / "tokens", FakeClock()
+    path.write_text(f"{hashed('good', 'red')}\n{hashed('lost', 'red')}\n")
+    known = authenticator_of(Config(token_file=path), clock)
+    path.write_text(f"{hashed('good', 'red')}\n")
+
+    def fail(_: Path) -> str:
+        raise OSError(24, "Too many open files")
+
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_text", fail)
+        for _ in range(3):
+            clock.advance(FOLLOW_S)
+            assert known.identify(carrying("lost")).tenant == "red"
+    clock.advance(FOLLOW_S)
+    with pytest.raises(NotAuthenticated):
+        known.identify(carrying("lost"))
+    assert not known.is_stale
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["changed file not taken, what was known stays", "changed file taken"]
+
+
 def test_a_file_that_is_read_half_written_is_not_taken_and_says_so(tmp_path: Path) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
     whole = f"{hashed('other', 'red')}\n{hashed('passing', 'red', 'scopes=read', 'expires=2030-01-31T12:00:00Z')}\n"

@@ -19,10 +19,11 @@ from memstore.device import DeviceWorker
 from memstore.errors import MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.expirer import Expirer
 from memstore.quotas import Quotas
-from memstore.registry import Registry
+from memstore.registry import Registry, State
+from memstore.store import disk_bytes
 from memstore.tokens import Quota
 from memstore.turns import SERVER
-from memstore.types import Durability, MemorySpec, SpillSpec
+from memstore.types import Durability, MemorySpec, RetrieveOptions, SpillSpec
 from tests.fakes import FakeClock, FakeDisk
 from tests.lives import batch
 from tests.serving import file_store
@@ -49,8 +50,11 @@ class SlowDisk(FakeDisk):
         self.may_remove.set()
         self.is_removing = threading.Event()
         self.removers: set[str] = set()
+        self.cannot_remove = False
 
     def remove_folder(self, path: Path) -> None:
+        if self.cannot_remove:
+            raise OSError(5, "Input/output error")
         if any(path in each.parents for each in self.files):
             self.is_removing.set()
             assert self.may_remove.wait(WAIT_S)
@@ -102,12 +106,13 @@ def _pass_on(waiting: Future[Any], done: Future[Any]) -> None:
 class Bench:
     """A registry with files."""
 
-    def __init__(self) -> None:
-        self.disk = SlowDisk()
+    def __init__(self, disk: SlowDisk | None = None, quota_bytes: int = 0) -> None:
+        """quota_bytes: of the disk."""
+        self.disk = disk or SlowDisk()
         self.clock = FakeClock()
         self.worker = HeldWorker(torch.device("cpu"), Admission(QueueLimits()), self.clock)
         self.budget = CapacityBudget(1 << 20)
-        self.store = file_store(DATA, self.disk, self.clock)
+        self.store = file_store(DATA, self.disk, self.clock, quota_bytes)
         quotas = Quotas(Open(), Quota(sequences=8), self.clock)
         catalog = FileCatalog(DATA, self.disk)
         self.registry = Registry(catalog, self.worker, self.budget, self.clock, 10, self.store, quotas=quotas)
@@ -197,6 +202,62 @@ def test_while_a_memory_goes_its_name_and_its_share_of_the_quota_are_taken(bench
     bench.make(A)
 
 
+def test_who_found_a_memory_before_it_was_dropped_is_told_that_it_is_not_there(bench: Bench) -> None:
+    loaded = bench.make(A, replace(SPILLING, idle_ttl_s=10))
+    bench.registry.drop(A).result(WAIT_S)
+    spec, engine = loaded.spec, loaded.engine
+    look = replace(batch(spec, "x", 1, 1), append=False, retrieve=RetrieveOptions(top_k=1))
+    bench.clock.advance(10)
+    for run in (
+        lambda: engine.step([look]),
+        lambda: engine.step([batch(spec, "x", 1, 1)]),
+        lambda: engine.fork("z", "w", None, 0),
+        lambda: engine.reset(["x"], release=True),
+        lambda: engine.pin(["z"], True),
+        engine.expire,
+    ):
+        with pytest.raises(NotFound, match="dropped"):
+            bench.worker.control(run).result(WAIT_S)
+
+
+def test_a_folder_that_cannot_be_moved_keeps_no_share_of_quotas(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drop says so; bytes of device and disk, and files of spilled sequences, are given back all the same."""
+    bench.make(A, replace(SPILLING, durability=Durability.INTERVAL))
+    assert bench.registry.quotas._spilled["a"] > 0
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.disk, "rename", fail)
+        with pytest.raises(NotReady, match="Input/output error"):
+            bench.registry.drop(A).result(WAIT_S)
+    assert (bench.budget.reserved_bytes, bench.store.used_bytes) == (0, 0)
+    assert not bench.disk.of("spilled")
+    assert "a" not in bench.registry.quotas._spilled
+    bench.make(A)
+
+
+def test_tenants_that_make_memories_side_by_side_do_not_pass_the_disk_quota() -> None:
+    spec = replace(DURABLE, name="m")
+    bench = Bench(quota_bytes=2 * disk_bytes(spec) - 1)
+    try:
+        bench.worker.hold("a")
+        first = bench.registry.create(A, spec, False)
+        while not bench.worker.num_held:
+            bench.registry.listing("b", "").result(WAIT_S)
+        bench.make(B, spec)
+        bench.worker.let_go("a")
+        with pytest.raises(QuotaExceeded, match="quota"):
+            first.result(WAIT_S)
+        assert bench.store.used_bytes == disk_bytes(spec)
+        assert bench.registry.held("a").reserved_bytes == 0
+        bench.registry.drop(B).result(WAIT_S)
+        bench.make(A, spec)
+    finally:
+        bench.close()
+
+
 def test_a_tenant_whose_jobs_take_long_holds_up_the_idle_sequences_of_no_other(bench: Bench) -> None:
     spec = replace(SPILLING, idle_ttl_s=10)
     for memory in (A, B):
@@ -228,8 +289,40 @@ def test_what_a_crash_left_of_files_that_were_to_be_removed_goes_with_the_next_s
     left = FakeDisk()
     left.files = dict(bench.disk.files)
     assert any(DATA / "memories" in path.parents for path in left.files)
-    file_store(DATA, left, FakeClock())
+    file_store(DATA, left, FakeClock()).remove_rest()
     assert not [path for path in left.files if {"memories", "spilled"} & set(path.parts)]
     bench.disk.may_remove.set()
     for each in drops:
         each.result(WAIT_S)
+
+
+def test_a_start_does_not_wait_for_what_an_earlier_server_left() -> None:
+    disk = SlowDisk()
+    for path in (
+        DATA / "spilled" / "a" / "m~1" / "sequence-00000000",
+        DATA / "memories" / "a" / ".m.1" / "log-00000001",
+    ):
+        disk.files[path] = b"old"
+    disk.may_remove.clear()
+    bench = Bench(disk)
+    try:
+        assert disk.is_removing.wait(WAIT_S)
+        bench.make(A)
+        assert bench.registry.state is State.SERVING
+        disk.may_remove.set()
+    finally:
+        bench.close()
+    assert not [path for path in disk.files if b"old" == disk.files[path]]
+
+
+def test_what_cannot_be_removed_at_a_start_is_said_and_in_nobodys_way(caplog: pytest.LogCaptureFixture) -> None:
+    disk = SlowDisk()
+    disk.files[DATA / "spilled" / "a" / "m~1" / "sequence-00000000"] = b"old"
+    disk.cannot_remove = True
+    bench = Bench(disk)
+    try:
+        bench.make(A)
+        disk.cannot_remove = False
+    finally:
+        bench.close()
+    assert "not removed" in caplog.text

@@ -6,6 +6,7 @@ import json
 import signal
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from memstore.service import Caller
 from memstore.store import PROGRESS_S, FileStore, Progress, Syncers, disk_bytes
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
-from tests.calling import fails, failure
+from tests.calling import bearer, fails, failure, hashed, tokens
 from tests.fakes import Diligent, FakeClock, FakeDisk, FakeReadFile
 from tests.processes import Process
 from tests.serving import Setting, Unwatched, file_store, serving, spec, step
@@ -201,6 +202,42 @@ def test_a_memory_that_cannot_be_read_for_now_is_no_damage_and_is_read_later(mon
         assert isinstance(fails(server, "Step", step(seq=2)), NotFound)
         server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
         assert server.stub.Step(step()).sequences[0].first_position == 0
+
+
+class SlowDisk(FailingDisk):
+    """Whose logs are read only when they may be, once they do not fail any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_reading, self.may_read = threading.Event(), threading.Event()
+
+    def open(self, path: Path) -> FakeReadFile:
+        file = super().open(path)
+        if self.has_failed.is_set() and "notes" in path.parts:
+            self.is_reading.set()
+            assert self.may_read.wait(10)
+        return file
+
+
+def test_a_memory_that_is_read_later_holds_up_no_other_tenants_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memstore.registry.RETRY_LOAD_S", 0.01)
+    disk = SlowDisk()
+    known = tokens(hashed("r", "red"), hashed("b", "blue"))
+    with serving(replace(_setting(disk), authenticator=known)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)), metadata=bearer("r"))
+        server.stub.Step(step(), metadata=bearer("r"))
+    disk.is_failing.set()
+    with serving(replace(_setting(disk), authenticator=known)) as server:
+        disk.is_failing.clear()
+        assert disk.is_reading.wait(10)
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=bearer("b"), timeout=10)
+        drop = server.stub.DropMemory.future(pb.DropMemoryRequest(name="notes"), metadata=bearer("r"))
+        server.stub.ListMemories(pb.ListMemoriesRequest(), metadata=bearer("b"), timeout=10)
+        assert not drop.done(), "its own tenant's wait for it"
+        disk.may_read.set()
+        drop.result()
+        assert not server.registry.is_loaded("red", "notes")
+        assert server.registry.num_waiting == 0
 
 
 def test_what_a_crash_left_of_a_dropped_memory_does_not_come_back() -> None:

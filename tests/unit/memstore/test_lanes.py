@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from memstore.admission import QueueLimits
+from memstore.service import Service
 from memstore.turns import SERVER
 from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval
@@ -19,7 +21,11 @@ from tests.serving import Setting, serving, spec, step
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from google.protobuf.message import Message
+
     from memstore.device import Settling
+    from memstore.registry import Loaded
+    from memstore.types import MemorySpec
     from tests.serving import Serving
 
 RED, BLUE = bearer("r"), bearer("b")
@@ -119,6 +125,37 @@ def test_a_tenant_whose_queue_is_long_does_not_hold_up_what_others_make(
     assert not made.done()
     waiting.set_result(control(asked[0], behind="red").result())
     assert made.result().created
+
+
+@pytest.mark.parametrize(
+    ("call", "request_"),
+    [
+        ("ListMemories", pb.ListMemoriesRequest()),
+        ("CreateMemory", pb.CreateMemoryRequest(spec=spec(), exist_ok=True)),
+        ("DescribeMemory", pb.DescribeMemoryRequest(name="notes")),
+    ],
+)
+def test_what_waits_for_its_tenants_turn_is_in_flight_until_it_is_answered(
+    server: Serving, monkeypatch: pytest.MonkeyPatch, call: str, request_: Message
+) -> None:
+    server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=RED)
+    worker = server.registry.worker
+    assert worker.admission.num_requests == 0
+    begun, go_on = threading.Event(), threading.Event()
+    describe = Service._description
+
+    def slow(service: Service, memory: Loaded | MemorySpec) -> pb.MemoryDescription:
+        begun.set()
+        assert go_on.wait(10)
+        return describe(service, memory)
+
+    monkeypatch.setattr(Service, "_description", slow)
+    answer = getattr(server.stub, call).future(request_, metadata=RED)
+    assert begun.wait(10)
+    assert worker.admission.num_requests == 1
+    go_on.set()
+    answer.result()
+    assert worker.admission.num_requests == 0
 
 
 def test_a_flood_of_memories_leaves_others_their_share() -> None:

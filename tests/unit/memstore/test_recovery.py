@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from dataclasses import replace
 from random import Random
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from memstore.errors import Corrupt, EpochChanged, ReadOnly
+from memstore.errors import Corrupt, EpochChanged, NotReady, ReadOnly
 from memstore.memory import Memory
 from memstore.sequence import REPLAY_WINDOW
 from memstore.types import Durability, MemorySpec, Metric, PayloadSpec, StepResult
 from tests.fakes import Diligent, FakeAppendFile, FakeDisk
 from tests.lives import FOLDER, SPEC, Life, batch, found
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 INTERVAL = replace(SPEC, durability=Durability.INTERVAL)
 WIDE = replace(
@@ -242,6 +247,60 @@ def test_a_log_is_not_closed_while_it_is_written(monkeypatch: pytest.MonkeyPatch
     assert done == ["written", "closed"]
     with pytest.raises(ReadOnly, match="dropped"):
         life.append("a", 1, 1)
+
+
+class CountedDisk(FakeDisk):
+    """Counts the files that are open to be written. room: how many writes it has room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open_files: set[Path] = set()
+        self.room = sys.maxsize
+
+    def create(self, path: Path) -> FakeAppendFile:
+        file = super().create(path)
+        self.open_files.add(path)
+        file.close = lambda: self.open_files.discard(path)  # type: ignore[method-assign]
+        return file
+
+    def add(self, path: Path, content: bytes) -> None:
+        self.is_full = self.room <= 0
+        self.room -= 1
+        super().add(path, content)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_log_that_cannot_be_begun_is_not_left_open(is_new: bool) -> None:
+    disk = CountedDisk()
+    if not is_new:
+        life = Life(disk, is_new=True)
+        life.append("a", 1, 0)
+        life.archive.close()
+    for _ in range(2):
+        disk.room, disk.is_full = 0, False
+        with pytest.raises(OSError, match="No space"):
+            Life(disk, is_new=is_new)
+        assert not disk.open_files
+    disk.room, disk.is_full = sys.maxsize, False
+    assert Life(disk, is_new=is_new).append("a", 1, int(not is_new)).first_position == int(not is_new)
+
+
+def test_a_disk_without_room_for_new_epochs_is_no_damage() -> None:
+    disk = CountedDisk()
+    life = Life(disk, INTERVAL, is_new=True)
+    epoch = life.append("a", 1, 0).epoch
+    life.archive.journal.sync()
+    disk.open_files.clear()
+    disk.power_off()
+    for _ in range(2):
+        disk.room, disk.is_full = 1, False  # for the head of the log
+        with pytest.raises(NotReady, match="No space"):
+            life.again()
+        assert not disk.open_files
+    disk.room, disk.is_full = sys.maxsize, False
+    sequence = found(life.again().memory, "a").sequences[0]
+    assert sequence.as_of == 1
+    assert sequence.epoch != epoch
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -12,6 +12,7 @@ import torch
 
 from memstore import ring
 from memstore.errors import Corrupt, MemstoreError, NotReady
+from memstore.places import Places
 from memstore.row_bytes import RowFormat
 from memstore.salvage import Salvage
 from memstore.snapshotter import MEND_S, Snapshotter
@@ -43,6 +44,18 @@ class UnreadableDisk(FakeDisk):
     def open(self, path: Path):  # type: ignore[no-untyped-def]
         if path in self.unreadable:
             raise OSError(5, "Input/output error")
+        return super().open(path)
+
+
+class CountingDisk(FakeDisk):
+    """Notes what is opened to be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[Path] = []
+
+    def open(self, path: Path):  # type: ignore[no-untyped-def]
+        self.opened.append(path)
         return super().open(path)
 
 
@@ -138,9 +151,8 @@ def test_a_snapshot_goes_on_with_sequences_whose_files_fail_and_mends_them(
 def test_one_whose_file_fails_is_said_until_then_and_the_others_are_not() -> None:
     life = filled(SPILLING, has_snapshot=True)
     first = spilled(life)[0]
-    number = int(first.name.partition("-")[2])
-    tiers = life.memory.lifecycle.spill.tiers  # type: ignore[union-attr]
-    (lost,) = [name for name in NAMES if life.memory._table[name].place == tiers._first_file + number]
+    place = Places.of(SPILLING).filed(int(first.name.partition("-")[2]))
+    (lost,) = [name for name in NAMES if life.memory._table[name].place == place]
     flip(life, first)
     for _ in range(2):
         with pytest.raises(Corrupt, match=f"'{lost}'"):
@@ -149,7 +161,9 @@ def test_one_whose_file_fails_is_said_until_then_and_the_others_are_not() -> Non
         use(life, name)
     assert life.snapshot()
     use(life, lost)
-    assert tiers.disk_bytes == sum(len(life.disk.files[path]) for path in spilled(life))
+    counts = life.memory.counts().spill
+    assert counts is not None
+    assert counts.disk_bytes == sum(len(life.disk.files[path]) for path in spilled(life))
 
 
 def test_a_snapshot_is_due_soon_after_a_file_has_failed() -> None:
@@ -160,7 +174,8 @@ def test_a_snapshot_is_due_soon_after_a_file_has_failed() -> None:
     assert not life.archive.journal.num_kept
     for path in spilled(life):
         flip(life, path)
-    (name, *_) = [name for name in NAMES if life.memory.lifecycle.spill.tiers.is_filed(life.memory._table[name].place)]  # type: ignore[union-attr]
+    places = Places.of(SPILLING)
+    name = next(name for name in NAMES if places.is_filed(life.memory._table[name].place))
     with pytest.raises(Corrupt):
         use(life, name)
     assert not snapshotter._is_due(registry)  # type: ignore[arg-type]
@@ -188,6 +203,39 @@ def test_where_the_log_fails_too_nothing_is_left_out_and_all_stays_as_it_was() -
     life.memory.reset(list(NAMES), release=True)
     assert life.snapshot(), "nothing of it is needed any more"
     assert not life.again().memory._table._by_name
+
+
+def test_a_damaged_snapshot_gives_way_to_the_one_before_while_that_is_there() -> None:
+    life = filled(SPILLING, has_snapshot=True)
+    older = dict(life.disk.files)
+    assert life.snapshot()
+    before = contents(life.memory)
+    life.disk.files = {**older, **life.disk.files}
+    newest = life.folder.snapshot(life.folder.snapshots()[-1]) / "rows.bin"
+    life.disk.files[newest] = life.disk.files[newest][:-1] + b"\xff"
+    life = life.again()
+    assert contents(life.memory) == before
+    assert spilled(life)
+    for path in spilled(life):
+        flip(life, path)
+    assert life.snapshot()
+    assert contents(life.memory) == before
+    assert contents(life.again().memory) == before
+
+
+def test_however_many_were_forked_the_log_is_read_twice() -> None:
+    life = Life(CountingDisk(), replace(SPEC, max_sequences=20), is_new=True)
+    forks = []
+    for number in range(5):
+        life.append(f"source {number}", 2, 0, value=number)
+        life.memory.fork(f"source {number}", f"fork {number}", None, 0)
+        forks.append(f"fork {number}")
+    assert isinstance(life.disk, CountingDisk)
+    life.disk.opened.clear()
+    salvage = Salvage(life.folder, life.memory.spec, life.archive._segment + 1, forks)
+    assert life.disk.opened == [life.folder.segment(1)] * 2
+    for name in forks:
+        assert salvage.sequence(name).next_position == 2
 
 
 def test_a_full_disk_leaves_the_file_as_it_is_and_the_snapshot_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from memstore.log import MAGIC
 from memstore.recovery import Recovery
 from memstore.seams import SystemDisk
 from memstore.types import Durability, MemorySpec, Metric, PayloadSpec
-from tests.fakes import FakeDisk
+from tests.fakes import FakeDisk, FakeReadFile
 from tests.lives import FOLDER, SPEC, Life, found, picture
 
 if TYPE_CHECKING:
@@ -201,6 +201,47 @@ def test_a_damaged_snapshot_gives_way_to_the_one_before_while_that_is_there() ->
     del life.disk.files[FOLDER / "snapshot-00000002" / "manifest.json"]
     with pytest.raises(Corrupt):
         life.again()
+
+
+def test_a_damaged_snapshot_gives_way_to_the_log_while_all_of_that_is_there() -> None:
+    """As where the process was killed before the first snapshot had been read back."""
+    life = Life(FakeDisk(), is_new=True)
+    _fill(life)
+    before = life.picture()
+    older = dict(life.disk.files)
+    assert life.snapshot()
+    life.disk.files = {**older, **life.disk.files}
+    rows = FOLDER / "snapshot-00000002" / "rows.bin"
+    life.disk.files[rows] = life.disk.files[rows][:-1] + b"\xff"
+    life = life.again()
+    assert life.picture() == before
+    assert life.snapshot()
+    assert life.disk.names(FOLDER) == ["log-00000004", "snapshot-00000004"]
+    assert life.again().picture() == before
+
+
+class BlindDisk(FakeDisk):
+    """Cannot read a snapshot."""
+
+    is_blind = False
+
+    def open(self, path: Path) -> FakeReadFile:
+        if self.is_blind and path.name == "rows.bin":
+            raise OSError(5, "Input/output error")
+        return super().open(path)
+
+
+def test_a_snapshot_that_the_disk_does_not_give_back_is_removed() -> None:
+    disk = BlindDisk()
+    life = Life(disk, is_new=True)
+    _fill(life)
+    before = life.picture()
+    disk.is_blind = True
+    with pytest.raises(OSError, match="Input/output"):
+        life.snapshot()
+    assert disk.names(FOLDER) == ["log-00000001", "log-00000002"]
+    disk.is_blind = False
+    assert life.again().picture() == before
 
 
 def test_a_snapshot_ends_when_its_memory_is_closed() -> None:

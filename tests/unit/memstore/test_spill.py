@@ -109,6 +109,18 @@ def test_an_append_of_nothing_is_remembered_by_a_sequence_that_is_unpinned_while
     assert again.sequences[0].is_replay
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_the_sequences_of_a_call_stay_for_each_other(names: str) -> None:
+    watched = Watched()
+    watched.append("abc", 1)
+    assert watched.resident() == "bc", "b is the one that was used least recently"
+    (result,) = watched.step(_together(names))
+    assert isinstance(result, StepResult)
+    assert watched.resident() == "ab"
+    assert [found(watched.memory, name).sequences[0].as_of for name in names] == [2, 2]
+    assert watched.counts.returns == 1, "only what was away has come back"
+
+
 def test_a_call_has_no_more_places_than_there_are() -> None:
     watched = Watched()
     watched.append("abc")

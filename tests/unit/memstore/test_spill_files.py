@@ -88,7 +88,7 @@ def test_without_a_folder_host_memory_is_enough_for_what_may_lie_there() -> None
     spec = replace(SPEC, spill=SpillSpec(max_sequences=3, host_sequences=3))
     watched = Watched(spec)
     assert watched.memory.lifecycle.spill is not None
-    watched.memory.lifecycle.spill.tiers.folder = None
+    watched.memory.lifecycle.spill.tiers.files.folder = None
     watched.append("abcde")
     for seq in range(1, 4):
         watched.append("abcdeedcba"[5 * (seq % 2) :][:5], 1, seq)

@@ -59,7 +59,7 @@ def test_replies_to_the_writers_of_sequences_in_host_memory_are_bounded() -> Non
 def test_without_files_replies_beyond_their_room_refuse_the_call_and_change_nothing() -> None:
     watched = Watched(replace(SPEC, max_sequences=1, spill=SpillSpec(max_sequences=1, host_sequences=1)))
     assert watched.memory.lifecycle.spill is not None
-    watched.memory.lifecycle.spill.tiers.folder = None
+    watched.memory.lifecycle.spill.tiers.files.folder = None
     replies(watched, "a", 300, "uvw")
     (refused,) = watched.step(batch(SPEC, "b", 1, 0))
     assert isinstance(refused, QuotaExceeded)

@@ -6,10 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from memstore import still
 from memstore.errors import Corrupt, MemstoreError, NotReady, QuotaExceeded
+from memstore.places import Places
 from memstore.recovery import Filling
+from memstore.sequence import Sequence
 from memstore.snapshot import Snapshot
 from memstore.types import Durability, Metric, SpillSpec
 from tests.fakes import FakeAppendFile, FakeDisk, FakeReadFile
@@ -19,6 +22,7 @@ from tests.spilling import RICH
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from memstore.arrivals import Arrivals
     from memstore.types import MemorySpec
 
 SPILLING = replace(SPEC, max_sequences=2, spill=SpillSpec(max_sequences=3, host_sequences=1))
@@ -141,6 +145,40 @@ def test_a_snapshot_is_of_one_moment_though_sequences_come_and_go(
     assert spill.tiers.has_room
     assert len([path for path in life.disk.files if SPILLED in path.parents]) == counts.num_on_disk
     assert contents(life.again().memory) == after, "the log goes on behind the snapshot"
+
+
+def test_a_snapshot_that_mixes_or_lacks_rows_of_sequences_without_a_place_is_refused() -> None:
+    spec = replace(SPILLING, spill=SpillSpec(max_sequences=3, host_sequences=3))
+    slots = torch.arange(2)
+    rows = Life(FakeDisk(), spec, is_new=True).memory._slab.rows(slots)
+
+    def refill(*places: int) -> Arrivals:
+        """One that expects two sequences of four rows each, in these places."""
+        spill = Life(FakeDisk(), spec, is_new=True).memory.lifecycle.spill
+        assert spill is not None
+        spill.arrivals.expect({f"{at}": Sequence(place, 1, 4) for at, place in enumerate(places)}, 4)
+        return spill.arrivals
+
+    with pytest.raises(Corrupt, match="in one place"):
+        refill(7, 7)
+    with pytest.raises(Corrupt, match="does not have"):
+        refill(7, 8).put(9, 2, rows, slots)
+    begun = refill(7, 8)
+    begun.put(7, 2, rows, slots)
+    with pytest.raises(Corrupt, match="mixes"):
+        begun.put(8, 2, rows, slots)
+    with pytest.raises(Corrupt, match=r"'0'.* lacks rows"):
+        begun.check_whole()
+
+
+def test_places_are_counted_through_slab_host_memory_and_files() -> None:
+    places = Places.of(replace(SPILLING, max_sequences=2, spill=SpillSpec(max_sequences=3, host_sequences=1)))
+    assert [places.is_on_device(place) for place in range(6)] == [True, True, False, False, False, False]
+    assert [places.is_filed(place) for place in range(6)] == [False, False, False, False, True, True]
+    assert [places.host_number(places.on_host(number)) for number in range(2)] == [0, 1]
+    assert [places.on_host(number) for number in range(2)] == [2, 3]
+    assert [places.filed(number) for number in (0, 7)] == [4, 11]
+    assert [places.file_number(place) for place in (4, 11)] == [0, 7]
 
 
 def test_pins_and_ends_are_logged() -> None:

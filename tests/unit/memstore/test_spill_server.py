@@ -198,6 +198,12 @@ def test_what_an_earlier_server_spilled_is_removed() -> None:
     disk = FakeDisk()
     disk.files[DATA / "spilled" / "t" / "m" / "sequence-00000000"] = b"old"
     file_store(DATA, disk, FakeClock())
+    disk.files[DATA / "spilled" / "t" / "n" / "sequence-00000000"] = (
+        b"of one that ended before it had removed the other"
+    )
+    store = file_store(DATA, disk, FakeClock())
+    assert not [path for path in disk.files if DATA / "spilled" in path.parents], "nothing is in the way"
+    store.remove_rest()
     assert not disk.files
 
 
