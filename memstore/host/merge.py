@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memstore.host.best import keep_best, offer, put_in_order
-from memstore.host.compiling import kernel
+from memstore.host.compiling import inlined, kernel
 from memstore.host.job import END_RING, FIRST_RING, HEADER, Job, unpacked
 from memstore.host.rings import FIRST_CELL, FIRST_LIST, FIRST_QUERY, NUM_PIECES, NUM_QUERIES, fill, slot_of
 from memstore.host.scan import scan, scan_again
@@ -95,7 +95,7 @@ def rank_all(
             _rank(ring, capacity, rows, asked[query], all_candidates[query], hits)
 
 
-@kernel
+@inlined
 def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], positions: NDArray[Any]) -> None:
     """Fills in the hits of the rings that were searched.
 

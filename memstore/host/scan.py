@@ -12,7 +12,7 @@ import numpy as np
 
 from memstore.host.best import keep_best, offer, worst_of
 from memstore.host.coded import code_query, score_codes
-from memstore.host.compiling import kernel
+from memstore.host.compiling import inlined, kernel
 from memstore.host.job import (
     END_RING,
     FEW_QUERIES,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@kernel
+@inlined
 def scan(job: Job, rings: NDArray[Any], capacity: int, bells: NDArray[Any]) -> bool:
     """Does a job, with the help of those whose bells are rung; False where they have not done their part in time."""
     job.bars[:] = -np.inf
@@ -77,7 +77,7 @@ def help_scan(
     _draw_pieces(unpacked(integers, floats, numbers, keys, norms, codes, terms, queries))
 
 
-@kernel
+@inlined
 def scan_again(job: Job) -> None:
     """Does all pieces that are not done."""
     block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
@@ -86,7 +86,7 @@ def scan_again(job: Job) -> None:
             _do(job, job.pieces[number], block)
 
 
-@kernel
+@inlined
 def _draw_pieces(job: Job) -> None:
     block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
     while True:
@@ -97,7 +97,7 @@ def _draw_pieces(job: Job) -> None:
         draw(job.pieces[number], IS_DONE)
 
 
-@kernel
+@inlined
 def _do(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
     """Fills the lists of one piece. block: (BLOCK, dim) float32 to work in."""
     if piece[PIECE_QUERIES] > job.header[FEW_QUERIES]:
