@@ -116,7 +116,7 @@ class Slab:
         self.terms = tensors.pop() if BITS[spec.first_pass] else None
         self.codes = tensors.pop() if BITS[spec.first_pass] else None
         self.payloads = {payload.name: tensor for payload, tensor in zip(spec.payloads, tensors, strict=True)}
-        self.cells = [_as_cells(tensor) for tensor in self._tensors()] if device.type == "cpu" else []
+        self.cells = [as_cells(tensor) for tensor in self._tensors()] if device.type == "cpu" else []
         """On the host, all arrays as compiled code writes to them: (num_cells, bytes) uint8."""
 
     def _arrays(self, formats: Sequence[_Format]) -> list[torch.Tensor]:
@@ -312,7 +312,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
 
-def _as_cells(array: torch.Tensor) -> NDArray[np.uint8]:
+def as_cells(array: torch.Tensor) -> NDArray[np.uint8]:
     """(layers, places, capacity, ...) -> (num_cells, bytes)."""
     num_cells = array.shape[0] * array.shape[1] * array.shape[2]
     cells: NDArray[np.uint8] = array.view(num_cells, -1).view(torch.uint8).numpy()

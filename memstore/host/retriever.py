@@ -16,6 +16,7 @@ from memstore.host.planning import plan
 from memstore.host.scan import help_scan
 from memstore.host.scoring import KINDS, METRICS, Rows
 from memstore.host.windows import expand, gather
+from memstore.slab import as_cells
 from memstore.types import KEY, Hits
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class _View:
         self.keys = slab.keys
         norms = np.empty(0, np.float32) if slab.norms is None else slab.norms.flatten().numpy()
         self._arrays = {KEY: slab.keys, **slab.payloads}
-        self._bytes = {name: _as_bytes(array) for name, array in self._arrays.items()}
+        self._bytes = {name: as_cells(array) for name, array in self._arrays.items()}
         self.rows = Rows(self._bytes[KEY], norms, KINDS[slab.keys.dtype], METRICS[slab.metric])
         self.code_terms = _codes_of(slab)
         self.coded = BITS[slab.first_pass], self.code_terms[0].shape[1]
@@ -141,10 +142,3 @@ def _tensor(array: NDArray[Any]) -> torch.Tensor:
     """The same memory; torch gives an empty array strides that cannot be viewed."""
     tensor = torch.from_numpy(array)
     return tensor if array.size else tensor.new_empty(tensor.shape)
-
-
-def _as_bytes(array: torch.Tensor) -> NDArray[np.uint8]:
-    """(layers, places, capacity, ...) -> (cells, bytes)."""
-    num_cells = array.shape[0] * array.shape[1] * array.shape[2]
-    flat: NDArray[np.uint8] = array.view(num_cells, -1).view(torch.uint8).numpy()
-    return flat
