@@ -73,7 +73,9 @@ class Errands:
         except BaseException as error:  # as an executor does: whatever it is, it is the outcome
             errand.outcome.set_exception(error)
         else:
-            awaited.add_done_callback(lambda _: self._thread.submit(self._go_on, errand, _sending(errand, awaited)))
+            awaited.add_done_callback(
+                lambda _: self._thread.submit(self._go_on, errand, _sending(errand.steps, awaited))
+            )
             return
         self._end(errand)
 
@@ -88,9 +90,10 @@ class Errands:
                 self._changed.notify_all()
 
 
-def _sending(errand: _Errand, done: Future[Any]) -> Callable[[], Future[Any]]:
-    error = done.exception()
-    return partial(errand.steps.send, done.result()) if error is None else partial(errand.steps.throw, error)
+def _sending(steps: Steps[Any], awaited: Future[Any]) -> Callable[[], Future[Any]]:
+    """What goes on with what was waited for; waits for it where it is not there yet."""
+    error = awaited.exception()
+    return partial(steps.send, awaited.result()) if error is None else partial(steps.throw, error)
 
 
 def run(steps: Steps[T]) -> T:
@@ -101,5 +104,4 @@ def run(steps: Steps[T]) -> T:
             awaited = advance()
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]  # as the generator says
-        error = awaited.exception()
-        advance = partial(steps.send, awaited.result()) if error is None else partial(steps.throw, error)
+        advance = _sending(steps, awaited)
