@@ -203,11 +203,6 @@ QUALITY_COLUMNS = {
 """Table of docs/quality.md -> figures of its result and how they are headed."""
 
 
-def quality(name: str) -> Callable[[Path], str]:
-    """The block of a quality table."""
-    return lambda root: pivot(root / "benchmarks" / "results" / f"quality-{name}.json", QUALITY_COLUMNS[name])
-
-
 def corpus_packages(root: Path) -> str:
     """Every package of the training text with its licence and how much of it was taken."""
     packages = json.loads((root / "integration" / "training" / "corpus.json").read_text(encoding="utf-8"))
@@ -265,7 +260,10 @@ BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("docs/operations.md", "RELIABILITY", reliability),
     ("docs/data.md", "DISJOINT", disjoint),
     ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),
-    *(("docs/quality.md", f"QUALITY_{name.upper()}", quality(name)) for name in QUALITY_COLUMNS),
+    *(
+        ("docs/quality.md", f"QUALITY_{name.upper()}", block(f"quality-{name}", columns))
+        for name, columns in QUALITY_COLUMNS.items()
+    ),
 )
 """Document, mark, and what stands between the two marks."""
 
