@@ -15,29 +15,18 @@ from memstore.catalog import FileCatalog
 from memstore.seams import SystemDisk
 from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval, errors
-from model_client.transport import mapped
 from tests.calling import hashed, tokens
 from tests.fakes import FakeClock
 from tests.leasing import CAPACITY, client_of, content, create, rows, until
 from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.serving import Serving
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease is asked for again at once."""
-    monkeypatch.setattr(mapped, "FIRST_RETRY_S", 0.0)
-
-
-@pytest.fixture
-def server() -> Iterator[Serving]:
-    with serving(Setting(lends=True)) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("asked_again_at_once")
 
 
 def test_a_tenant_cannot_have_the_memory_of_another() -> None:

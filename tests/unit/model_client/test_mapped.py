@@ -12,25 +12,14 @@ from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval, errors
 from model_client.transport import mapped
 from tests.leasing import client_of, content, create, rows, until
-from tests.serving import Setting, serving
+from tests.serving import serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from model_client import Session
     from tests.serving import Serving
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease is asked for again at once."""
-    monkeypatch.setattr(mapped, "FIRST_RETRY_S", 0.0)
-
-
-@pytest.fixture
-def server() -> Iterator[Serving]:
-    with serving(Setting(lends=True)) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("asked_again_at_once")
 
 
 def test_what_is_appended_here_others_read_at_once(server: Serving) -> None:
