@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.quality.attending import Read, attend
 from integration.adapter import add_lora
 from integration.families import find_decoder
 from integration.weights import MemoryWeights
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from integration.config import MemoryConfig
+    from model_client.cache_attention import StateProjection
 
 
 def decoder_of(model: Any) -> Any:
@@ -88,6 +90,29 @@ def exact_top(scores: Tensor, top_k: int, tile: int = 64) -> Tensor:
     return torch.gather(tiles, -1, best // tile) * tile + best % tile
 
 
+def nearness(queries: Tensor, kept: Tensor, is_empty: Tensor) -> Tensor:
+    """(B, T, d), (B, C, d), (B, C) -> (B, T, C): half the negative squared distance, -inf where empty.
+
+    Two columns more do what terms beside the product would do, which would be read and written with all scores.
+    """
+    norms = torch.linalg.vector_norm(kept, dim=-1, dtype=torch.float32).square() / -2
+    return likeness(queries, kept, is_empty, norms, -kept.shape[-1] / 2)
+
+
+def likeness(
+    queries: Tensor, kept: Tensor, is_empty: Tensor, terms: Tensor | float = 0.0, constant: float = 0.0
+) -> Tensor:
+    """(B, T, d), (B, C, d), (B, C) -> (B, T, C): products with terms (B, C) of the kept rows and a constant added."""
+    extra = kept.new_zeros(*kept.shape[:-1], 8)
+    bias = torch.zeros(is_empty.shape, device=kept.device) + terms
+    extra[..., 0] = bias.masked_fill(is_empty, float("-inf")).to(kept.dtype)
+    extra[..., 1] = constant
+    ones = queries.new_zeros(*queries.shape[:-1], 8)
+    ones[..., :2] = 1.0
+    with torch.autocast(kept.device.type, enabled=False):
+        return torch.bmm(torch.cat([queries, ones], dim=-1), torch.cat([kept, extra], dim=-1).transpose(1, 2))
+
+
 class Gathered(RetrievedRows):
     """Rows that lie in the order of their entries already: rows (N, E, d)."""
 
@@ -121,6 +146,7 @@ class Ring(nn.Module):
             kept = torch.zeros(batch, capacity, *width, dtype=dtype, device=device)
             self.register_buffer(name, kept, persistent=False)
         self.register_buffer("next", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
+        self.span: Tensor | None = None  # (batch,) entries that a row has, where they are fewer than the capacity
         self._rows = torch.arange(batch, device=device)[:, None]
 
     def begin(self, begun: Tensor) -> None:
@@ -137,7 +163,12 @@ class Ring(nn.Module):
 
     def is_empty(self) -> Tensor:
         """(batch, capacity): slots that hold nothing yet."""
-        return torch.arange(self.capacity, device=self.next.device) >= self.next[:, None]
+        slots = torch.arange(self.capacity, device=self.next.device)
+        is_empty = slots >= self.next[:, None]
+        if self.span is None:
+            return is_empty
+        age = (self.next[:, None] - 1 - slots) % self.capacity
+        return is_empty | (age >= self.span[:, None])
 
     def neighbours(self, slots: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
         """Slots (batch, T, k) of hits -> slots and whether they are live, both (batch, T, k, before + 1 + after)."""
@@ -193,10 +224,11 @@ class Network(nn.Module):
         if spec.kind == "mt":
             from benchmarks.quality.memorizing import MemorizingWeights
 
-            self.weights = MemorizingWeights(self.decoder.layers[spec.config.retrieval_layer].self_attn)
+            attention = self.decoder.layers[spec.config.retrieval_layer].self_attn
+            self.weights = MemorizingWeights(attention, spec.init)
         self.head = self.decoder_head()
         self.ring: Any = None
-        self._retrieved: RetrievedRows | None = None
+        self._retrieved: Any = None
         self._local: tuple[Tensor, Tensor] | None = None
         self._hook()
 
@@ -244,26 +276,27 @@ class Network(nn.Module):
     def search(self, keys: Tensor) -> Tensor:
         """Slots (batch, T, k) nearest to keys (batch, T, d) among the kept states, projected as they are now."""
         # Half precision on a GPU: bf16 would tie what differs by less than a hundredth.
-        kept = self.weights.projection(self.ring.hidden).to(torch.float16 if keys.is_cuda else keys.dtype)
-        bias = kept.float().square().sum(dim=-1).div(-2).masked_fill(self.ring.is_empty(), float("-inf"))
-        with torch.autocast(keys.device.type, enabled=False):
-            scores = torch.baddbmm(bias[:, None].to(kept.dtype), keys.to(kept.dtype), kept.transpose(1, 2))
-        return exact_top(scores, self.config.top_k)
+        kept = self.project(self.ring.hidden, torch.float16)
+        return exact_top(nearness(keys.to(kept.dtype), kept, self.ring.is_empty()), self.config.top_k)
 
-    def look_up(self, hidden: Tensor) -> Gathered:
+    def look_up(self, hidden: Tensor) -> Read:
         """What the tokens of a segment may attend to; gradients reach the projection."""
-        config, (batch, length, _) = self.config, hidden.shape
+        config, batch = self.config, hidden.shape[0]
         keys = self.weights.projection(hidden)
         slots, is_live = self.ring.neighbours(self.search(keys.detach()), config.before, config.after)
         slots, is_live = slots.flatten(2), is_live.flatten(2)
         rows = torch.arange(batch, device=hidden.device)[:, None, None]
-        found = self.weights.projection(self.ring.hidden[rows, slots])
-        if hidden.is_cuda:
-            found = found.to(torch.bfloat16)
-        found = found.masked_fill(~is_live[..., None], 0.0)
-        found, is_live = widen(found, is_live, config.context)
-        entries = torch.where(is_live, 0, -1).view(batch * length, -1)
-        return Gathered(found.reshape(batch * length, -1, config.dim), entries, keys.flatten(0, 1))
+        found = self.project(self.ring.hidden[rows, slots])
+        return Read(found, is_live, keys, config.context)
+
+    def project(self, states: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The projection's keys, on a GPU in 16 bits from end to end; sums within are float32 there too."""
+        projection: StateProjection = self.weights.projection
+        if not states.is_cuda:
+            return projection(states)
+        projected = projection.linear(states).to(dtype)
+        with torch.autocast("cuda", enabled=False):
+            return functional.layer_norm(projected, projected.shape[-1:])
 
     def _hook(self) -> None:
         layers = self.decoder.layers
@@ -282,8 +315,7 @@ class Network(nn.Module):
             if self._retrieved is None:
                 return None
             states = args[0] if args else kwargs["hidden_states"]
-            added = attention(states.flatten(0, 1), self._retrieved).view(states.shape)
-            return (output[0] + added, *output[1:])
+            return (output[0] + attend(attention, states, self._retrieved), *output[1:])
 
         return read
 

@@ -72,7 +72,8 @@ class Variant:
         fuse_norms(model)
         model.requires_grad_(False).eval()
         if report["kind"] == "mt":
-            memorizing = MemorizingWeights(model.model.layers[report["layer"]].self_attn)
+            attention = model.model.layers[report["layer"]].self_attn
+            memorizing = MemorizingWeights(attention, report.get("init", "model"))
             memorizing.load_state_dict(torch.load(folder / "mt.pt", map_location=device, weights_only=True))
             memorizing.to(device).eval()
         return cls(model, report, adapter, memorizing)
