@@ -61,5 +61,5 @@ def spec_of(name: str, base: dict[str, Any], shape: Any) -> tuple[NetworkSpec, i
         "num_kv_heads": shape.num_key_value_heads,
         "head_dim": shape.head_dim,
     }
-    config = MemoryConfig(memory="quality", segment_length=segment, **sizes, **changes)
+    config = MemoryConfig(memory="quality", segment_length=segment, **(sizes | changes))
     return NetworkSpec(kind=own.pop("kind", "memory"), config=config, **own), segment
