@@ -14,31 +14,40 @@ import threading
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from benchmarks.quality import data
 from benchmarks.quality.adapt import MAX_SEGMENTS, WARMUP, sample_states, save
 from benchmarks.quality.network import Network, Ring, initialise
-from benchmarks.quality.variants import OURS, VARIANTS, spec_of
+from benchmarks.quality.planting import planted
+from benchmarks.quality.variants import spec_of
+from integration.adapter import load_adapter
 from integration.training.documents import Documents, Streams
 from integration.training.judge import autocast
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 DOMAINS = ("books", "code")
+PLANTED_BOOKS = 10
+MAX_RESERVED = 90 << 30
 AHEAD = 16  # launches that wait on the device at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One training. changes: of its variant. spans: entries that the rows of a batch have, in turn. renamed: share of
-    book documents whose capitalised words are exchanged."""
+    book documents whose capitalised words are exchanged. planted: books with planted facts. begin: folder of the adapter
+    to go on from.
+    """
 
     name: str
     variant: str = "ours"
@@ -50,6 +59,16 @@ class Trial:
     seed: int = 0
     spans: tuple[int, ...] = ()
     renamed: float = 0.0
+    planted: bool = False
+    begin: str = ""
+
+
+class Text:
+    """Documents of both domains; ids: all of them on the device, code from `offset` on."""
+
+    def __init__(self, documents: list[Documents], device: torch.device) -> None:
+        self.documents, self.offset = documents, len(documents[0].ids)
+        self.ids = torch.from_numpy(Documents.join(documents).ids.astype(np.int32)).to(device)
 
 
 class Corpus:
@@ -57,24 +76,33 @@ class Corpus:
 
     def __init__(self, folder: Path, device: torch.device, length: int) -> None:
         self.folder, self.device = folder, device
-        self.documents = [data.load(folder, domain, "train")[0] for domain in DOMAINS]
-        joined = Documents.join(self.documents)
-        self.ids = torch.from_numpy(joined.ids.astype(np.int32)).to(device)
-        self.offset = len(self.documents[0].ids)
+        plain = [data.load(folder, domain, "train")[0] for domain in DOMAINS]
+        self._texts = {False: Text(plain, device)}
         self.held_out = [data.windows(folder, domain, "validation", length, 5) for domain in DOMAINS]
-        self._plans: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._plans: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self.exchanges = self._exchanges(64)
 
-    def plan(self, steps: int, batch: int, segment: int, seed: int) -> tuple[Tensor, Tensor]:
+    def text(self, is_planted: bool) -> Text:
+        """The training text, with facts planted in some of its books if so."""
+        if is_planted not in self._texts:
+            books, code = self._texts[False].documents
+            count = min(PLANTED_BOOKS, len(books))
+            some = Documents(books.ids[: books.splits[count]], books.splits[: count + 1])
+            words = json.loads((self.folder / "words.json").read_text())
+            tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            self._texts[True] = Text([planted(some, tokenizer, words["train"]), code], self.device)
+        return self._texts[is_planted]
+
+    def plan(self, steps: int, batch: int, segment: int, seed: int, is_planted: bool) -> tuple[Tensor, Tensor]:
         """Places and begun rows of every step, (steps, batch) int64 and bool; half books, half code."""
-        key = (steps, batch, segment, seed)
+        key, text = (steps, batch, segment, seed, is_planted), self.text(is_planted)
         if key not in self._plans:
             parts = [
                 Streams(
                     each, batch=batch // 2, segment=segment, max_segments=MAX_SEGMENTS * 512 // segment,
                     seed=seed, device=torch.device("cpu"),
                 )
-                for each in self.documents
+                for each in text.documents
             ]  # fmt: skip
             places = np.zeros((steps, batch), np.int64)
             begun = np.zeros((steps, batch), bool)
@@ -82,7 +110,7 @@ class Corpus:
                 for number, part in enumerate(parts):
                     first = number * (batch // 2)
                     found, new = part.next_places()
-                    places[step, first : first + batch // 2] = np.array(found) + number * self.offset
+                    places[step, first : first + batch // 2] = np.array(found) + number * text.offset
                     begun[step, [first + row for row in new]] = True
             self._plans[key] = (torch.from_numpy(places).to(self.device), torch.from_numpy(begun).to(self.device))
         return self._plans[key]
@@ -90,11 +118,29 @@ class Corpus:
     def _exchanges(self, count: int) -> Tensor:
         """(1 + count, vocabulary): the tokens themselves, then as many ways to exchange those that begin a name."""
         vocabulary = json.loads((self.folder / "tokenizer.json").read_text())["model"]["vocab"]
-        names = sorted(n for token, n in vocabulary.items() if len(token) > 3 and token[0] == "Ġ" and token[1].isupper() and token[2:].islower())
+        names = sorted(
+            n
+            for token, n in vocabulary.items()
+            if len(token) > 3 and token[0] == "Ġ" and token[1].isupper() and token[2:].islower()
+        )
         rng, table = np.random.default_rng(0), np.tile(np.arange(max(vocabulary.values()) + 1), (count + 1, 1))
         for row in table[1:]:
             row[names] = rng.permutation(names)
         return torch.from_numpy(table).to(self.device)
+
+
+def captured(step: Callable[[], None]) -> Any:
+    """A graph of the current stream's work; waits for no other stream, as torch.cuda.graph does."""
+    gc.collect()
+    gc.disable()
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        step()
+    finally:
+        graph.capture_end()
+        gc.enable()
+    return graph
 
 
 class Training:
@@ -106,9 +152,12 @@ class Training:
         self.spec, self.segment = spec_of(trial.variant, trial.changes, template.config)
         self.batch = max(2, trial.batch * 512 // max(512, self.segment))
         self.network = Network(copy.deepcopy(template), self.spec)
-        self.places, self.begun = corpus.plan(trial.steps, self.batch, self.segment, trial.seed)
+        self.ids = corpus.text(trial.planted).ids
+        self.places, self.begun = corpus.plan(trial.steps, self.batch, self.segment, trial.seed, trial.planted)
         self.reach = torch.arange(self.segment + 1, device=self.device)
-        initialise(self.network, sample_states(self.network, corpus.ids[self.places[0][:, None] + self.reach].long()))
+        initialise(self.network, sample_states(self.network, self.ids[self.places[0][:, None] + self.reach].long()))
+        if trial.begin:
+            self._go_on(Path(trial.begin))
         self.network.make_ring(self.batch, self.segment)
         if trial.spans and self.network.ring is not None:
             self.network.ring.span = torch.tensor(
@@ -120,6 +169,15 @@ class Training:
         self._optimizer()
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.graph: Any = None
+
+    def _go_on(self, folder: Path) -> None:
+        from peft import set_peft_model_state_dict
+
+        if self.network.has_memory:
+            self.network.weights.load_state_dict(
+                load_adapter(folder, device=self.device, dtype=torch.float32).weights.state_dict()
+            )
+        set_peft_model_state_dict(self.network.model, load_file(folder / "lora" / "adapter_model.safetensors"))
 
     def _picks(self) -> Tensor:
         """(steps, batch): which exchange each row's document has; 0 for none."""
@@ -145,7 +203,9 @@ class Training:
         groups = [group for group in groups if group[0]]
         steps = np.arange(trial.steps)
         shape = np.minimum(1.0, (steps + 1) / WARMUP) * 0.5 * (1 + np.cos(math.pi * (steps + 1) / trial.steps))
-        self.rates = torch.tensor(np.stack([shape * peak for _, _, peak in groups]), dtype=torch.float32).to(self.device)
+        self.rates = torch.tensor(np.stack([shape * peak for _, _, peak in groups]), dtype=torch.float32).to(
+            self.device
+        )
         self.lrs = [torch.tensor(0.0, device=self.device) for _ in groups]
         given = [
             {"params": params, "weight_decay": decay, "lr": rate}
@@ -160,7 +220,7 @@ class Training:
         at = self.at[None]
         for number, rate in enumerate(self.lrs):
             rate.copy_(self.rates[number].index_select(0, at)[0])
-        windows = self.corpus.ids[self.places.index_select(0, at)[0][:, None] + self.reach].long()
+        windows = self.ids[self.places.index_select(0, at)[0][:, None] + self.reach].long()
         if self.picks is not None:
             windows = self.corpus.exchanges[self.picks.index_select(0, at)[0][:, None], windows]
         with autocast(self.device):
@@ -187,17 +247,17 @@ class Training:
         for _ in range(2):
             self.update()
         torch.cuda.current_stream().synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.update()
-        self.graph = graph
+        self.graph = captured(self.update)
         with torch.no_grad():
             for own, before in zip(self.parameters, kept, strict=True):
                 own.copy_(before)
         self.forget()
 
-    def run(self, until: float) -> int:
-        """Steps until they are done, or the clock is past `until`; gives how many were made."""
+    def run(self, until: float, notice: Callable[[int], None] | None = None) -> int:
+        """Steps until they are done, or the clock is past `until`; gives how many were made.
+
+        notice: told of every thousand.
+        """
         events: list[Any] = []
         for step in range(self.trial.steps):
             if self.graph is None:
@@ -209,7 +269,9 @@ class Training:
                 events.append(event)
                 if len(events) > AHEAD:
                     events.pop(0).synchronize()
-            if step % 50 == 0 and time.monotonic() > until:
+            if notice is not None and step % 1000 == 999:
+                notice(step + 1)
+            if step % 50 == 49 and time.monotonic() > until:
                 return step + 1
         return self.trial.steps
 
@@ -224,7 +286,7 @@ class Training:
         network.ring = None
         if kept is not None:
             network.make_ring(len(ids), segment)
-            names = ("hidden",) if network.spec.kind == "memory" else ("key", "value")
+            names = ("hidden",) if network.has_memory else ("key", "value")
             widths = {name: getattr(kept, name).shape[2:] for name in names}
             network.ring = Ring(len(ids), capacity, segment, widths, device=self.device)
         reach = torch.arange(segment + 1, device=self.device)
@@ -242,9 +304,7 @@ class Training:
                 step()
         else:
             step()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                step()
+            graph = captured(step)
             at.zero_()
             if network.ring is not None:
                 network.ring.next.zero_()
@@ -285,14 +345,18 @@ class Training:
 class Fleet:
     """Threads that take trials from a list, best first, until the time is over."""
 
-    def __init__(self, base: Path, corpus: Corpus, out: Path, log: Path, *, workers: int = 3, length: int = 65_536) -> None:
+    def __init__(
+        self, base: Path, corpus: Corpus, out: Path, log: Path, *, workers: int = 3, length: int = 65_536
+    ) -> None:
         self.corpus, self.out, self.log, self.workers, self.length = corpus, out, log, workers, length
         self.template: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).to(corpus.device)
         self.found: dict[str, dict[str, Any]] = {}
         self._building, self._taking = threading.Lock(), threading.Lock()
         self.failures = 0
 
-    def run(self, trials: list[Trial], until: float, capacities: tuple[int, ...] = (16_384,), keep: bool = False) -> None:
+    def run(
+        self, trials: list[Trial], until: float, capacities: tuple[int, ...] = (16_384,), keep: bool = False
+    ) -> None:
         """Trains and reads as many as there is time for. keep: saves their weights."""
         waiting = list(trials)
 
@@ -327,7 +391,11 @@ class Fleet:
                     training.capture()
                     training.stream.synchronize()
             built = time.monotonic()
-            steps = training.run(until)
+
+            def notice(done: int) -> None:
+                save(training.network, self.out / trial.name, training.report(done, time.monotonic() - built))
+
+            steps = training.run(until, notice if keep else None)
             if training.stream is not None:
                 training.stream.synchronize()
             seconds = time.monotonic() - built
@@ -345,7 +413,9 @@ class Fleet:
         with self._taking, self.log.open("a") as log:
             log.write(json.dumps(row) + "\n")
         baseline = self.found.get("lora", {})
-        change = "".join(f" {100 * math.expm1(row[d] - baseline[d]):+.2f}%" for d in DOMAINS if d in baseline and d in row)
+        change = "".join(
+            f" {100 * math.expm1(row[d] - baseline[d]):+.2f}%" for d in DOMAINS if d in baseline and d in row
+        )
         print(
             f"{time.monotonic():.0f} {trial.name}: {steps} steps {report['steps_per_s']}/s build {row['build_s']} read "
             f"{row['read_s']} loss {report['losses'][-4:]} "
@@ -355,13 +425,5 @@ class Fleet:
         with self._building:
             del training
             gc.collect()
-            if self.corpus.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-
-def bound(changes: dict[str, Any]) -> dict[str, Any]:
-    """Changes for spec_of: `spec_of` takes OURS, then these, then the variant's own."""
-    return OURS | changes
-
-
-__all__ = ["VARIANTS", "Corpus", "Fleet", "Trial", "Training", "bound"]
+            if self.corpus.device.type == "cuda" and torch.cuda.memory_reserved() > MAX_RESERVED:
+                torch.cuda.empty_cache()  # waits for all that runs

@@ -191,9 +191,18 @@ def widen(rows: Tensor, is_live: Tensor, context: int) -> tuple[Tensor, Tensor]:
     return torch.cat(shifted_rows, dim=2), torch.cat(shifted_live, dim=2)
 
 
+def project(projection: StateProjection, states: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The projection's keys, on a GPU in 16 bits from end to end; sums within are float32 there too."""
+    if not states.is_cuda:
+        return projection(states)
+    projected = projection.linear(states).to(dtype)
+    with torch.autocast("cuda", enabled=False):
+        return functional.layer_norm(projected, projected.shape[-1:])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """What is trained. kind: "lora", "memory" or "mt". lora_rank: 0 for none. fixed_projection: train all but W_p.
+    """What is trained. kind: "lora", "memory", "heads" (each head with a projection and hits of its own) or "mt". lora_rank: 0 for none. fixed_projection: train all but W_p.
 
     init: of the cache attention, "plain" (keys and values at random), "model" (the layer's own, carried through the
     projection) or "similar" (plain, and each head begins by weighing how near a row is).
@@ -216,7 +225,7 @@ class Network(nn.Module):
         fuse_norms(model)
         self.spec, self.config = spec, spec.config
         self.weights: Any = None
-        if spec.kind == "memory":
+        if self.has_memory:
             self.weights = MemoryWeights.for_model(model, spec.config, dtype=torch.float32).train()
         self.model: Any = add_lora(model, spec.lora_rank) if spec.lora_rank else model
         merge_forward(self.model)
@@ -230,7 +239,24 @@ class Network(nn.Module):
         self.ring: Any = None
         self._retrieved: Any = None
         self._local: tuple[Tensor, Tensor] | None = None
-        self._hook()
+        if spec.kind != "heads":
+            self._hook()
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether states are kept and read by cache attention."""
+        return self.spec.kind in ("memory", "heads")
+
+    @property
+    def parts(self) -> list[MemoryWeights]:
+        """What looks up for itself: the memory's weights, or those of each head."""
+        return list(self.weights) if self.spec.kind == "heads" else [self.weights]
+
+    def part_heads(self) -> None:
+        """Gives each head its own copy of the projection, and with it a retrieval of its own, from what is there."""
+        if self.spec.kind == "heads":
+            self.weights = nn.ModuleList(one_head(self.weights, self.config, head) for head in range(self.config.num_heads))
+            self._hook()
 
     def decoder_head(self) -> Any:
         """The output embedding."""
@@ -250,7 +276,7 @@ class Network(nn.Module):
             return
         config, device = self.config, self.head.weight.device
         heads = (config.num_heads, config.head_dim)
-        widths = {"hidden": (config.hidden_size,)} if self.spec.kind == "memory" else {"key": heads, "value": heads}
+        widths = {"hidden": (config.hidden_size,)} if self.has_memory else {"key": heads, "value": heads}
         self.ring = Ring(batch, config.capacity, segment, widths, device=device, dtype=dtype)
 
     def loss(self, windows: Tensor, begun: Tensor | None = None) -> Tensor:
@@ -268,39 +294,30 @@ class Network(nn.Module):
         return nats.view(windows.shape[0], -1)
 
     def _enter(self, number: int, hidden: Tensor) -> None:
-        if self.spec.kind == "memory" and self.ring is not None and number == self.config.retrieval_layer:
-            self._retrieved = self.look_up(hidden.detach())
+        if self.has_memory and self.ring is not None and number == self.config.retrieval_layer:
+            self._retrieved = [self.look_up(hidden.detach(), each) for each in self.parts]
             self.ring.append(hidden=hidden.detach())
 
     @torch.no_grad()
-    def search(self, keys: Tensor) -> Tensor:
+    def search(self, keys: Tensor, projection: StateProjection) -> Tensor:
         """Slots (batch, T, k) nearest to keys (batch, T, d) among the kept states, projected as they are now."""
         # Half precision on a GPU: bf16 would tie what differs by less than a hundredth.
-        kept = self.project(self.ring.hidden, torch.float16)
+        kept = project(projection, self.ring.hidden, torch.float16)
         return exact_top(nearness(keys.to(kept.dtype), kept, self.ring.is_empty()), self.config.top_k)
 
-    def look_up(self, hidden: Tensor) -> Read:
+    def look_up(self, hidden: Tensor, weights: MemoryWeights) -> Read:
         """What the tokens of a segment may attend to; gradients reach the projection."""
         config, batch = self.config, hidden.shape[0]
-        keys = self.weights.projection(hidden)
-        slots, is_live = self.ring.neighbours(self.search(keys.detach()), config.before, config.after)
+        keys = weights.projection(hidden)
+        slots, is_live = self.ring.neighbours(self.search(keys.detach(), weights.projection), config.before, config.after)
         slots, is_live = slots.flatten(2), is_live.flatten(2)
         rows = torch.arange(batch, device=hidden.device)[:, None, None]
-        found = self.project(self.ring.hidden[rows, slots])
+        found = project(weights.projection, self.ring.hidden[rows, slots])
         return Read(found, is_live, keys, config.context)
-
-    def project(self, states: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The projection's keys, on a GPU in 16 bits from end to end; sums within are float32 there too."""
-        projection: StateProjection = self.weights.projection
-        if not states.is_cuda:
-            return projection(states)
-        projected = projection.linear(states).to(dtype)
-        with torch.autocast("cuda", enabled=False):
-            return functional.layer_norm(projected, projected.shape[-1:])
 
     def _hook(self) -> None:
         layers = self.decoder.layers
-        if self.spec.kind == "memory":
+        if self.has_memory:
             for number in self.config.attention_layers:
                 layers[number].self_attn.register_forward_hook(self._reader(number), with_kwargs=True)
         if self.spec.kind == "mt":
@@ -309,13 +326,14 @@ class Network(nn.Module):
             attention.o_proj.register_forward_pre_hook(self._mix)
 
     def _reader(self, number: int) -> Any:
-        attention = self.weights.cache_attention(number)
+        attentions = [each.cache_attention(number) for each in self.parts]
 
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self._retrieved is None:
                 return None
             states = args[0] if args else kwargs["hidden_states"]
-            return (output[0] + attend(attention, states, self._retrieved), *output[1:])
+            added = [attend(one, states, rows) for one, rows in zip(attentions, self._retrieved, strict=True)]
+            return (output[0] + torch.stack(added).sum(dim=0) if len(added) > 1 else output[0] + added[0], *output[1:])
 
         return read
 
@@ -335,7 +353,7 @@ class Network(nn.Module):
 def initialise(network: Network, states: Tensor) -> None:
     """Begins with the projection and the cache attention that the spec names; states: (n, hidden_size) of the layer."""
     spec, weights = network.spec, network.weights
-    if spec.kind != "memory":
+    if not network.has_memory:
         return
     if spec.projection == "pca":
         weights.projection.fit(states)
@@ -344,3 +362,23 @@ def initialise(network: Network, states: Tensor) -> None:
     if spec.init == "similar":
         for number in spec.config.attention_layers:
             weights.cache_attention(number).similarity.fill_(1.0)
+    network.part_heads()
+
+
+@torch.no_grad()
+def one_head(weights: MemoryWeights, config: MemoryConfig, head: int) -> MemoryWeights:
+    """What one head of each cache attention does, as a memory of its own; the sum of all heads is what all do."""
+    shared = config.num_heads // config.num_kv_heads
+    own = MemoryWeights(config.with_changes(num_heads=1, num_kv_heads=1), dtype=torch.float32)
+    own.projection.load_state_dict(weights.projection.state_dict())
+    for number, target in own.layers.items():
+        source, width = weights.cache_attention(int(number)), config.head_dim
+        rows, shared_rows = slice(head * width, (head + 1) * width), head // shared * width
+        target.q_proj.weight.copy_(source.q_proj.weight[rows])
+        target.q_proj.bias.copy_(source.q_proj.bias[rows])
+        target.k_proj.weight.copy_(source.k_proj.weight[shared_rows : shared_rows + width])
+        target.v_proj.weight.copy_(source.v_proj.weight[shared_rows : shared_rows + width])
+        target.o_proj.weight.copy_(source.o_proj.weight[:, rows])
+        for name in ("similarity", "slot_bias", "null_logit"):
+            getattr(target, name).copy_(getattr(source, name)[head : head + 1])
+    return own.to(weights.projection.linear.weight.device)

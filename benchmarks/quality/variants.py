@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora-short": {"kind": "lora"},
     "lora-1024": {"kind": "lora", "segment": 1024},
     "mt": {"kind": "mt", "top_k": 32},
+    "heads": {"kind": "heads"},
     "init-plain": {"init": "plain"},
     "init-similar": {"init": "similar"},
     "top-32": {"top_k": 32},
