@@ -202,10 +202,11 @@ def project(projection: StateProjection, states: Tensor, dtype: torch.dtype = to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """What is trained. kind: "lora", "memory", "heads" (each head with a projection and hits of its own) or "mt". lora_rank: 0 for none. fixed_projection: train all but W_p.
+    """What is trained. kind: "lora", "memory", "heads" (each head with a projection and hits of its own) or "mt".
 
-    init: of the cache attention, "plain" (keys and values at random), "model" (the layer's own, carried through the
-    projection) or "similar" (plain, and each head begins by weighing how near a row is).
+    lora_rank: 0 for none. fixed_projection: train all but W_p. init: of the cache attention, "plain" (keys and values
+    at random), "model" (the layer's own, carried through the projection) or "similar" (plain, and each head begins by
+    weighing how near a row is); of "mt", "unit" or "open", see MemorizingWeights.
     """
 
     kind: str
@@ -255,7 +256,9 @@ class Network(nn.Module):
     def part_heads(self) -> None:
         """Gives each head its own copy of the projection, and with it a retrieval of its own, from what is there."""
         if self.spec.kind == "heads":
-            self.weights = nn.ModuleList(one_head(self.weights, self.config, head) for head in range(self.config.num_heads))
+            self.weights = nn.ModuleList(
+                one_head(self.weights, self.config, head) for head in range(self.config.num_heads)
+            )
             self._hook()
 
     def decoder_head(self) -> Any:
@@ -309,7 +312,9 @@ class Network(nn.Module):
         """What the tokens of a segment may attend to; gradients reach the projection."""
         config, batch = self.config, hidden.shape[0]
         keys = weights.projection(hidden)
-        slots, is_live = self.ring.neighbours(self.search(keys.detach(), weights.projection), config.before, config.after)
+        slots, is_live = self.ring.neighbours(
+            self.search(keys.detach(), weights.projection), config.before, config.after
+        )
         slots, is_live = slots.flatten(2), is_live.flatten(2)
         rows = torch.arange(batch, device=hidden.device)[:, None, None]
         found = project(weights.projection, self.ring.hidden[rows, slots])

@@ -76,7 +76,9 @@ def planted(documents: Documents, tokenizer: Any, words: Sequence[str], seed: in
             old = [number for number, (at, _) in enumerate(told) if written - at > LEAST_APART]
             if old and rng.random() < 0.6:
                 # Half of what is asked was told lately: else long documents would ask for nothing near.
-                number = old[-int(rng.integers(1, min(len(old), 12) + 1))] if rng.random() < 0.5 else int(rng.choice(old))
+                number = (
+                    old[-int(rng.integers(1, min(len(old), 12) + 1))] if rng.random() < 0.5 else int(rng.choice(old))
+                )
                 ids = told[number][1]
             else:
                 kind = KINDS[int(rng.integers(len(KINDS)))]
@@ -98,7 +100,7 @@ class Probe:
 
 
 def probe(book: np.ndarray, distance: int, tokenizer: Any, words: Sequence[str], rng: np.random.Generator) -> Probe:
-    """Facts told after 512 tokens of a book, `distance` tokens more of it, then the same facts asked in another order."""
+    """Facts told after 512 tokens of a book, `distance` tokens of it, then the same facts asked in another order."""
     facts = [fact("key", words, rng, PROBE_PLACE)]
     seen: set[str] = set()
     while len(facts) < 9:

@@ -18,10 +18,11 @@ import torch
 
 from benchmarks.quality.cost import cost
 from benchmarks.quality.fidelity import fidelity
-from benchmarks.quality.looking import ages, mentions, passkey
+from benchmarks.quality.looking import ages, mentions
 from benchmarks.quality.network import NetworkSpec
 from benchmarks.quality.policies import POLICIES, PolicyCache, PolicyNetwork
 from benchmarks.quality.reading import Reading, read
+from benchmarks.quality.recall import recall
 from benchmarks.quality.table import K, Table, join, percent
 from integration.training.judge import autocast
 
@@ -202,7 +203,7 @@ TABLES = {
         ages,
         mentions,
         cost,
-        passkey,
+        recall,
     )
 }
 
