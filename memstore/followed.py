@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 class Followed(Generic[T]):
     """What `parse` makes of some files. What cannot be read later leaves what was known, and is logged once.
 
-    What is wrong in a file is looked at again when it has changed; what the disk or the process refused, or was a bug, at
-    every look. Any thread may ask.
+    What is wrong in a file is looked at again when it has changed; what the disk or the process refused, or was a bug,
+    at every look. Any thread may ask.
     """
 
     def __init__(self, paths: Sequence[Path], parse: Callable[[], T], clock: Clock, every_s: float) -> None:

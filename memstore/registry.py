@@ -20,7 +20,7 @@ from memstore.auth import Open
 from memstore.catalog import MemoryId
 from memstore.entries import identity, spec_of, text_of
 from memstore.errands import Errands, run
-from memstore.errors import AlreadyExists, Corrupt, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.errors import AlreadyExists, Corrupt, Internal, MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.futures import then
 from memstore.index import prepare
 from memstore.logs import event, trouble
@@ -370,8 +370,8 @@ class Registry:
             self._loaded[memory] = yield from self._make(memory, spec, created_at, keep)
             self._unloaded.pop(memory, None)
             self.on_change()
-        except MemstoreError as error:
-            self._unloaded[memory] = error
+        except Exception as error:  # a root: a bug in reading one memory must not keep the others from being read
+            self._unloaded[memory] = error if isinstance(error, MemstoreError) else Internal("load")
             trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
 
     def _fill(self, memory: MemoryId, text: str, engine: Memory) -> Archive | None:

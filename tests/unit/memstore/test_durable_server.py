@@ -8,15 +8,15 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
 from memstore.auth import DEFAULT_TENANT
-from memstore.catalog import FileCatalog
-from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, NotFound, NotReady, QuotaExceeded
+from memstore.catalog import FileCatalog, MemoryId
+from memstore.errors import AlreadyExists, Corrupt, Internal, InvalidRequest, NotFound, NotReady, QuotaExceeded
 from memstore.plane import InlinePlane
 from memstore.registry import State
 from memstore.service import Caller
@@ -202,6 +202,37 @@ def test_a_memory_that_cannot_be_read_for_now_is_no_damage_and_is_read_later(mon
         assert isinstance(fails(server, "Step", step(seq=2)), NotFound)
         server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
         assert server.stub.Step(step()).sequences[0].first_position == 0
+
+
+@pytest.mark.parametrize("is_later", [False, True], ids=["start", "later"])
+def test_a_bug_in_loading_one_memory_keeps_no_other_from_being_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_later: bool
+) -> None:
+    monkeypatch.setattr("memstore.registry.RETRY_LOAD_S", 0.01)
+    disk = FailingDisk()
+    with serving(_setting(disk)) as server:
+        for name in ("buggy", "notes"):
+            server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(name, durability=ALWAYS)))
+            server.stub.Step(step(memory=name))
+    disk.is_failing.set()
+    recover = FileStore.recover
+
+    def fail(store: FileStore, memory: MemoryId, *rest: Any) -> Any:
+        if memory.name == "buggy":
+            if is_later and disk.is_failing.is_set():
+                raise NotReady("not now")
+            raise KeyError("a bug")
+        return recover(store, memory, *rest)
+
+    monkeypatch.setattr(FileStore, "recover", fail)
+    with serving(_setting(disk)) as server:
+        disk.is_failing.clear()
+        while not server.registry.is_loaded(DEFAULT_TENANT, "notes") or server.registry.num_waiting:
+            server.stub.ServerInfo(pb.ServerInfoRequest())
+        assert server.stub.Step(step(seq=1)).sequences[0].first_position == 1
+        assert isinstance(fails(server, "Step", step(memory="buggy", seq=1)), Internal)
+        assert "memstore_damaged_memories 1.0" in server.metrics.text().decode().splitlines()
+    assert "KeyError: 'a bug'" in caplog.text
 
 
 class SlowDisk(FailingDisk):
