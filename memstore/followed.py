@@ -47,6 +47,11 @@ class Followed(Generic[T]):
         return self._value
 
     @property
+    def known(self) -> T:
+        """What they said when they were looked at last: for threads that must not wait for the disk."""
+        return self._value
+
+    @property
     def is_stale(self) -> bool:
         """True while the files say something that could not be taken."""
         self.now()
