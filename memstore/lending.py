@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from memstore.descriptors import Handover, Link
     from memstore.lease import Lease
-    from memstore.registry import Loaded, Registry
+    from memstore.registry import Registry
+    from memstore.rooms import Loaded
 
 MAX_LEASES = 256
 """Leases that one server has given out, or offered, at once; each takes two descriptors and a control block."""

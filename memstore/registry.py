@@ -7,7 +7,6 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -26,7 +25,7 @@ from memstore.index import prepare
 from memstore.logs import event, trouble
 from memstore.quotas import Held, Quotas
 from memstore.removals import Removals
-from memstore.rooms import Rooms
+from memstore.rooms import Loaded, Rooms
 from memstore.store import NoStore
 from memstore.tokens import Quota
 from memstore.turns import SERVER
@@ -55,24 +54,6 @@ class State(Enum):
     LOADING = "loading"
     SERVING = "serving"
     DRAINING = "draining"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A memory in service. Its engine is touched by the device thread only.
-
-    created_at: Unix seconds. archive: its files, where it is durable.
-    """
-
-    id: MemoryId
-    engine: Memory
-    created_at: float
-    archive: Archive | None = None
-
-    @property
-    def spec(self) -> MemorySpec:
-        """What it is."""
-        return self.engine.spec
 
 
 class Registry:
@@ -116,8 +97,7 @@ class Registry:
         self._rooms = Rooms(worker, (budget, host), clock, self._store, self.quotas, lends=lends)
         self._loaded: dict[MemoryId, Loaded] = {}
         self._unloaded: dict[MemoryId, MemstoreError] = {}  # those of the catalogue, and why; NotReady: tried again
-        self._going: dict[MemoryId, Loaded | None] = {}
-        self._removals = Removals()
+        self._removals = Removals(self._rooms, self._store)
         self._reloading: threading.Thread | None = None
         self._stopping = threading.Event()
         self._num_begun = 0  # memories that are being made
@@ -184,8 +164,7 @@ class Registry:
 
     def held(self, tenant: str) -> Held:
         """What the memories of a tenant have reserved, with those that were dropped until they have given it back."""
-        every = [*self.all(), *(loaded for loaded in list(self._going.values()) if loaded is not None)]
-        own = [loaded for loaded in every if loaded.id.tenant == tenant]
+        own = [loaded for loaded in (*self.all(), *self._removals.going()) if loaded.id.tenant == tenant]
         return Held(
             reserved_bytes=sum(self._rooms.reserved_bytes(loaded.spec) for loaded in own),
             sequences=sum(loaded.spec.total_sequences for loaded in own),
@@ -234,9 +213,9 @@ class Registry:
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
         if memory in self._unloaded:
             raise self._reason(memory)
-        if memory in self._going:
+        if memory in self._removals:
             raise NotReady(f"memory {memory.name!r} was dropped, and is still being removed")
-        if len(self._loaded) + len(self._going) + self._num_begun >= self._max_memories:
+        if len(self._loaded) + len(self._removals) + self._num_begun >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
         needed = Held(reserved_bytes=self._rooms.reserved_bytes(spec), sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
@@ -252,7 +231,7 @@ class Registry:
         try:
             self._catalog.put(memory, text)
         except MemstoreError:
-            yield self._begin_removal(memory, loaded)
+            yield self._removals.begin(memory, loaded)
             raise
         self._loaded[memory] = loaded
         event(_log, logging.INFO, "memory created", memory=memory.name, reserved_bytes=loaded.engine.reserved_bytes)
@@ -266,7 +245,7 @@ class Registry:
         self._catalog.remove(memory)
         self._loaded.pop(memory, None)
         self._unloaded.pop(memory, None)
-        removal = self._begin_removal(memory, loaded)
+        removal = self._removals.begin(memory, loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
         return removal
@@ -292,26 +271,6 @@ class Registry:
         lane = SERVER if self.state is State.LOADING else memory.tenant
         engine, archive = yield from self._rooms.make(memory, spec, keep, lane)
         return Loaded(id=memory, engine=engine, created_at=created_at, archive=archive)
-
-    def _begin_removal(self, memory: MemoryId, loaded: Loaded | None) -> Future[None]:
-        """Until it has given its bytes back, they count as its tenant's, and its name is taken."""
-        self._going[memory] = loaded
-        return self._removals.submit(memory.tenant, lambda: self._remove(memory, loaded))
-
-    def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
-        """Removes a memory that nobody can find any more; None where it could not be loaded, and has files only."""
-        archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
-        try:
-            try:
-                remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
-            finally:
-                if loaded is not None:
-                    self._rooms.give_back(memory, loaded.engine)
-                self._going.pop(memory, None)
-            remove()
-        finally:
-            if loaded is not None:
-                loaded.engine.remove_files()
 
     def _remove_rest(self) -> None:
         """What an earlier server left."""

@@ -19,7 +19,7 @@ ORDER = """
     folder snapshot salvage recovery archive
     admission capacity catalog store pace turns errands joining device plane replies
     wire status access followed tokens auth quotas gate
-    entries removals rooms registry snapshotter expirer metrics service
+    entries rooms removals registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes door grpc_front health
     server console issuing backup __main__
 """.split()

@@ -21,7 +21,8 @@ from memstore.errors import (
     QuotaExceeded,
 )
 from memstore.memory import Memory
-from memstore.registry import Loaded, Registry, State
+from memstore.registry import Registry, State
+from memstore.rooms import Loaded
 from memstore.seams import SystemDisk
 from memstore.types import MemorySpec, SequencePart, StepBatch, StepResult
 from tests.fakes import FakeClock, FakeDisk

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from memstore.device import Settling
-    from memstore.registry import Loaded
+    from memstore.rooms import Loaded
 
 DATA = Path("/data")
 SPILLING = MemorySpec(name="m", dim=2, capacity=4, max_sequences=1, spill=SpillSpec(max_sequences=3))
