@@ -31,7 +31,7 @@ from memstore.tokens import Quota
 from memstore.turns import SERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from memstore.archive import Archive
     from memstore.catalog import Catalog
@@ -242,7 +242,12 @@ class Registry:
         loaded = self._loaded.get(memory)
         if loaded is None and memory not in self._unloaded:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
-        self._catalog.remove(memory)
+        self._store.mark_passing(memory)
+        try:
+            self._catalog.remove(memory)
+        except MemstoreError:
+            self._store.forget_passing(memory)
+            raise
         self._loaded.pop(memory, None)
         self._unloaded.pop(memory, None)
         removal = self._removals.begin(memory, loaded)
@@ -272,15 +277,21 @@ class Registry:
         engine, archive = yield from self._rooms.make(memory, spec, keep, lane)
         return Loaded(id=memory, engine=engine, created_at=created_at, archive=archive)
 
+    def _retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        """What an earlier server left; that takes long which is done beside what follows."""
+        try:
+            self._store.retire_orphans(known)
+        except NotReady as error:
+            trouble(_log, "what an earlier server left is not found", error)
+        self._removals.submit(SERVER, self._remove_rest)
+
     def _remove_rest(self) -> None:
-        """What an earlier server left."""
         try:
             self._store.remove_rest()
         except NotReady as error:
             trouble(_log, "what an earlier server left is not removed", error)
 
     def _load(self) -> None:
-        self._removals.submit(SERVER, self._remove_rest)
         prepare(self.worker.device)
         while not self._stopping.is_set():
             try:
@@ -291,6 +302,7 @@ class Registry:
                 self._stopping.wait(RETRY_LOAD_S)
         else:
             return
+        self._retire_orphans(texts)
         for memory, text in sorted(texts.items()):
             if self._stopping.is_set():
                 return

