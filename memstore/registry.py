@@ -350,7 +350,11 @@ class Registry:
         with torch.no_grad():
             archive = self._store.recover(memory, identity(memory, text), engine)
         if archive is not None:
-            self.worker.control(engine.wake).result()
+            try:
+                self.worker.control(engine.wake).result()
+            except BaseException:
+                self._store.let_go(archive, engine.spec)
+                raise
         return archive
 
 

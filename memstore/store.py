@@ -73,6 +73,9 @@ class Store(Protocol):
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
 
+    def let_go(self, archive: Archive, spec: MemorySpec) -> None:
+        """Closes what `recover` gave, of a memory that comes to nothing for now; its files stay as they are."""
+
     def mark_passing(self, memory: MemoryId) -> None:
         """Before the catalogue forgets a memory that is dropped: so that a start can tell what is left of it."""
 
@@ -119,6 +122,9 @@ class NoStore:
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         self.check(engine.spec)
         return None
+
+    def let_go(self, archive: Archive, spec: MemorySpec) -> None:
+        """There are no archives."""
 
     def mark_passing(self, memory: MemoryId) -> None:
         """It has no files."""
@@ -209,6 +215,11 @@ class FileStore:
         rows = engine.counts().num_rows
         event(_log, logging.INFO, "memory restored", memory=memory.name, rows=rows, seconds=round(seconds, 3))
         return archive
+
+    def let_go(self, archive: Archive, spec: MemorySpec) -> None:
+        self._count(spec, -1)
+        with suppress(OSError):  # it is closed all the same, though not marked so
+            archive.close()
 
     def mark_passing(self, memory: MemoryId) -> None:
         folder = self._folder(memory)
