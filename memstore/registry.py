@@ -114,33 +114,38 @@ class Registry:
         """Takes no more changes; the memories go on."""
         self.state = State.DRAINING
         self._stopping.set()
+        self._store.stop()
         self.on_change()
 
-    def close(self) -> None:
+    def close(self, patience_s: float | None = None) -> None:
         """Drains, and ends the background work; the memories stay until the device worker is closed.
 
-        Once it is, `close_files` may be called.
+        patience_s: how long to wait for the removal of those that were dropped, which the next start goes on with; as
+        long as it takes if None. Once the worker is closed, `close_files` may be called.
         """
         self.on_change = _nobody
         self.drain()
         if self._reloading is not None:
             self._reloading.join()
         self._errands.close()
-        self._removals.close()
+        self._removals.close(patience_s)
         with suppress(NotReady):  # the worker is closed already
             for loaded in self.all():
                 self.worker.control(loaded.engine.stop_builds)
         self._rooms.close()
 
-    def close_files(self) -> None:
-        """Makes everything that was written safe, and says so in the files. The device worker is closed."""
+    def close_files(self, patience_s: float | None = None) -> None:
+        """Makes everything that was written safe, and says so in the files. The device worker is closed.
+
+        patience_s: as in `close`, for the files of sequences that were spilled.
+        """
         for loaded in self._loaded.values():
             if loaded.archive is not None:
                 try:
                     loaded.archive.close()
                 except OSError as error:
                     trouble(_log, "memory not closed in order", error, memory=ascii(loaded.id.name))
-        self._store.close()
+        self._store.close(patience_s)
 
     def find(self, tenant: str, name: str, field: str = "memory") -> Loaded:
         """A memory in service; `field` is where its name stood.
@@ -343,7 +348,8 @@ class Registry:
             self.on_change()
         except Exception as error:  # a root: a bug in reading one memory must not keep the others from being read
             self._unloaded[memory] = error if isinstance(error, MemstoreError) else Internal("load")
-            trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
+            if not (self._stopping.is_set() and isinstance(error, NotReady)):
+                trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
 
     def _fill(self, memory: MemoryId, text: str, engine: Memory) -> Archive | None:
         """Nobody else has the engine yet, so that the device thread goes on with others meanwhile."""

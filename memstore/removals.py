@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
+
+from memstore.errors import NotReady
+from memstore.logs import event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from memstore.store import Store
 
     Work = tuple[Callable[[], None], Future[None]]
+
+_log = logging.getLogger(__name__)
 
 
 class Removals:
@@ -31,6 +37,7 @@ class Removals:
         self._going: dict[MemoryId, Loaded | None] = {}
         self._waiting: dict[str, deque[Work]] = {}
         self._changed = threading.Condition()
+        self._is_closed = False
 
     def __len__(self) -> int:
         """Memories whose names are taken still."""
@@ -65,12 +72,25 @@ class Removals:
         threading.Thread(target=self._run, args=(tenant,), name="memstore-removal", daemon=True).start()
         return outcome
 
-    def close(self) -> None:
-        """Returns when all is done; nothing is submitted any more."""
+    def close(self, patience_s: float | None = None) -> None:
+        """Returns when all is done, or after so many seconds; nothing is submitted any more.
+
+        What has not begun by then is given up, and what is under way is left alone: the next start removes the rest.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting)
+            self._changed.wait_for(lambda: not self._waiting, patience_s)
+            self._is_closed = True
+            num_tenants = len(self._waiting)
+            given_up = [outcome for line in self._waiting.values() for _, outcome in line]
+            for line in self._waiting.values():
+                line.clear()
+        if num_tenants:
+            event(_log, logging.WARNING, "the next start goes on removing what was dropped", num_tenants=num_tenants)
+        for outcome in given_up:
+            outcome.set_exception(_stopping())
 
     def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
+        self._check_open()
         archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
         try:
             try:
@@ -79,10 +99,16 @@ class Removals:
                 if loaded is not None:
                     self._rooms.give_back(memory, loaded.engine)
                 self._going.pop(memory, None)
+            self._check_open()
             remove()
         finally:
             if loaded is not None:
                 loaded.engine.remove_files()
+
+    def _check_open(self) -> None:
+        """NotReady once nobody waits any more, and another server may have the folder soon."""
+        if self._is_closed:
+            raise _stopping()
 
     def _run(self, tenant: str) -> None:
         while work := self._next(tenant):
@@ -102,3 +128,7 @@ class Removals:
             del self._waiting[tenant]
             self._changed.notify_all()
             return None
+
+
+def _stopping() -> NotReady:
+    return NotReady("the server is stopping; the next start removes the files")

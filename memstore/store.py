@@ -100,8 +100,14 @@ class Store(Protocol):
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         """Where a memory has files of its sequences that are spilled; None where it has none."""
 
-    def close(self) -> None:
-        """Ends the threads; archives are closed before."""
+    def stop(self) -> None:
+        """From now on `recover` raises NotReady, wherever it is."""
+
+    def close(self, patience_s: float | None = None) -> None:
+        """Ends the threads; archives are closed before.
+
+        patience_s: how long to wait for the removal of what was spilled; as long as it takes if None.
+        """
 
 
 class NoStore:
@@ -144,7 +150,10 @@ class NoStore:
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return None
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Nothing is read."""
+
+    def close(self, patience_s: float | None = None) -> None:
         """There are no threads."""
 
 
@@ -167,6 +176,7 @@ class FileStore:
         self._syncers = syncers
         self.used_bytes = 0
         self._lock = threading.Lock()
+        self._is_stopping = threading.Event()
         retire_spilled(data, disk)
         self._rest = leftovers(data, disk)
         self._numbers = count(number_behind(self._rest))
@@ -199,7 +209,7 @@ class FileStore:
             self._count(engine.spec)
             return None
         begun = self._clock.monotonic()
-        progress = Progress(memory.name, self._clock)
+        progress = Progress(memory.name, self._clock, self._is_stopping)
         folder, syncer = self._folder(memory), self._syncers.of(engine.spec)
         try:
             archive, found = Archive.recover(folder, identity, engine, syncer, progress)
@@ -266,8 +276,16 @@ class FileStore:
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return SpillFolder(spilled_path(self._data, *memory, next(self._numbers)), self._disk)
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        self._is_stopping.set()
+
+    def close(self, patience_s: float | None = None) -> None:
         self._syncers.close()
+        removal = threading.Thread(target=self._remove_spilled, name="memstore-removal", daemon=True)
+        removal.start()
+        removal.join(patience_s)
+
+    def _remove_spilled(self) -> None:
         with suppress(OSError):  # the next start tries it again
             self._disk.remove_folder(self._data / SPILLED)
 
@@ -308,14 +326,17 @@ class Syncers:
 
 
 class Progress:
-    """Says how far a memory is, every now and then."""
+    """Says how far a memory is, every now and then. NotReady once the server is stopping."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, name: str, clock: Clock, is_stopping: threading.Event) -> None:
         self._name = name
+        self._is_stopping = is_stopping
         self._clock = clock
         self._said = clock.monotonic()
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        if self._is_stopping.is_set():
+            raise NotReady("the server is stopping")
         now = self._clock.monotonic()
         if now - self._said >= PROGRESS_S:
             self._said = now

@@ -246,6 +246,25 @@ def test_a_bug_in_loading_one_memory_keeps_no_other_from_being_loaded(
     assert "KeyError: 'a bug'" in caplog.text
 
 
+def test_a_stop_does_not_wait_until_a_memory_is_read() -> None:
+    """It can be long; what was read is given up, and the next start reads it again."""
+    disk = SlowDisk()
+    with serving(_setting(disk)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
+        for seq in range(3):
+            server.stub.Step(step(seq=seq))
+    disk.has_failed.set()
+    with serving(_setting(disk), loads=False) as server:
+        loading = server.registry.load()
+        assert disk.is_reading.wait(10)
+        server.registry.drain()
+        disk.may_read.set()
+        loading.result(10)
+        assert not server.registry.all()
+    with serving(_setting(disk)) as server:
+        assert server.stub.Step(step(seq=3)).sequences[0].first_position == 3
+
+
 def test_a_memory_whose_index_cannot_begin_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def setting() -> Setting:
         disk = SystemDisk()
@@ -419,7 +438,7 @@ def test_metrics_show_the_files() -> None:
 
 def test_a_long_load_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
     clock = FakeClock()
-    progress = Progress("notes", clock)
+    progress = Progress("notes", clock, threading.Event())
     caplog.set_level("INFO", "memstore.store")
     progress(10, 100)
     clock.advance(PROGRESS_S)

@@ -15,6 +15,7 @@ from memstore.device import DeviceWorker
 from memstore.errors import Corrupt, MemstoreError, NotReady
 from memstore.folder import PASSING
 from memstore.registry import Registry
+from memstore.turns import SERVER
 from memstore.types import Durability, MemorySpec
 from tests.fakes import FakeClock, FakeDisk
 from tests.lives import batch
@@ -68,7 +69,7 @@ class Life:
     def load(self) -> Life:
         """Reads what there is, and removes what is left of others."""
         self.registry.load().result(WAIT_S)
-        self.registry._removals.close()
+        self.registry._removals.submit(SERVER, _nothing).result(WAIT_S)  # behind what is left of others
         return self
 
     def make(self, memory: MemoryId) -> None:
