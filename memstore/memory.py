@@ -300,8 +300,8 @@ class Memory:
         if plan.num_new > num_free:
             self.lender.check_kept()
             raise QuotaExceeded(
-                f"sequences: {plan.num_new} new ones, but {self.spec.max_sequences - num_free} of "
-                f"{self.spec.max_sequences} places are taken"
+                f"sequences: {plan.num_new} new ones, but there are {self.spec.total_sequences - num_free} of the "
+                f"{self.spec.total_sequences} that the memory can have"
             )
         return plan
 
