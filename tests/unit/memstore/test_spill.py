@@ -73,7 +73,7 @@ def test_the_least_recently_used_leaves_first() -> None:
 def test_as_many_as_the_memory_has_room_for_and_no_more() -> None:
     watched = Watched()
     watched.append("abcde")
-    with pytest.raises(QuotaExceeded, match="2 of 2 places"):
+    with pytest.raises(QuotaExceeded, match="5 of the 5"):
         watched.append("f")
     assert watched.memory.counts().num_sequences == 5
     watched.append("abcde", 2, 1)
