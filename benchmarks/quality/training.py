@@ -140,7 +140,7 @@ class Training:
 
     def update(self) -> None:
         """One step, all of it on the device."""
-        at = self.at[None]
+        at = self.at.clamp_max(self.trial.steps - 1)[None]  # warming goes beyond a plan of one step
         for number, rate in enumerate(self.lrs):
             rate.copy_(self.rates[number].index_select(0, at)[0])
         windows = self.ids[self.places.index_select(0, at)[0][:, None] + self.reach].long()
