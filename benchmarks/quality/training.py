@@ -186,7 +186,10 @@ class Training:
         return torch.cuda.stream(self.stream)
 
     def run(self, until: float, folder: Path | None = None) -> dict[str, Any]:
-        """Steps until they are done, or the clock is past `until`; gives the report. folder: for weights."""
+        """Steps until they are done, or the clock is past `until`; gives the report.
+
+        folder: for weights; those on the way go to one beside it.
+        """
         events: list[Any] = []
         begun, made = time.monotonic(), self.trial.steps
         for step in range(1, self.trial.steps + 1):
@@ -198,8 +201,12 @@ class Training:
                 events[-1].record()
                 if len(events) > AHEAD:
                     events.pop(0).synchronize()
-            if folder is not None and step % NOTICED_STEPS == 0:
-                save(self.network, folder, self.report(step, time.monotonic() - begun))
+            if folder is not None and step % NOTICED_STEPS == 0 and step < self.trial.steps:
+                save(
+                    self.network,
+                    folder.with_name(f"{folder.name}-partial"),
+                    self.report(step, time.monotonic() - begun),
+                )
             if step % REPORTED_STEPS == 0 and time.monotonic() > until:
                 made = step
                 break
