@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from google.protobuf.message import DecodeError
 
 from memstore.v1 import memstore_pb2 as pb
 from model_client.errors import Internal
-from model_client.wire import InlinePlane, tensor_of
+from model_client.wire import InlinePlane, element_format, tensor_of
 
 if TYPE_CHECKING:
-    import torch
     from google.protobuf.message import Message
     from numpy.typing import NDArray
 
@@ -71,7 +71,8 @@ class Assembly:
 class PiecesPlane(InlinePlane):
     """Tensors as bytes inside the message, or beside it in the pieces that came with it.
 
-    Those of one answer that came in pieces lie in one buffer, which lives as long as one of them.
+    Those of one answer that came in pieces lie in one buffer, which lives as long as one of them. It crosses to another
+    device as a whole.
     """
 
     def __init__(self) -> None:
@@ -95,7 +96,9 @@ class PiecesPlane(InlinePlane):
         kept.num_unread -= 1
         if kept.num_unread == 0:
             del self._kept[region.region]
-        return tensor_of(message, kept.buffer, region.offset_bytes, region.length_bytes, device)
+        if device.type == "cpu":
+            return tensor_of(message, kept.buffer, region.offset_bytes, region.length_bytes, device)
+        return _slice(message, kept.on(device))
 
     def discard(self, message: Message) -> None:
         """Lets go of the pieces of an answer."""
@@ -107,6 +110,22 @@ class PiecesPlane(InlinePlane):
 class _Kept:
     buffer: NDArray[np.uint8]
     num_unread: int
+    crossed: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The buffer on another device, (bytes,) uint8."""
+        if self.crossed is None or self.crossed.device != device:
+            self.crossed = torch.from_numpy(self.buffer).to(device)
+        return self.crossed
+
+
+def _slice(message: pb.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """The tensor whose elements are a slice of a buffer. Raises Internal."""
+    begin, num_bytes = message.region.offset_bytes, message.region.length_bytes
+    dtype, shape = element_format(message, begin, num_bytes)
+    if begin + num_bytes > len(buffer) or begin % dtype.itemsize:
+        raise Internal(f"the reply has a tensor beyond its bytes, or between its elements: {num_bytes} at {begin}")
+    return buffer[begin : begin + num_bytes].view(dtype).view(shape)
 
 
 def _buffer(num_bytes: int) -> NDArray[np.uint8]:
