@@ -14,6 +14,8 @@ from model_client.errors import Internal
 from model_client.transport.pieces import HUGE_BYTES, MAX_ANSWER_BYTES, Answer, Assembly, PiecesPlane
 
 CPU = torch.device("cpu")
+ELSEWHERE = torch.device("meta")
+"""A device that is not the host, and is everywhere."""
 
 
 def piece(call_id: int, content: bytes, **fields: object) -> bytes:
@@ -110,8 +112,26 @@ def test_an_answer_that_nobody_reads_is_let_go_of() -> None:
 @pytest.mark.parametrize(
     "bad", [a_slice(40, 16), a_slice(-4, 16), a_slice(0, 18), a_slice(0, 16, plane=pb.PLANE_SHM), a_slice(0, 16, 6)]
 )
-def test_a_slice_of_something_else_is_internal(bad: pb.Tensor) -> None:
+@pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
+def test_a_slice_of_something_else_is_internal(bad: pb.Tensor, device: torch.device) -> None:
     plane = PiecesPlane()
     answer_of(plane)
     with pytest.raises(Internal):
-        plane.read(bad, CPU)
+        plane.read(bad, device)
+
+
+def test_an_answer_crosses_to_another_device_once() -> None:
+    plane = PiecesPlane()
+    hits = answer_of(plane).hits
+    read = [plane.read(each, ELSEWHERE) for each in (hits.row_splits, hits.positions, hits.index)]
+    assert [(each.dtype, each.shape, each.device) for each in read] == [(torch.int32, (4,), ELSEWHERE)] * 3
+    assert [each.storage_offset() for each in read] == [0, 4, 8]
+    assert {each.untyped_storage().nbytes() for each in read} == {48}
+
+
+def test_a_slice_between_elements_stays_on_the_host() -> None:
+    plane = PiecesPlane()
+    answer_of(plane)
+    assert plane.read(a_slice(2, 8), CPU).shape == (2,)
+    with pytest.raises(Internal, match="between its elements"):
+        plane.read(a_slice(2, 8), ELSEWHERE)
