@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,7 @@ class _Kept:
     def on(self, device: torch.device) -> torch.Tensor:
         """The buffer on another device, (bytes,) uint8."""
         if self.crossed is None or self.crossed.device != device:
-            self.crossed = torch.from_numpy(self.buffer).to(device)
+            self.crossed = torch.from_numpy(self.buffer).to(device)  # waits: the buffer may be let go of then
         return self.crossed
 
 
@@ -129,7 +130,14 @@ def _slice(message: pb.Tensor, buffer: torch.Tensor) -> torch.Tensor:
 
 
 def _buffer(num_bytes: int) -> NDArray[np.uint8]:
-    """Room for an answer: where it is large, on huge pages, if the system has some, as each page costs a fault."""
+    """Room for an answer, which a GPU that this process uses can read by itself.
+
+    Without one, a large answer is on huge pages, if the system has some, as each page costs a fault.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with suppress(RuntimeError):  # no such memory is left
+            pinned: NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+            return pinned
     if num_bytes < 2 * HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(num_bytes, np.uint8)
     size = num_bytes // HUGE_BYTES * HUGE_BYTES + 2 * HUGE_BYTES

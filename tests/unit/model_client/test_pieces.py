@@ -64,6 +64,25 @@ def test_a_buffer_of_any_size_is_writable(size: int) -> None:
     answer.buffer.fill(0)
 
 
+@pytest.mark.parametrize("is_left", [True, False])
+def test_with_a_gpu_answers_lie_in_memory_of_its_own_kind(is_left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        if not is_left:
+            raise RuntimeError("out of memory")
+        made.append(torch.zeros(size, dtype=dtype))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    answer = Assembly().add(piece(5, b"abcd", pieces_bytes=4))
+    assert answer is not None and answer.buffer is not None
+    assert answer.buffer.tobytes() == b"abcd"
+    assert [each.tolist() for each in made] == [list(b"abcd")] * is_left
+
+
 def test_what_has_no_pieces_is_whole() -> None:
     failure = pb.StepStreamResponse(call_id=1, failure=pb.Failure(code=3))
     answer = Assembly().add(failure.SerializeToString())
