@@ -54,8 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def spec_of(name: str, base: dict[str, Any], shape: Any) -> tuple[NetworkSpec, int]:
-    """The spec of a variant, and its segment. base: changes that all share. shape: the model's configuration."""
-    changes = OURS | base | VARIANTS[name]
+    """The spec of a variant, and its segment. base: changes beyond its own. shape: the model's configuration."""
+    changes = OURS | VARIANTS[name] | base
     segment = changes.pop("segment", 512)
     names = ("kind", "init", "projection", "fixed_projection", "lora_rank")
     own = {key: changes.pop(key) for key in names if key in changes}
