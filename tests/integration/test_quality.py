@@ -256,35 +256,59 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_command_runs_at_toy_size(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def _main(monkeypatch: pytest.MonkeyPatch, module: Any, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, words)])
+    status: int = module.main()
+    return status
+
+
+def _tables(monkeypatch: pytest.MonkeyPatch, folder: Path, names: str, *more: object) -> dict[tuple[str, str], float]:
+    """The figures of the last of some tables, made at toy size of what `runs` has."""
     monkeypatch.setattr(reports, "RESULTS", folder / "results")
+    given = ("--base", folder / "base", "--data", folder, "--runs", folder / "runs", "--length", 1536)
+    assert _main(monkeypatch, tables, names, *given, *more) == 0
+    rows = json.loads((folder / "results" / f"quality-{names.split(',')[-1]}.json").read_text())["rows"]
+    return {(row["case"], row["figure"]): row["value"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Path:
+    """Ours, LoRA only and Memorizing Transformers, two steps each."""
     shared = json.dumps({"capacity": 64, "dim": 8, "retrieval_layer": 1, "attention_layers": [1, 2], "segment": 32})
-    given = ["--base", str(folder / "base"), "--data", str(folder), "--out", str(folder / "runs"), "--steps", "2"]
-    given += ["--batch", "2", "--shared", shared]
-    words = ["adapt", *given, "--variant", "ours,lora,mt,heads", "--length", "1024", "--capacities", "64"]
-    monkeypatch.setattr("sys.argv", words)
-    assert adapt.main() == 0
-    rows = [json.loads(line) for line in (folder / "runs" / LOG).read_text().splitlines()]
-    assert {row["name"]: row["steps"] for row in rows} == dict.fromkeys(("ours", "lora", "mt", "heads"), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        given = ["--base", folder / "base", "--data", folder, "--out", folder / "runs", "--shared", shared]
+        given += ["--steps", 2, "--batch", 2, "--variant", "ours,lora,mt", "--length", 1024, "--capacities", 64]
+        assert _main(patch, adapt, *given) == 0
+    return folder / "runs"
+
+
+def test_variants_are_trained_and_read(runs: Path) -> None:
+    rows = [json.loads(line) for line in (runs / LOG).read_text().splitlines()]
+    assert {row["name"]: row["steps"] for row in rows} == dict.fromkeys(("ours", "lora", "mt"), 2)
     assert all(row["books"] > 1 and len(row["read_64"]["code"]) == 2 for row in rows)
-    words = [
-        "tables",
-        "capacity,fidelity,mentions,recall",
-        "--base",
-        str(folder / "base"),
-        "--runs",
-        str(folder / "runs"),
-    ]
-    words += ["--data", str(folder), "--length", "1536", "--capacities", "0", "64", "--variants", "ours", "mt"]
-    monkeypatch.setattr("sys.argv", [*words, "--page", str(folder / "page.html")])
-    assert tables.main() == 0, capsys.readouterr().out
-    rows = json.loads((folder / "results" / "quality-capacity.json").read_text())["rows"]
-    figures = {(row["case"], row["figure"]): row["value"] for row in rows}
+
+
+def test_capacity_is_read_at_toy_size(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ("--capacities", 0, 64, "--variants", "ours", "mt", "--domains", "books")
+    figures = _tables(monkeypatch, runs.parent, "capacity", *more)
     assert figures["books, ours, 0K entries", "perplexity"] > 1
-    assert len([case for case, _ in figures if "another document's memory" in case]) == 10
-    assert "What the memory was read for" in (folder / "page.html").read_text()
+    assert figures["books, nothing trained", "perplexity"] > 1
+    assert len([case for case, _ in figures if "another document's memory" in case]) == 5
+
+
+def test_what_was_retrieved_is_told_at_toy_size(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = runs.parent / "page.html"
+    _tables(monkeypatch, runs.parent, "fidelity,mentions", "--page", page, "--domains", "books")
+    assert "What the memory was read for" in page.read_text()
+
+
+def test_trials_and_recall_are_told_at_toy_size(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recalled = _tables(monkeypatch, runs.parent, "recall")
+    assert {case.rsplit(", ", 1)[1] for case, _ in recalled} == {"memory", "no memory"}
+    told = _tables(monkeypatch, runs.parent, "trials")
+    assert abs(told["ours, 2 steps", "books against LoRA only"]) < 5
+    assert not any(case.startswith("lora") and "against" in figure for case, figure in told)
+    assert ("mt, 2 steps", "code, high end") in told
 
 
 def _trial(**changes: Any) -> Trial:
