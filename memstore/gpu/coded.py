@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MOST_QUERIES = 8
 """Of one ring: for more, a product of tensor cores is quicker than as many of whole numbers."""
 
-LEAVES_A_HIT = {8: 2, 4: 4, 2: 8}
+LEAVES_A_HIT = {8: 2, 4: 2, 2: 8}
 """Leaves that are scored by their rows, for each hit asked for."""
 
 FEWEST_HITS = 8
@@ -27,7 +27,7 @@ LARGEST = 127
 """The largest number of a query."""
 
 WIDEST_MATRIX = 1024
-"""Up to so many dimensions queries are rotated by one product with a matrix, which is kept."""
+"""Up to so many dimensions queries are rotated by a matrix, which is kept, in one kernel with all else."""
 
 TILE_WORDS = 4096
 """Words of codes that a program works on at a time."""
@@ -56,31 +56,32 @@ def num_leaves(slab: Slab, top_k: int) -> int:
 
 
 def tile_of(num_words: int) -> tuple[int, int]:
-    """Rows and words of a tile."""
+    """Tiles of 64 rows and words of a row that a program works on at a time."""
     words = min(1 << (num_words - 1).bit_length(), 64)
-    return max(min(TILE_WORDS // words, 512), 64), words
+    return max(min(TILE_WORDS // (64 * words), 8), 1), words
 
 
 def coded_queries(slab: Slab, queries: torch.Tensor) -> CodedQueries:
-    """The numbers of (Q, dim) queries."""
+    """The numbers of (Q, dim) queries, for those too wide for number_kernel."""
     bits = BITS[slab.first_pass]
-    if slab.dim <= WIDEST_MATRIX:
-        turned = queries.float() @ _rotation(slab.dim, slab.device)
-    else:
-        turned = rotated(queries.float())
+    turned = rotated(queries.float())
     scales = turned.abs().amax(-1, keepdim=True) / LARGEST
     numbers = (turned / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-LARGEST, LARGEST)
     shifts = numbers.sum(-1, keepdim=True) * zero(bits)
-    width = code_bytes(slab.first_pass, slab.dim) * num_parts(bits)
-    padded = torch.nn.functional.pad(numbers, (0, width - slab.dim)).to(torch.int8)
+    padded = torch.nn.functional.pad(numbers, (0, width_of(slab) - slab.dim)).to(torch.int8)
     return CodedQueries(padded.view(torch.int32), torch.cat((scales, shifts), -1))
 
 
-def as_words(slab: Slab) -> torch.Tensor:
-    """The codes of a slab that has some, (layers, places, capacity, words) int32."""
-    if slab.codes is None:
+def words_and_terms(slab: Slab) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a slab that has codes: those, (layers, places, capacity, words) int32, and their terms."""
+    if slab.codes is None or slab.terms is None:
         raise ValueError("no codes are kept here")
-    return slab.codes.view(torch.int32)
+    return slab.codes.view(torch.int32), slab.terms
+
+
+def width_of(slab: Slab) -> int:
+    """Numbers of a query, zeros behind the last included."""
+    return code_bytes(slab.first_pass, slab.dim) * num_parts(BITS[slab.first_pass])
 
 
 def step_of(slab: Slab) -> int:
@@ -89,6 +90,6 @@ def step_of(slab: Slab) -> int:
 
 
 @lru_cache(maxsize=8)
-def _rotation(dim: int, device: torch.device) -> torch.Tensor:
+def rotation(dim: int, device: torch.device) -> torch.Tensor:
     """(dim, dim) float32: what is multiplied with it is rotated."""
     return rotated(torch.eye(dim)).to(device)

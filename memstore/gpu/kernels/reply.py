@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memstore.gpu.kernels.parts import BEGIN, FIRST_CELL, LAST_SLOT, NUM_SEEN, RING_COLUMNS, await_kernel_before
+from memstore.gpu.kernels.parts import (
+    BEGIN,
+    FANOUT,
+    FIRST_CELL,
+    LAST_SLOT,
+    NUM_SEEN,
+    RING_COLUMNS,
+    await_kernel_before,
+)
 from memstore.gpu.kernels.select import hits_of
 
 BEYOND = tl.constexpr(0x7FFFFFFF)
@@ -61,6 +69,7 @@ def reply_kernel(
     top_k,
     before,
     window,
+    LEAVES: tl.constexpr,
     TOP: tl.constexpr,
     WINDOW: tl.constexpr,
     RINGS: tl.constexpr,
@@ -78,7 +87,8 @@ def reply_kernel(
     number = tl.load(query_rings + query)
     ring = rings + number * RING_COLUMNS
     num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
-    hit, best = hits_of(ring, chosen + query * TOP, row_scores + query * (8 * TOP), capacity, top_k, TOP)
+    leaves_of, scores_of = chosen + query * LEAVES, row_scores + query * (LEAVES * FANOUT)
+    hit, best = hits_of(ring, leaves_of, scores_of, capacity, top_k, LEAVES, TOP)
     ranks, places = tl.arange(0, TOP), tl.arange(0, WINDOW)
     tl.store(scores + query * top_k + ranks, best, ranks < top_k)
 

@@ -165,20 +165,20 @@ def score_kernel(
 
 
 @triton.jit
-def hits_of(ring, leaves_of, scores_of, capacity, top_k, TOP: tl.constexpr):
+def hits_of(ring, leaves_of, scores_of, capacity, top_k, LEAVES: tl.constexpr, TOP: tl.constexpr):
     """The offsets (TOP,) int32 of a query's hits, best first, -1 for none, and their float32 scores, -inf there.
 
-    leaves_of: the TOP leaves that were chosen; scores_of: the scores of their rows.
+    leaves_of: the LEAVES that were chosen; scores_of: the scores of their rows. TOP: a power of two, at least top_k.
     """
     low, last, high = seen_slots(ring, capacity)
     num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
-    leaves = tl.load(leaves_of + tl.arange(0, TOP))
+    leaves = tl.load(leaves_of + tl.arange(0, LEAVES))
     slots = slots_of(leaves)
-    is_leaf = tl.reshape(tl.broadcast_to((leaves >= 0)[:, None], [TOP, FANOUT]), [TOP * FANOUT])
+    is_leaf = tl.reshape(tl.broadcast_to((leaves >= 0)[:, None], [LEAVES, FANOUT]), [LEAVES * FANOUT])
     is_row = is_leaf & is_seen(slots, low, last, high, capacity)
     back = last - slots
     offset = num_seen - 1 - tl.where(back < 0, back + capacity, back)
-    found = tl.load(scores_of + tl.arange(0, TOP * FANOUT))
+    found = tl.load(scores_of + tl.arange(0, LEAVES * FANOUT))
     order = (BEYOND_OFFSETS - tl.where(is_row, offset, 0)).to(tl.uint64)
     both = tl.where(is_row, (_ordered(found, is_row).to(tl.uint64) << 32) | order, 0)
     hits = tl.topk(both.to(tl.int64, bitcast=True) ^ (-(1 << 63)), TOP) ^ (-(1 << 63))
@@ -204,6 +204,7 @@ def finish_kernel(
     top_k,
     before,
     window,
+    LEAVES: tl.constexpr,
     TOP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
@@ -211,7 +212,7 @@ def finish_kernel(
 
     offsets: (Q, top_k) int32 from the first position that is seen, -1 for none; scores: (Q, top_k) float32, -inf there.
     bitmap: (R, num_supers * 16) int32; the bit of each offset that is within the window of a hit is set.
-    TOP: top_k, or the next power of two.
+    LEAVES: how many were chosen. TOP: top_k, or the next power of two.
     """
     await_kernel_before(IS_CHAINED)
     kept = tl.program_id(0).to(tl.int64)
@@ -219,7 +220,8 @@ def finish_kernel(
     number = tl.load(query_rings + query)
     ring = rings + number * RING_COLUMNS
     num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
-    hit, best = hits_of(ring, chosen + kept * TOP, row_scores + kept * (TOP * FANOUT), capacity, top_k, TOP)
+    leaves_of, scores_of = chosen + kept * LEAVES, row_scores + kept * (LEAVES * FANOUT)
+    hit, best = hits_of(ring, leaves_of, scores_of, capacity, top_k, LEAVES, TOP)
     ranks, is_hit = tl.arange(0, TOP), hit >= 0
     tl.store(offsets + query * top_k + ranks, hit, ranks < top_k)
     tl.store(scores + query * top_k + ranks, best, ranks < top_k)
