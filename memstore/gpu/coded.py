@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from memstore.codes import BITS, code_bytes, num_parts, rotated, step, zero
+from memstore.codes import BITS, code_bytes, num_parts, rotated, signs, step, zero
 from memstore.gpu.tuning import MOST_HITS
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ LARGEST = 127
 """The largest number of a query."""
 
 WIDEST_MATRIX = 1024
-"""Up to so many dimensions queries are rotated by a matrix, which is kept, in one kernel with all else."""
+"""Up to so many dimensions queries are rotated by one product with a matrix, which is kept."""
+
+HADAMARD_DIMS = (128, 256, 512, 1024)
+"""Dimensions whose queries one kernel rotates and rounds."""
 
 TILE_WORDS = 4096
 """Words of codes that a program works on at a time."""
@@ -62,9 +65,12 @@ def tile_of(num_words: int) -> tuple[int, int]:
 
 
 def coded_queries(slab: Slab, queries: torch.Tensor) -> CodedQueries:
-    """The numbers of (Q, dim) queries, for those too wide for number_kernel."""
+    """The numbers of (Q, dim) queries, where number_kernel does not make them."""
     bits = BITS[slab.first_pass]
-    turned = rotated(queries.float())
+    if slab.dim <= WIDEST_MATRIX:
+        turned = queries.float() @ _rotation(slab.dim, slab.device)
+    else:
+        turned = rotated(queries.float())
     scales = turned.abs().amax(-1, keepdim=True) / LARGEST
     numbers = (turned / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-LARGEST, LARGEST)
     shifts = numbers.sum(-1, keepdim=True) * zero(bits)
@@ -90,6 +96,12 @@ def step_of(slab: Slab) -> int:
 
 
 @lru_cache(maxsize=8)
-def rotation(dim: int, device: torch.device) -> torch.Tensor:
+def signs_on(dim: int, device: torch.device) -> torch.Tensor:
+    """codes.signs there."""
+    return torch.from_numpy(signs(dim)).to(device)
+
+
+@lru_cache(maxsize=8)
+def _rotation(dim: int, device: torch.device) -> torch.Tensor:
     """(dim, dim) float32: what is multiplied with it is rotated."""
     return rotated(torch.eye(dim)).to(device)

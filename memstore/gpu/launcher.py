@@ -26,7 +26,7 @@ def start(
     *arguments: torch.Tensor | int,
     num_warps: int = 4,
     is_chained: bool = False,
-    **constants: int | bool,
+    **constants: float,
 ) -> None:
     """Starts a kernel in the current stream; compiles it where it is the first of its kind.
 

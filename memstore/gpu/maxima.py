@@ -8,10 +8,10 @@ import torch
 
 from memstore.codes import BITS, zero
 from memstore.gpu.coded import (
-    WIDEST_MATRIX,
+    HADAMARD_DIMS,
     CodedQueries,
     coded_queries,
-    rotation,
+    signs_on,
     step_of,
     tile_of,
     width_of,
@@ -21,7 +21,7 @@ from memstore.gpu.kernels.coded import number_kernel, scan_codes_kernel
 from memstore.gpu.kernels.scan import scan_kernel
 from memstore.gpu.launcher import can_chain, start
 from memstore.gpu.rings import FANOUT
-from memstore.gpu.tuning import ceil_div, power_of_two
+from memstore.gpu.tuning import ceil_div
 from memstore.types import Metric
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Maxima(NamedTuple):
 
 
 def maxima_of(slab: Slab, asked: Asked, piece: Piece, cleared: torch.Tensor | None) -> Maxima:
-    """cleared: a bitmap that is to be 0 afterwards."""
+    """The maxima of some queries. cleared: a bitmap that is to be 0 afterwards."""
     size = piece.num_queries * asked.num_supers
     maxima = torch.empty(size * (LEAVES_OF_SUPER + 1), device=slab.device)
     leaves, supers = maxima.tensor_split((size * LEAVES_OF_SUPER,))
@@ -89,7 +89,7 @@ def maxima_of(slab: Slab, asked: Asked, piece: Piece, cleared: torch.Tensor | No
 
 
 def _scan_codes(slab: Slab, asked: Asked, piece: Piece, maxima: Maxima, cleared: torch.Tensor | None) -> None:
-    """Fills the maxima by codes; see `_scan`."""
+    """Fills the maxima by codes; see `maxima_of`."""
     codes, terms = words_and_terms(slab)
     words = codes.shape[-1]
     tiles_at_once, words_at_once = tile_of(words)
@@ -121,24 +121,24 @@ def _scan_codes(slab: Slab, asked: Asked, piece: Piece, maxima: Maxima, cleared:
 
 
 def _numbered(slab: Slab, queries: torch.Tensor) -> CodedQueries:
-    if slab.dim > WIDEST_MATRIX:
+    if slab.dim not in HADAMARD_DIMS:
         return coded_queries(slab, queries)
-    width = width_of(slab)
+    width, bits_of_left = width_of(slab), slab.dim.bit_length() // 2
     numbers = torch.empty((len(queries), width), dtype=torch.int8, device=slab.device)
     scales = torch.empty((len(queries), 2), device=slab.device)
     start(
         number_kernel,
         (len(queries),),
         queries,
-        rotation(slab.dim, slab.device),
+        signs_on(slab.dim, slab.device),
         numbers,
         scales,
         ZERO=zero(BITS[slab.first_pass]),
-        DIM=slab.dim,
         WIDTH=width,
-        BLOCK_R=32,
-        BLOCK_D=power_of_two(width),
-        num_warps=16,
+        LEFT=1 << bits_of_left,
+        RIGHT=slab.dim >> bits_of_left,
+        FACTOR=slab.dim**-0.5,
+        num_warps=8 if slab.dim <= 512 else 16,
         is_chained=can_chain(slab.device),
     )
     return CodedQueries(numbers.view(torch.int32), scales)

@@ -18,6 +18,7 @@ from memstore.gpu.kernels.parts import (
     has_seen,
     is_all_seen,
     is_seen,
+    number_of_bits,
     seen_slots,
 )
 
@@ -62,37 +63,42 @@ def _products(
 
 
 @triton.jit
+def _hadamard(rows, columns):
+    """Of a matrix of 1 and -1, the elements in these rows and columns, float32."""
+    return 1.0 - 2.0 * (number_of_bits(rows & columns) & 1).to(tl.float32)
+
+
+@triton.jit
 def number_kernel(
     queries,
-    rotation,
+    signs,
     numbers,
     scales,
     ZERO: tl.constexpr,
-    DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
     """The numbers of one query, -127 to 127, zeros behind the last, and its scales; see scan_codes_kernel.
 
-    queries: (Q, DIM); rotation: (DIM, DIM) float32; numbers: (Q, WIDTH) int8.
+    queries: (Q, LEFT * RIGHT), powers of two; signs: as many float32; numbers: (Q, WIDTH) int8.
+    FACTOR: 1 / the root of their number.
     """
     await_kernel_before(IS_CHAINED)
     query = tl.program_id(0).to(tl.int64)
-    dims, few = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_R)
-    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for first in tl.range(0, DIM, BLOCK_R, loop_unroll_factor=8):  # so that loads are under way together
-        some = tl.load(queries + query * DIM + first + few, first + few < DIM, 0.0).to(tl.float32)
-        is_here = (first + few < DIM)[:, None] & (dims < DIM)[None, :]
-        total += some[:, None] * tl.load(rotation + (first + few)[:, None] * DIM + dims[None, :], is_here, 0.0)
-    turned = tl.sum(total, 0)
-    scale = tl.max(tl.abs(turned)) / 127
+    left, right = tl.arange(0, LEFT), tl.arange(0, RIGHT)
+    places = left[:, None] * RIGHT + right[None, :]
+    some = tl.load(queries + query * (LEFT * RIGHT) + places).to(tl.float32) * tl.load(signs + places) * FACTOR
+    half = tl.sum(_hadamard(left[:, None, None], left[None, :, None]) * some[None, :, :], 1)
+    turned = tl.sum(half[:, :, None] * _hadamard(right[None, :, None], right[None, None, :]), 1)
+    scale = tl.max(tl.max(tl.abs(turned), 1), 0) / 127
     nearest = tl.floor(turned / tl.where(scale > 0, scale, 1.0) + 0.5)
     nearest = tl.minimum(tl.maximum(nearest, -127.0), 127.0)
-    tl.store(numbers + query * WIDTH + dims, nearest.to(tl.int8), dims < WIDTH)
+    tl.store(numbers + query * WIDTH + places, nearest.to(tl.int8))
     tl.store(scales + query * 2, scale)
-    tl.store(scales + query * 2 + 1, tl.sum(nearest) * ZERO)
+    tl.store(scales + query * 2 + 1, tl.sum(tl.sum(nearest, 1), 0) * ZERO)
 
 
 @triton.jit(do_not_specialize=("first_block", "num_blocks", "num_supers", "capacity", "num_cells", "first_kept"))

@@ -29,7 +29,10 @@ BLOCK_RING = tl.constexpr(int(Block.RING))
 
 @triton.jit
 def await_kernel_before(IS_CHAINED: tl.constexpr):
-    """A chained kernel is begun while the one before it ends, and waits here for what that one writes."""
+    """A chained kernel is begun while the one before it ends, and waits here for what that one writes.
+
+    That one has waited for the one before it by then: so tables, which are there before the first, are read sooner.
+    """
     if IS_CHAINED:
         gdc_wait()
         gdc_launch_dependents()

@@ -9,10 +9,10 @@ from memstore.gpu.kernels.parts import (
     BEGIN,
     FANOUT,
     FIRST_CELL,
-    LAST_SLOT,
     NUM_SEEN,
     RING_COLUMNS,
     await_kernel_before,
+    seen_slots,
 )
 from memstore.gpu.kernels.select import hits_of
 
@@ -82,13 +82,18 @@ def reply_kernel(
     WINDOW, RINGS: powers of two that are not below `window` and `num_rings`. source, target: WORDS integers a row; with
     WORDS = 0 no rows are copied.
     """
-    await_kernel_before(IS_CHAINED)
     query = tl.program_id(0).to(tl.int64)
     number = tl.load(query_rings + query)
     ring = rings + number * RING_COLUMNS
-    num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
+    low, last, high = seen_slots(ring, capacity)
+    num_seen, begin, first_cell = (
+        tl.load(ring + NUM_SEEN).to(tl.int32),
+        tl.load(ring + BEGIN),
+        tl.load(ring + FIRST_CELL),
+    )
+    await_kernel_before(IS_CHAINED)
     leaves_of, scores_of = chosen + query * LEAVES, row_scores + query * (LEAVES * FANOUT)
-    hit, best = hits_of(ring, leaves_of, scores_of, capacity, top_k, LEAVES, TOP)
+    hit, best = hits_of(low, last, high, num_seen, leaves_of, scores_of, capacity, top_k, LEAVES, TOP)
     ranks, places = tl.arange(0, TOP), tl.arange(0, WINDOW)
     tl.store(scores + query * top_k + ranks, best, ranks < top_k)
 
@@ -106,9 +111,9 @@ def reply_kernel(
     at = tl.arange(0, TOP * WINDOW)
     asked = query * top_k * window + (at // WINDOW) * window + at % WINDOW
     tl.store(index + asked, tl.where(near >= 0, row, -1).to(tl.int32), (at // WINDOW < top_k) & (at % WINDOW < window))
-    tl.store(positions + row, tl.load(ring + BEGIN) + near, is_first)
-    slot = tl.load(ring + LAST_SLOT) - (num_seen - 1 - near)
-    cell = tl.load(ring + FIRST_CELL) + tl.where(slot < 0, slot + capacity, slot)
+    tl.store(positions + row, begin + near, is_first)
+    slot = last - (num_seen - 1 - near)
+    cell = first_cell + tl.where(slot < 0, slot + capacity, slot)
     tl.store(cells + row, cell, is_first)
     if WORDS > 0:
         for first in range(0, WORDS, BLOCK_W):
