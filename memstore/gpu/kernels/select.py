@@ -186,11 +186,11 @@ def hits_of(low, last, high, num_seen, leaves_of, scores_of, capacity, top_k, LE
     back = last - slots
     offset = num_seen - 1 - tl.where(back < 0, back + capacity, back)
     found = tl.load(scores_of + tl.arange(0, LEAVES * FANOUT))
-    order = (BEYOND_OFFSETS - tl.where(is_row, offset, 0)).to(tl.uint64)
+    order = (tl.where(is_row, offset, 0) ^ BEYOND_OFFSETS).to(tl.uint64)
     both = tl.where(is_row, (_ordered(found, is_row).to(tl.uint64) << 32) | order, 0)
     hits = tl.topk(both.to(tl.int64, bitcast=True) ^ (-(1 << 63)), TOP) ^ (-(1 << 63))
     is_hit = (hits != 0) & (tl.arange(0, TOP) < top_k)
-    hit = tl.where(is_hit, BEYOND_OFFSETS - (hits & BEYOND_OFFSETS).to(tl.int32), -1)
+    hit = tl.where(is_hit, (hits & BEYOND_OFFSETS).to(tl.int32) ^ BEYOND_OFFSETS, -1)
     bits = ((hits >> 32) ^ 0x80000000).to(tl.int32)
     best = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     return hit, tl.where(is_hit, best, float("-inf"))
