@@ -65,6 +65,16 @@ def is_all_seen(first, end, low, last, high, capacity):
 
 
 @triton.jit
+def has_seen_slots(leaves, low, last, high, capacity):
+    """Whether any slot of each leaf is seen: by the first that is not below each of the two ranges."""
+    first = (leaves // FANOUT) * (FANOUT * FANOUT) + leaves % FANOUT
+    beyond = first + FANOUT * FANOUT
+    older = first + tl.maximum((low - first + FANOUT - 1) & -FANOUT, 0)
+    newer = first + tl.maximum((high - first + FANOUT - 1) & -FANOUT, 0)
+    return ((older <= last) & (older < beyond)) | ((newer < capacity) & (newer < beyond))
+
+
+@triton.jit
 def slots_of(leaves):
     """The slots of each leaf. leaves: (n,) int32; gives (n * 8,), of no meaning for a negative leaf."""
     first = (leaves // FANOUT) * (FANOUT * FANOUT) + leaves % FANOUT

@@ -16,6 +16,7 @@ from memstore.gpu.kernels.parts import (
     WORDS_OF_SUPER,
     await_kernel_before,
     has_seen,
+    has_seen_slots,
     is_seen,
     seen_slots,
     slots_of,
@@ -119,11 +120,7 @@ def choose_kernel(
     best = _chosen(tl.max(maxima, 1), tiles, is_there, room, TOP)
 
     numbers = tl.reshape(best[:, None] * FANOUT + children[None, :], [TOP * FANOUT])
-    first = (numbers // FANOUT) * (FANOUT * FANOUT) + numbers % FANOUT
-    is_any = numbers < 0
-    for at in tl.static_range(8):
-        is_any = is_any | is_seen(first + at * FANOUT, low, last, high, capacity)
-    is_there = (numbers >= 0) & is_any
+    is_there = (numbers >= 0) & has_seen_slots(numbers, low, last, high, capacity)
     _chosen(tl.load(leaf_of + numbers, is_there, 0.0), numbers, is_there, room, TOP)
 
 
