@@ -46,8 +46,10 @@ def scan_shape(dim: int, row_dtype: torch.dtype, query_dtype: torch.dtype, most_
         return ScanShape(16, 64, dims, 2, 1, 4, parts)
     if most_queries <= 64 or parts:
         return ScanShape(64, 64, dims, 2, 4, 4, parts)
-    if most_queries <= 128 or dim > WIDEST_DIM:
-        return ScanShape(128, 64, dims, 1 if dim <= WIDEST_DIM else 3, 4, 4, parts)
+    if dim > WIDEST_DIM:
+        return ScanShape(128, 64, dims, 3, 4, 4, parts)
+    if most_queries <= 128:
+        return ScanShape(128, 128, dims, 2, 4, 8, parts)
     return ScanShape(256, 64, dims, 2, 8, 8, parts)
 
 
