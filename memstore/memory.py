@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,8 @@ from memstore.ledger import Ledger, changes_of
 from memstore.lender import Lender
 from memstore.lifecycle import Lifecycle
 from memstore.refill import Refill
-from memstore.retrieval import retrieve
+from memstore.repeated import Repeated, Source
+from memstore.retrieval import on_device, retrieve
 from memstore.row_bytes import RowFormat
 from memstore.sequence import BatchPlan, plan_fork, plan_part
 from memstore.slab import Slab, bytes_needed
@@ -153,6 +153,14 @@ class Memory:
                 self._tell_appended(change.sequence for change in changes if change.num_rows)
         self._table.publish(changed)
         return results
+
+    def repeat(self, batch: StepBatch) -> Repeated | None:
+        """What retrieves for this batch again and again; None where a retrieval changes something, or must be kept."""
+        if self.spec.durability is not Durability.VOLATILE or self.lifecycle.is_needed:
+            return None
+        check = self.lender.check_lives
+        source = Source(slab=self._slab, table=self._table, index=self._index, check_lives=check)
+        return Repeated.of(source, on_device(batch, self.device))
 
     def settle(self, answer: Callable[[ReadOnly | None], None]) -> None:
         """Calls `answer` once what was done and shown until now lasts as the memory promises; see Keeper."""
@@ -296,7 +304,7 @@ class Memory:
             plan_part(part, self._table.get(part.sequence), self.spec.capacity, writer=writer, fingerprint=fingerprint)
             for part, fingerprint in zip(batch.parts, fingerprints, strict=True)
         )
-        plan = BatchPlan(batch=_on_device(batch, self.device), parts=parts)
+        plan = BatchPlan(batch=on_device(batch, self.device), parts=parts)
         if plan.num_new > num_free:
             self.lender.check_kept()
             raise QuotaExceeded(
@@ -390,11 +398,3 @@ class Memory:
 
 def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan]:
     return [outcome for outcome in outcomes if isinstance(outcome, BatchPlan)]
-
-
-def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """The batch with its tensors on the device: they cross once, for the search and the append."""
-    if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
-        return batch
-    payloads = {name: rows.to(device, non_blocking=True) for name, rows in batch.payloads.items()}
-    return replace(batch, keys=batch.keys.to(device, non_blocking=True), payloads=payloads)

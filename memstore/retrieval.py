@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memstore.index.base import VectorIndex
     from memstore.sequence import BatchPlan
     from memstore.slab import Slab
-    from memstore.types import Hits
+    from memstore.types import Hits, StepBatch
 
 
 def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list[Hits]:
@@ -27,12 +27,13 @@ def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list
     options = plans[0].batch.retrieve if plans else None
     if options is None:
         return []
-    search = _search_batch(plans, options.top_k)
+    search = search_batch(plans, options.top_k)
     joined = index.retrieve(slab, search, options, _groups(plans, len(search.layers)))
     return _split(joined, plans)
 
 
-def _search_batch(plans: Sequence[BatchPlan], top_k: int) -> SearchBatch:
+def search_batch(plans: Sequence[BatchPlan], top_k: int) -> SearchBatch:
+    """What is searched for the plans, all of them together."""
     parts = [part for plan in plans for part in plan.parts]
     return SearchBatch(
         queries=joined_rows([plan.batch.keys for plan in plans]),
@@ -91,3 +92,11 @@ def _split(joined: Hits, plans: Sequence[BatchPlan]) -> list[Hits]:
             )
         )
     return split
+
+
+def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
+    """The batch with its tensors on the device: they cross once, for the search and the append."""
+    if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
+        return batch
+    payloads = {name: rows.to(device, non_blocking=True) for name, rows in batch.payloads.items()}
+    return replace(batch, keys=batch.keys.to(device, non_blocking=True), payloads=payloads)

@@ -30,7 +30,7 @@ from model_client.errors import (
     Unavailable,
 )
 from model_client.transport import descriptors
-from model_client.transport.process import client_error, hand_on
+from model_client.transport.process import client_error, hand_on, stood
 from model_client.transport.switching import SwitchingPlane
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from memstore.mapped import Mapped
     from model_client.stats import ClientStats
-    from model_client.transport.base import Transport
+    from model_client.transport.base import Standing, Transport
 
 OPEN_S = 5.0
 """How long one attempt to get a lease may take."""
@@ -116,6 +116,17 @@ class MappedTransport:
             self._paused.append(waiting)
             return waiting.answer
 
+    def stand(self, request: pb.StepRequest, timeout_s: float) -> Standing | None:
+        """See StandingTransport: while the lease is here."""
+        with self._changed:
+            engine = self._engine
+            if engine is None or self._paused is not None or self._process_id != os.getpid():
+                return None
+        standing = stood(engine.stand(request, timeout_s), timeout_s)
+        if standing is not None:
+            standing.on_run = self._count
+        return standing
+
     def close(self) -> None:
         """Gives the lease back and ends the thread; the transport below goes on."""
         if self._process_id != os.getpid():
@@ -148,7 +159,7 @@ class MappedTransport:
             return _failed(self._refusal.with_traceback(None))  # which would keep the frames of every step
         self._num_under_way += 1
         if engine is not None and _is_holders(request):
-            self._stats.add("orphaned_steps" if self._is_orphaned else "mapped_steps")
+            self._count()
             answer: Future[Message] = Future()
             engine.call(method, request, timeout_s).add_done_callback(partial(_answer, answer))
         else:
@@ -156,6 +167,9 @@ class MappedTransport:
             answer = self._inner.call(method, request, timeout_s)
         answer.add_done_callback(self._ended)
         return answer
+
+    def _count(self) -> None:
+        self._stats.add("orphaned_steps" if self._is_orphaned else "mapped_steps")
 
     def _ended(self, _: Future[Message]) -> None:
         with self._changed:
