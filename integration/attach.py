@@ -18,6 +18,7 @@ from integration.families import find_decoder
 from integration.forward import Answer, Forward
 from integration.held import HeldRows, RowBatch
 from integration.layout import TokenLayout
+from integration.loops import DecodeLoops, Passing
 from integration.recomputing import PendingForwards
 from integration.store import HIDDEN, MemoryLink
 from integration.trace import MemoryStats, ReadTrace
@@ -96,6 +97,11 @@ class AttachedMemory:
         self._forward: Forward | None = None
         self._is_passing = False
         self._pending = PendingForwards()
+        passing = Passing(
+            config=config, weights=self.weights, held=self._held, watch=self._watch, carries=self._carries
+        )
+        self._loops = DecodeLoops(passing, self._decoder)
+        self._is_looping = False
         self._handles: list[Any] = []
         if sequences is not None:
             self._rename(tuple(sequences), is_new=False)
@@ -128,6 +134,7 @@ class AttachedMemory:
         self._forward = None
         if kind is None:
             self.flush()
+        self._loops.close()
         if self._own_names and self._link is not None:
             self._link.release(tuple(sorted(self._own_names)))
 
@@ -157,6 +164,7 @@ class AttachedMemory:
     def flush(self) -> None:
         """Appends what waits beside the key-value cache, and waits until it is done."""
         if self._link is not None:
+            self._leave_loop()
             cache = self._watch.cache
             self._follow_crop(self._watch.cropped(cache))
             self._watch.note(cache)
@@ -191,6 +199,9 @@ class AttachedMemory:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes what the pass is, and sends off what has left the key-value cache."""
         self._forward, self._is_passing = None, True
+        if self._loops.is_active and self._goes_on(module, args, kwargs):
+            self._is_looping = True
+            return
         if not self.enabled:
             self._watch.note(None)
             return
@@ -217,6 +228,8 @@ class AttachedMemory:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Lets go of the pass, unless the backward pass will run its layers again."""
         forward, self._forward, self._is_passing = self._forward, None, False
+        if self._is_looping:
+            self._end_of_loop(getattr(output, "past_key_values", None))
         if forward is None:
             return
         is_candidate = forward.is_cached and not forward.is_fresh and max(forward.layout.counts) > 1
@@ -224,6 +237,46 @@ class AttachedMemory:
         self._last = forward if forward.is_cached else None
         if forward.recomputes:
             self._pending.add(forward, output)
+        if self._link is not None and self._sources is None and not self.is_tracing and not any(self._is_new):
+            self._loops.enter(forward, self._link, self._names, keeps=self._is_appending)
+
+    def _goes_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a pass is the next one of a decode loop; where it is not, the loop is left."""
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
+        is_apart = not self.enabled or self.is_tracing or self._sources is not None
+        if is_apart or not self._loops.goes_on(module, given, keeps=self._is_appending):
+            self._leave_loop()
+            return False
+        self._watch.let_go()
+        self._last = None
+        if self._loops.is_full and self._link is not None:
+            self._loops.hold_kept()
+            self._send_held(self._link, is_fresh=False)
+            self._loops.make_room()
+        return True
+
+    def _starts_in_loop(self, link: MemoryLink | None, states: torch.Tensor) -> bool:
+        """Begins the retrieval of a pass of a decode loop; where that cannot be, the pass is one of its own."""
+        if link is not None and link.is_appending:
+            link.settle()
+        if self._loops.start(states):
+            self.stats.steps_with_memory += 1
+            return True
+        self._is_looping = False
+        self._leave_loop()
+        self._last, self._forward = None, DecodeLoops.pass_of(len(self._names))
+        return False
+
+    def _end_of_loop(self, cache: Any) -> None:
+        """The end of a pass of a decode loop, which goes on unless the cache was not seen to grow."""
+        self._is_looping = False
+        if not self._watch.note_next(cache):
+            self._leave_loop()
+            self._watch.note(cache)
+
+    def _leave_loop(self) -> None:
+        if self._loops.is_active:
+            self._last = self._loops.leave() or self._last
 
     def _pass_of(self, given: dict[str, Any]) -> Forward | None:
         """The pass that an attention runs for, first or again."""
@@ -265,10 +318,12 @@ class AttachedMemory:
 
     def _look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins the retrieval for the states that enter the retrieval layer."""
-        forward, link = self._forward, self._link
+        states, link = args[0] if args else kwargs["hidden_states"], self._link
+        if self._is_looping and (self._loops.is_started or self._starts_in_loop(link, states)):
+            return
+        forward = self._forward
         if forward is None or forward.is_started or link is None:
             return
-        states = args[0] if args else kwargs["hidden_states"]
         hidden = forward.layout.pack(states.detach())
         with torch.no_grad():
             keys = self.weights.projection(hidden)
@@ -294,6 +349,8 @@ class AttachedMemory:
         is_last = layer == self.config.attention_layers[-1]
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self._is_looping:
+                return self._loops.read(layer, args[0] if args else kwargs["hidden_states"], output)
             forward = self._pass_of(kwargs)
             if forward is None or not forward.is_started:
                 return None
@@ -381,11 +438,12 @@ class AttachedMemory:
             )
         self._names = names
         self._is_new = [is_new] * len(names)
-        self._carries = {}
+        self._carries.clear()
+        self._loops.close()
 
     def _forget_carries(self, rows: Sequence[int]) -> None:
         own = self._carries.get(self._names)
-        self._carries = {}
+        self._carries.clear()
         if own is not None:
             entries = own.entries.clone()
             entries[list(rows)] = -1

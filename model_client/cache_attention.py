@@ -96,6 +96,19 @@ class RetrievedRows:
         return functional.embedding(entries + 1, padded, padding_idx=0)
 
 
+@dataclass(frozen=True, slots=True)
+class GatheredRows:
+    """The same, gathered beforehand. gathered: (N, E, d) floating, zero where `entries`, of its first axes, is -1."""
+
+    gathered: torch.Tensor
+    entries: torch.Tensor
+    queries: torch.Tensor | None = None
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All tokens at once."""
+        yield slice(0, len(self.gathered)), self.gathered.to(dtype)
+
+
 class CacheAttention(nn.Module):
     """Attention of a layer's tokens over retrieved rows, with projections of its own and no rotary embedding.
 
@@ -121,7 +134,7 @@ class CacheAttention(nn.Module):
         nn.init.normal_(self.v_proj.weight, std=sizes.dim**-0.5)
         nn.init.zeros_(self.o_proj.weight)
 
-    def forward(self, hidden_states: torch.Tensor, retrieved: RetrievedRows) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, retrieved: RetrievedRows | GatheredRows) -> torch.Tensor:
         """What the memory adds to the attention's output: (N, hidden_size) -> (N, hidden_size), in the same dtype."""
         return self._attend(hidden_states, retrieved, None)
 
@@ -134,7 +147,7 @@ class CacheAttention(nn.Module):
         return output, torch.cat(mass)
 
     def _attend(
-        self, hidden_states: torch.Tensor, retrieved: RetrievedRows, mass: list[torch.Tensor] | None
+        self, hidden_states: torch.Tensor, retrieved: RetrievedRows | GatheredRows, mass: list[torch.Tensor] | None
     ) -> torch.Tensor:
         folded = self._fold_queries(hidden_states, retrieved.queries)
         read: list[torch.Tensor] = []

@@ -1,0 +1,197 @@
+"""DecodeLoops: the decode loops of one attached model, when its passes go by one of them, and when they leave it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from integration.decode import DecodeLoop
+from integration.forward import Forward
+from integration.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from integration.cache_watch import CacheWatch
+    from integration.config import MemoryConfig
+    from integration.families import Decoder
+    from integration.held import HeldRows
+    from integration.store import MemoryLink
+    from integration.weights import MemoryWeights
+    from model_client.cache_attention import Carry
+
+DEVICES = {"cuda"}
+"""Types of device on which there are loops: on the host nothing is gained by them."""
+
+MOST_PASSES_BETWEEN = 64
+"""Passes after which an engine that could not do it is asked again, at the latest."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passing:
+    """What the passes of a model share: what waits, what its cache was, and what the tokens before have found."""
+
+    config: MemoryConfig
+    weights: MemoryWeights
+    held: HeldRows
+    watch: CacheWatch
+    carries: dict[tuple[str, ...], Carry]
+
+
+class DecodeLoops:
+    """See above. is_active: whether the next pass may be one of a loop. is_started: whether this one has asked."""
+
+    def __init__(self, passing: Passing, decoder: Decoder) -> None:
+        self.is_active = False
+        self.is_started = False
+        self._passing = passing
+        self._decoder = decoder
+        self._loops: dict[tuple[tuple[str, ...], bool], DecodeLoop] = {}
+        self._loop: DecodeLoop | None = None
+        self._names: tuple[str, ...] = ()
+        self._room = 0
+        self._is_able = True
+        self._num_until_asked = 1
+        self._num_between = 1
+
+    def goes_on(self, module: nn.Module, given: dict[str, Any], keeps: bool) -> bool:
+        """Whether a pass is the next one of the loop. Raises ValueError on a mask of another form than is needed."""
+        loop, watch = self._loop, self._passing.watch
+        states = given.get("input_ids")
+        if states is None:
+            states = given.get("inputs_embeds")
+        if loop is None or states is None or loop.keeps != keeps or not _is_plain(module, states.device):
+            return False
+        if states.shape[0] != loop.num_sequences or states.shape[1] != 1:
+            return False
+        mask = given.get("attention_mask")
+        if mask is not None and TokenLayout.of(loop.num_sequences, 1, mask).places is not None:
+            return False
+        if not watch.is_as_left(given.get("past_key_values")):
+            return False
+        self.is_started = False
+        return True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many rows wait as are appended at once."""
+        return self._loop is not None and self._loop.num_kept >= self._room
+
+    def hold_kept(self) -> None:
+        """Puts the rows of the loop's passes to those that wait."""
+        rows = None if self._loop is None else self._loop.take_kept()
+        if rows is not None:
+            self._passing.held.add(rows)
+
+    def make_room(self) -> None:
+        """As many rows may wait from now on as are not waiting already."""
+        waiting = max(self._passing.held.counts, default=0)
+        self._room = max(1, self._passing.config.segment_length - waiting)
+
+    def start(self, states: torch.Tensor) -> bool:
+        """Begins the retrieval of a pass; False where it must be begun in the other way."""
+        self.is_started = self._loop is not None and self._loop.start(states)
+        return self.is_started
+
+    def read(self, layer: int, states: torch.Tensor, output: Any) -> Any:
+        """The output of an attention with what its layer reads."""
+        loop = self._loop
+        if loop is None or not self.is_started:
+            return None
+        if isinstance(output, tuple):
+            return (loop.read(layer, states, output[0]), *output[1:])
+        return loop.read(layer, states, output)
+
+    def leave(self) -> Forward | None:
+        """What comes next is no pass of the loop. The last pass, to be taken back where it must be; None for none."""
+        loop, self._loop, self.is_active = self._loop, None, False
+        if loop is None or not loop.num_passes:
+            return None
+        if loop.num_passes > MOST_PASSES_BETWEEN:
+            self._num_between = 1
+        rows = loop.take_kept()
+        if rows is not None:
+            self._passing.held.add(rows)
+        carry = loop.carry()
+        if carry is not None:
+            self._passing.carries[self._names] = carry
+        return self.pass_of(loop.num_sequences, loop.carry(before_last=True))
+
+    @staticmethod
+    def pass_of(num_sequences: int, carry: Carry | None = None) -> Forward:
+        """One token of each sequence, beside others in the cache."""
+        layout = TokenLayout(num_sequences, 1, (1,) * num_sequences)
+        return Forward(layout=layout, is_cached=True, is_fresh=False, is_training=False, recomputes=False, carry=carry)
+
+    def enter(self, forward: Forward, link: MemoryLink, names: tuple[str, ...], keeps: bool) -> None:
+        """After a pass: what comes next may be a pass of a loop like it, which is made where there is none yet."""
+        self._loop = self._loop_like(forward, link, names, keeps)
+        if self._loop is not None:
+            self._names, self.is_active = names, True
+            self._loop.enter(self._passing.carries.get(names))
+            self.make_room()
+
+    def close(self) -> None:
+        """Lets go of all loops, once the GPU is done with them."""
+        self._loop, self.is_active = None, False
+        for loop in self._loops.values():
+            loop.close()
+        self._loops.clear()
+
+    def _loop_like(self, forward: Forward, link: MemoryLink, names: tuple[str, ...], keeps: bool) -> DecodeLoop | None:
+        if not self._suits(forward):
+            return None
+        loop = self._loops.get((names, keeps))
+        if loop is not None and loop.lives and loop.is_current:
+            return loop
+        self._num_until_asked -= 1
+        if self._num_until_asked > 0:
+            return None
+        self._num_until_asked = self._num_between
+        self._num_between = min(2 * self._num_between, MOST_PASSES_BETWEEN)
+        self.close()
+        loop = self._made(forward, link, names, keeps)
+        if loop is not None:
+            self._loops[names, keeps] = loop
+        return loop
+
+    def _made(self, forward: Forward, link: MemoryLink, names: tuple[str, ...], keeps: bool) -> DecodeLoop | None:
+        """A new loop, None where there can be none; then it is said once, unless it is the engine that is elsewhere."""
+        config, weights, hidden, keys = self._passing.config, self._passing.weights, forward.hidden, forward.keys
+        modules = [weights, *(self._decoder.attention(layer) for layer in config.attention_layers)]
+        if (
+            hidden is None
+            or keys is None
+            or {each.device for every in modules for each in every.parameters()} != {hidden.device}
+        ):
+            self._is_able = False
+            return None
+        standing = link.stand(names, keys)
+        if standing is None:
+            return None
+        try:
+            return DecodeLoop(weights, config, standing, hidden[:, None], keeps)
+        except RuntimeError as error:  # of which those of torch are kinds
+            self._is_able = False
+            _log.warning("decoding goes the longer way: %s", error)
+            return None
+
+    def _suits(self, forward: Forward) -> bool:
+        """Whether the pass was one that a loop could go on from."""
+        layout, watch = forward.layout, self._passing.watch
+        is_step = layout.length == 1 and layout.places is None and forward.is_cached and not forward.is_fresh
+        if not (self._is_able and is_step) or forward.answer is None or self._passing.config.training_payload:
+            return False
+        device = forward.answer.rows.device
+        is_on = device.type in DEVICES and _is_plain(self._decoder.module, device)
+        return is_on and watch.is_as_left(watch.cache)
+
+
+def _is_plain(module: nn.Module, device: torch.device) -> bool:
+    """Whether a forward wants no gradients and computes as its weights are."""
+    return not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
