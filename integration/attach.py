@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from integration.config import MemoryConfig
+    from integration.decode import DecodeLoop
     from integration.families import Decoder
     from model_client import MemoryClient
     from model_client.cache_attention import Carry
@@ -101,7 +102,8 @@ class AttachedMemory:
             config=config, weights=self.weights, held=self._held, watch=self._watch, carries=self._carries
         )
         self._loops = DecodeLoops(passing, self._decoder)
-        self._is_looping = False
+        self._looping: DecodeLoop | None = None
+        self._is_started = False
         self._handles: list[Any] = []
         if sequences is not None:
             self._rename(tuple(sequences), is_new=False)
@@ -199,8 +201,7 @@ class AttachedMemory:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes what the pass is, and sends off what has left the key-value cache."""
         self._forward, self._is_passing = None, True
-        if self._loops.is_active and self._goes_on(module, args, kwargs):
-            self._is_looping = True
+        if self._loops.loop is not None and self._goes_on(module, args, kwargs):
             return
         if not self.enabled:
             self._watch.note(None)
@@ -228,8 +229,13 @@ class AttachedMemory:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Lets go of the pass, unless the backward pass will run its layers again."""
         forward, self._forward, self._is_passing = self._forward, None, False
-        if self._is_looping:
-            self._end_of_loop(getattr(output, "past_key_values", None))
+        if self._looping is not None:
+            self._looping = None
+            cache = getattr(output, "past_key_values", None)
+            if self._watch.note_next(cache):
+                return
+            self._leave_loop()
+            self._watch.note(cache)
         if forward is None:
             return
         is_candidate = forward.is_cached and not forward.is_fresh and max(forward.layout.counts) > 1
@@ -244,38 +250,33 @@ class AttachedMemory:
         """Whether a pass is the next one of a decode loop; where it is not, the loop is left."""
         given = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         is_apart = not self.enabled or self.is_tracing or self._sources is not None
-        if is_apart or not self._loops.goes_on(module, given, keeps=self._is_appending):
+        if is_apart or not self._loops.goes_on(module, given, keeps=not self.read_only):
             self._leave_loop()
             return False
         self._watch.let_go()
-        self._last = None
+        self._last, self._looping, self._is_started = None, self._loops.loop, False
         if self._loops.is_full and self._link is not None:
             self._loops.hold_kept()
             self._send_held(self._link, is_fresh=False)
             self._loops.make_room()
         return True
 
-    def _starts_in_loop(self, link: MemoryLink | None, states: torch.Tensor) -> bool:
+    def _starts(self, loop: DecodeLoop, states: torch.Tensor) -> bool:
         """Begins the retrieval of a pass of a decode loop; where that cannot be, the pass is one of its own."""
-        if link is not None and link.is_appending:
-            link.settle()
-        if self._loops.start(states):
+        if self._is_started:
+            return True
+        if self._link is not None and self._link.is_appending:
+            self._link.settle()
+        self._is_started = loop.start(states)
+        if self._is_started:
             self.stats.steps_with_memory += 1
             return True
-        self._is_looping = False
         self._leave_loop()
-        self._last, self._forward = None, DecodeLoops.pass_of(len(self._names))
+        self._last, self._looping, self._forward = None, None, DecodeLoops.pass_of(len(self._names))
         return False
 
-    def _end_of_loop(self, cache: Any) -> None:
-        """The end of a pass of a decode loop, which goes on unless the cache was not seen to grow."""
-        self._is_looping = False
-        if not self._watch.note_next(cache):
-            self._leave_loop()
-            self._watch.note(cache)
-
     def _leave_loop(self) -> None:
-        if self._loops.is_active:
+        if self._loops.loop is not None:
             self._last = self._loops.leave() or self._last
 
     def _pass_of(self, given: dict[str, Any]) -> Forward | None:
@@ -319,7 +320,7 @@ class AttachedMemory:
     def _look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins the retrieval for the states that enter the retrieval layer."""
         states, link = args[0] if args else kwargs["hidden_states"], self._link
-        if self._is_looping and (self._loops.is_started or self._starts_in_loop(link, states)):
+        if self._looping is not None and self._starts(self._looping, states):
             return
         forward = self._forward
         if forward is None or forward.is_started or link is None:
@@ -349,8 +350,15 @@ class AttachedMemory:
         is_last = layer == self.config.attention_layers[-1]
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self._is_looping:
-                return self._loops.read(layer, args[0] if args else kwargs["hidden_states"], output)
+            loop = self._looping
+            if loop is not None:
+                if not self._is_started:
+                    return None
+                states = args[0] if args else kwargs["hidden_states"]
+                is_alone = not isinstance(output, tuple)
+                return (
+                    loop.read(layer, states, output) if is_alone else (loop.read(layer, states, output[0]), *output[1:])
+                )
             forward = self._pass_of(kwargs)
             if forward is None or not forward.is_started:
                 return None

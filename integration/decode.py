@@ -115,25 +115,35 @@ class DecodeLoop:
         return RowBatch(rows, None, (number,) * self.num_sequences)
 
     def start(self, states: torch.Tensor) -> bool:
-        """Begins a pass with what enters the retrieval layer, (S, 1, hidden_size); False where the engine cannot."""
+        """Begins a pass with what enters the retrieval layer, (S, 1, hidden_size); False where the engine cannot.
+
+        Few calls: each costs the model more than it seems, as its own code has left the caches of the processor.
+        """
         self._hidden.copy_(states)
-        if self._stream is None or self._begun is None or self._done is None:
-            is_done = self._run()
+        stream, begun, done, standing = self._stream, self._begun, self._done, self._standing
+        if stream is None or begun is None or done is None:
+            self.lives = standing.enter(ENTER_S)
+            if self.lives:
+                self._search()
+                standing.leave()
         else:
-            model_stream = torch.cuda.current_stream(states.device)
-            self._begun.record(model_stream)
-            self._stream.wait_event(self._begun)
-            torch.cuda.set_stream(self._stream)
+            model_stream = torch.cuda.current_stream(stream.device)
+            begun.record(model_stream)
+            torch.cuda.set_stream(stream)
+            stream.wait_event(begun)
             try:
-                is_done = self._run()
-                self._done.record(self._stream)
+                self.lives = standing.enter(ENTER_S)
+                if self.lives:
+                    self._search()
+                    standing.leave()
+                done.record(stream)
             finally:
                 torch.cuda.set_stream(model_stream)
             self._is_read = False
-        if is_done:
+        if self.lives:
             self.num_passes += 1
             self.num_kept += self.keeps
-        return is_done
+        return self.lives
 
     def read(self, layer: int, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """An attention's output with what its layer reads: (S, 1, hidden_size) of the same dtype, both."""
@@ -150,16 +160,6 @@ class DecodeLoop:
         if self._stream is not None:
             self._stream.synchronize()
             torch.cuda.current_stream(self._stream.device).synchronize()
-
-    def _run(self) -> bool:
-        if not self._standing.enter(ENTER_S):
-            self.lives = False
-            return False
-        try:
-            self._search()
-        finally:
-            self._standing.leave()
-        return True
 
     def _make_tensors(self, config: MemoryConfig, states: torch.Tensor) -> None:
         """hidden, states, added: (S, 1, hidden_size). rows, entries, positions: newest first, of `context` tokens."""

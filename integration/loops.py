@@ -44,15 +44,13 @@ class Passing:
 
 
 class DecodeLoops:
-    """See above. is_active: whether the next pass may be one of a loop. is_started: whether this one has asked."""
+    """See above. loop: that which the next pass may be one of."""
 
     def __init__(self, passing: Passing, decoder: Decoder) -> None:
-        self.is_active = False
-        self.is_started = False
+        self.loop: DecodeLoop | None = None
         self._passing = passing
         self._decoder = decoder
         self._loops: dict[tuple[tuple[str, ...], bool], DecodeLoop] = {}
-        self._loop: DecodeLoop | None = None
         self._names: tuple[str, ...] = ()
         self._room = 0
         self._is_able = True
@@ -61,30 +59,27 @@ class DecodeLoops:
 
     def goes_on(self, module: nn.Module, given: dict[str, Any], keeps: bool) -> bool:
         """Whether a pass is the next one of the loop. Raises ValueError on a mask of another form than is needed."""
-        loop, watch = self._loop, self._passing.watch
+        loop, cache = self.loop, given.get("past_key_values")
         states = given.get("input_ids")
         if states is None:
             states = given.get("inputs_embeds")
-        if loop is None or states is None or loop.keeps != keeps or not _is_plain(module, states.device):
+        if loop is None or states is None or loop.keeps != keeps or not _is_plain(module, states.device.type):
             return False
-        if states.shape[0] != loop.num_sequences or states.shape[1] != 1:
+        shape, mask = states.shape, given.get("attention_mask")
+        if shape[0] != loop.num_sequences or shape[1] != 1:
             return False
-        mask = given.get("attention_mask")
         if mask is not None and TokenLayout.of(loop.num_sequences, 1, mask).places is not None:
             return False
-        if not watch.is_as_left(given.get("past_key_values")):
-            return False
-        self.is_started = False
-        return True
+        return self._passing.watch.is_as_left(cache)
 
     @property
     def is_full(self) -> bool:
         """Whether as many rows wait as are appended at once."""
-        return self._loop is not None and self._loop.num_kept >= self._room
+        return self.loop is not None and self.loop.num_kept >= self._room
 
     def hold_kept(self) -> None:
         """Puts the rows of the loop's passes to those that wait."""
-        rows = None if self._loop is None else self._loop.take_kept()
+        rows = None if self.loop is None else self.loop.take_kept()
         if rows is not None:
             self._passing.held.add(rows)
 
@@ -93,23 +88,9 @@ class DecodeLoops:
         waiting = max(self._passing.held.counts, default=0)
         self._room = max(1, self._passing.config.segment_length - waiting)
 
-    def start(self, states: torch.Tensor) -> bool:
-        """Begins the retrieval of a pass; False where it must be begun in the other way."""
-        self.is_started = self._loop is not None and self._loop.start(states)
-        return self.is_started
-
-    def read(self, layer: int, states: torch.Tensor, output: Any) -> Any:
-        """The output of an attention with what its layer reads."""
-        loop = self._loop
-        if loop is None or not self.is_started:
-            return None
-        if isinstance(output, tuple):
-            return (loop.read(layer, states, output[0]), *output[1:])
-        return loop.read(layer, states, output)
-
     def leave(self) -> Forward | None:
         """What comes next is no pass of the loop. The last pass, to be taken back where it must be; None for none."""
-        loop, self._loop, self.is_active = self._loop, None, False
+        loop, self.loop = self.loop, None
         if loop is None or not loop.num_passes:
             return None
         if loop.num_passes > MOST_PASSES_BETWEEN:
@@ -130,15 +111,15 @@ class DecodeLoops:
 
     def enter(self, forward: Forward, link: MemoryLink, names: tuple[str, ...], keeps: bool) -> None:
         """After a pass: what comes next may be a pass of a loop like it, which is made where there is none yet."""
-        self._loop = self._loop_like(forward, link, names, keeps)
-        if self._loop is not None:
-            self._names, self.is_active = names, True
-            self._loop.enter(self._passing.carries.get(names))
+        self.loop = self._loop_like(forward, link, names, keeps)
+        if self.loop is not None:
+            self._names = names
+            self.loop.enter(self._passing.carries.get(names))
             self.make_room()
 
     def close(self) -> None:
         """Lets go of all loops, once the GPU is done with them."""
-        self._loop, self.is_active = None, False
+        self.loop = None
         for loop in self._loops.values():
             loop.close()
         self._loops.clear()
@@ -188,10 +169,10 @@ class DecodeLoops:
         if not (self._is_able and is_step) or forward.answer is None or self._passing.config.training_payload:
             return False
         device = forward.answer.rows.device
-        is_on = device.type in DEVICES and _is_plain(self._decoder.module, device)
+        is_on = device.type in DEVICES and _is_plain(self._decoder.module, device.type)
         return is_on and watch.is_as_left(watch.cache)
 
 
-def _is_plain(module: nn.Module, device: torch.device) -> bool:
-    """Whether a forward wants no gradients and computes as its weights are."""
-    return not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type))
+def _is_plain(module: nn.Module, device: str) -> bool:
+    """Whether a forward wants no gradients and computes as its weights are. device: its type."""
+    return not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device))

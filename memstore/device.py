@@ -214,7 +214,7 @@ class DeviceWorker:
             try:
                 self._serve(jobs)
             finally:
-                self.guests.end_turn()
+                self.guests.release()
         return bool(jobs)
 
     def _enqueue(self, job: Job[T], lane: str) -> Future[T]:

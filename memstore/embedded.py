@@ -61,7 +61,7 @@ class Embedded:
         future: Future[Standing | None]
         try:
             engine = self._registry.find(TENANT, request.memory).engine
-            future = self._worker.submit(stand_job(request, caller, engine, self._worker.guests, _for_ever))
+            future = self._worker.submit(stand_job(request, caller, engine, self._worker.guests))
         except MemstoreError as error:
             future = Future()
             future.set_exception(error)
@@ -73,8 +73,3 @@ class Embedded:
         self._expirer.close()
         self._registry.close()
         self._worker.close()
-
-
-def _for_ever() -> bool:
-    """What is this process's own."""
-    return True

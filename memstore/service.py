@@ -244,11 +244,11 @@ def reset_job(request: pb.ResetRequest, caller: Caller, engine: Resettable) -> C
 
 
 def stand_job(
-    request: pb.StepRequest, caller: Caller, memory: Memory, guests: Guests, is_held: Callable[[], bool]
+    request: pb.StepRequest, caller: Caller, memory: Memory, guests: Guests, is_held: Callable[[], bool] | None = None
 ) -> CallJob[Standing | None]:
     """What it has to do so that a step which only retrieves can be run again and again; None where that cannot be.
 
-    is_held: False once the memory is another process's again.
+    is_held: False once the memory is another process's again; None where it never is.
     """
 
     def stand() -> Standing | None:

@@ -20,18 +20,20 @@ if TYPE_CHECKING:
 
     from memstore.repeated import Repeated
 
-CLOSED = -1
+CLOSED, NEVER = -1, -2
 
 
 class Guests:
     """Those who read a device without its thread: between two of its turns, one at a time.
 
-    turn: number of the turns that were begun; as long as it stays the same, so does everything on the device.
+    turn: number of the turns that were begun; as long as it stays the same, so does everything on the device; CLOSED
+    once there will be none. release: ends a turn, or a rest.
     """
 
     def __init__(self) -> None:
         self.turn = 0
         self._at_rest = threading.Lock()
+        self.release = self._at_rest.release
         self._readers: WeakSet[Standing] = WeakSet()
 
     def begin_turn(self) -> None:
@@ -42,22 +44,9 @@ class Guests:
             for reader in tuple(self._readers):
                 reader.let_pass()
 
-    def end_turn(self) -> None:
-        """It is at rest again."""
-        self._at_rest.release()
-
-    def enter(self, timeout_s: float) -> bool:
-        """Has the device to oneself until `leave`; False where its thread worked all the time, or will no more."""
-        if self.turn == CLOSED or not self._at_rest.acquire(timeout=timeout_s):
-            return False
-        if self.turn == CLOSED:
-            self._at_rest.release()
-            return False
-        return True
-
-    def leave(self) -> None:
-        """After `enter`."""
-        self._at_rest.release()
+    def rest(self, timeout_s: float) -> bool:
+        """Keeps the device at rest, and for oneself, until `release`; False where it works for so long."""
+        return self._at_rest.acquire(blocking=False) or self._at_rest.acquire(timeout=timeout_s)
 
     def add(self, reader: Standing) -> None:
         """In the thread of the device: this one may come from now on."""
@@ -75,18 +64,23 @@ class Standing:
     """See above. For one thread; made in that of the device, `enter` and `leave` called by another one.
 
     queries: (L, N, dim), to be filled before the kernels run. index, positions, arrays: see Steady.
-    on_run: told of each time that it is entered.
+    launch: retrieves for them, between `enter` and `leave`; on a GPU it may be captured, and replayed. leave: all of
+    the run has been queued on the GPU, or done.
     """
 
-    def __init__(self, guests: Guests, repeated: Repeated, is_held: Callable[[], bool]) -> None:
-        """is_held: False once the memory is another process's again. Compiles what is needed."""
+    def __init__(self, guests: Guests, repeated: Repeated, is_held: Callable[[], bool] | None) -> None:
+        """is_held: False once the memory is another process's again; None where it never is. Compiles what is needed.
+
+        Raises what `Repeated.follow` does.
+        """
         self.queries, self.index = repeated.steady.queries, repeated.steady.index
         self.positions, self.arrays = repeated.steady.positions, repeated.steady.arrays
-        self.on_run: Callable[[], None] = _nobody
+        self.launch = repeated.launch
+        self.leave = guests.release
         self._guests = guests
         self._repeated = repeated
         self._is_held = is_held
-        self._turn = CLOSED
+        self._turn = NEVER
         self._stream: torch.cuda.Stream | None = None
         self._worker_stream: torch.cuda.Stream | None = None
         repeated.follow()
@@ -101,26 +95,17 @@ class Standing:
 
         On a GPU the caller's current stream is that of the run. After True, `leave` must follow.
         """
-        if not self._guests.enter(timeout_s):
+        if not self._guests.rest(timeout_s):
             return False
+        if self._turn == self._guests.turn and (self._is_held is None or self._is_held()):
+            return True
+        is_able = False
         try:
-            is_able = self._is_held() and (self._turn == self._guests.turn or self._follow())
-        except BaseException:
-            self._guests.leave()
-            raise
-        if is_able:
-            self.on_run()
-        else:
-            self._guests.leave()
+            is_able = self._follow()
+        finally:
+            if not is_able:
+                self.leave()
         return is_able
-
-    def launch(self) -> None:
-        """Retrieves for `queries`; between `enter` and `leave`. On a GPU the launches may be captured and replayed."""
-        self._repeated.launch()
-
-    def leave(self) -> None:
-        """All of the run has been queued on the GPU, or done."""
-        self._guests.leave()
 
     def let_pass(self) -> None:
         """Has the current stream, another one, wait for what was read."""
@@ -134,6 +119,8 @@ class Standing:
 
     def _follow(self) -> bool:
         """Takes over what has changed on the device since the last run."""
+        if self._guests.turn == CLOSED or not (self._is_held is None or self._is_held()):
+            return False
         if self._worker_stream is not None:
             self._stream = torch.cuda.current_stream(self.queries.device)
             self._stream.wait_stream(self._worker_stream)
@@ -141,9 +128,5 @@ class Standing:
             is_able = self._repeated.follow()
         except MemstoreError:
             return False
-        self._turn = self._guests.turn if is_able else CLOSED
+        self._turn = self._guests.turn if is_able else NEVER
         return is_able
-
-
-def _nobody() -> None:
-    """Nobody counts."""

@@ -188,7 +188,7 @@ class Session(SessionBase):
         request = step_request(transport.plane, self.memory, rows, retrieve, False, "")
         request.sequences.extend(pb.SequencePart(sequence=name, num_rows=1) for name in self.sequences)
         standing = transport.stand(request, self._timeout_s if deadline_s is None else deadline_s)
-        return None if standing is None else StandingStep(self._core, standing)
+        return None if standing is None else StandingStep(self._core, transport, standing)
 
     def reset(self) -> None:
         """Empties every sequence of the session."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from model_client.core import Core
-    from model_client.transport.base import Standing
+    from model_client.transport.base import Standing, StandingTransport
 
 
 class StandingStep:
@@ -20,20 +20,24 @@ class StandingStep:
     appended before it. On a GPU all of it is queued on the current stream, the same one in every run.
     """
 
-    def __init__(self, core: Core, standing: Standing) -> None:
+    def __init__(self, core: Core, transport: StandingTransport, standing: Standing) -> None:
         self.queries, self.index = standing.queries, standing.index
         self.positions, self.rows = standing.positions, standing.arrays
         self.launch = standing.launch
         self.leave = standing.leave
-        self._core = core
-        self._standing = standing
+        self._enter = standing.enter
+        self._breaker = core.breaker
+        self._count = core.stats.add
+        self._transport = transport
 
     def enter(self, timeout_s: float) -> bool:
         """Begins a run; False where there can be none, now or any more: then a step says why, or does it.
 
         timeout_s: how long the engine is waited for where it is at work.
         """
-        if self._core.breaker.is_open or not self._standing.enter(timeout_s):
+        if self._breaker.is_open or not self._enter(timeout_s):
             return False
-        self._core.stats.add("calls")
+        self._count("calls")
+        if counted := self._transport.counted:
+            self._count(counted)
         return True

@@ -81,24 +81,24 @@ class Standing(Protocol):
     index: torch.Tensor
     positions: torch.Tensor
     arrays: Mapping[str, torch.Tensor]
-    on_run: Callable[[], None]
+    launch: Callable[[], None]
+    """Retrieves for `queries`, behind what the current stream has to do before it."""
+    leave: Callable[[], None]
+    """Ends a run of which everything has been queued."""
 
     def enter(self, timeout_s: float) -> bool:
         """Begins a run, on the current stream; False where it cannot be run, now or any more."""
-        ...
-
-    def launch(self) -> None:
-        """Retrieves for `queries`, behind what the current stream has to do before it."""
-        ...
-
-    def leave(self) -> None:
-        """Ends a run of which everything has been queued."""
         ...
 
 
 @runtime_checkable
 class StandingTransport(Protocol):
     """A transport whose engine is in this process, or may come to be."""
+
+    @property
+    def counted(self) -> str:
+        """The counter of the steps that are done here, beside `calls`; "" for none."""
+        ...
 
     def stand(self, request: pb.StepRequest, timeout_s: float) -> Standing | None:
         """A step that only retrieves, to be run by the caller; None where that cannot be, now or ever.

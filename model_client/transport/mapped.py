@@ -103,6 +103,11 @@ class MappedTransport:
         """As the transport below."""
         return self._inner.name
 
+    @property
+    def counted(self) -> str:
+        """Steps that were done while the server was there, and after it had gone."""
+        return "orphaned_steps" if self._is_orphaned else "mapped_steps"
+
     def call(self, method: str, request: Message, timeout_s: float) -> Future[Message]:
         """Begins the call, here or below, or as soon as a switch is done."""
         if self._process_id != os.getpid():  # the lease is the parent's
@@ -122,10 +127,7 @@ class MappedTransport:
             engine = self._engine
             if engine is None or self._paused is not None or self._process_id != os.getpid():
                 return None
-        standing = stood(engine.stand(request, timeout_s), timeout_s)
-        if standing is not None:
-            standing.on_run = self._count
-        return standing
+        return stood(engine.stand(request, timeout_s), timeout_s)
 
     def close(self) -> None:
         """Gives the lease back and ends the thread; the transport below goes on."""
@@ -159,7 +161,7 @@ class MappedTransport:
             return _failed(self._refusal.with_traceback(None))  # which would keep the frames of every step
         self._num_under_way += 1
         if engine is not None and _is_holders(request):
-            self._count()
+            self._stats.add(self.counted)
             answer: Future[Message] = Future()
             engine.call(method, request, timeout_s).add_done_callback(partial(_answer, answer))
         else:
@@ -167,9 +169,6 @@ class MappedTransport:
             answer = self._inner.call(method, request, timeout_s)
         answer.add_done_callback(self._ended)
         return answer
-
-    def _count(self) -> None:
-        self._stats.add("orphaned_steps" if self._is_orphaned else "mapped_steps")
 
     def _ended(self, _: Future[Message]) -> None:
         with self._changed:

@@ -47,6 +47,7 @@ class ProcessTransport:
     """The service as the server runs it, with one device thread of its own. Begins at the first call."""
 
     name = "process"
+    counted = ""
 
     def __init__(self, device: str) -> None:
         from memstore.embedded import Embedded  # the server's half; a client of a remote server does not load it

@@ -52,7 +52,7 @@ def _rows(client: MemoryClient, memory: str, name: str) -> torch.Tensor:
 
 def _passes(memory: AttachedMemory) -> int:
     """How many passes the loop under way has had."""
-    loop = memory._loops._loop  # it has no outer sign
+    loop = memory._loops.loop  # it has no outer sign
     return 0 if loop is None else loop.num_passes
 
 
@@ -153,15 +153,18 @@ def test_what_another_appends_is_seen_by_the_next_pass(client: MemoryClient) -> 
     model, tokens = tiny_model("llama"), _tokens(PROMPT + 12)
     config = tiny_config(model, segment_length=64)
     names = [f"row {row}" for row in range(BATCH)]
-    with torch.inference_mode(), attach(model, client, config, random_weights(model, config), sequences=names) as memory:
+    with (
+        torch.inference_mode(),
+        attach(model, client, config, random_weights(model, config), sequences=names) as memory,
+    ):
         past = DynamicCache(config=model.config)
         _decode(model, tokens, past)
         assert _passes(memory)
-        loop: Any = memory._loops._loop
+        loop: Any = memory._loops.loop
         assert int((loop._entries[:, 0] >= 0).sum()) == 0
         client.session(config.memory, names).append(torch.randn(2 * BATCH, config.dim), [2] * BATCH)
         model(input_ids=tokens[:, :1], past_key_values=past, use_cache=True)
-        assert memory._loops._loop is loop
+        assert memory._loops.loop is loop
         assert int((loop._entries[:, 0] >= 0).sum()) == 3 * BATCH  # two hits, one of which has a neighbour
 
 
@@ -223,7 +226,7 @@ def test_a_key_that_is_no_number_finds_nothing(client: MemoryClient) -> None:
         states = model.get_input_embeddings()(tokens[:, :1]).clone()
         states[0] = float("nan")
         model(inputs_embeds=states, past_key_values=past, use_cache=True)
-        loop: Any = memory._loops._loop
+        loop: Any = memory._loops.loop
         assert (loop._entries[:, 0] >= 0).any(dim=1).tolist() == [False, True]
 
 
@@ -240,4 +243,4 @@ def test_a_loop_that_cannot_be_made_is_no_trouble(client: MemoryClient, monkeypa
     with torch.inference_mode(), attach(model, client, config, random_weights(model, config)) as memory:
         _decode(model, tokens, DynamicCache(config=model.config))
         assert memory.stats.steps_with_memory == 13
-        assert not memory._loops.is_active
+        assert not memory._loops.loop
