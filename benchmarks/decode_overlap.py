@@ -38,12 +38,15 @@ APPENDED_ROWS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The model, as LlamaConfig calls its parts; sequences, live rows of each; tokens before the timed, and those."""
+    """The model, as LlamaConfig calls its parts; sequences, live rows of each; the prompt; tokens that are timed, and
+    those before them, in which what is recorded for a loop is recorded.
+    """
 
     model: dict[str, int]
     num_sequences: int
     capacity: int
     prompt: int
+    num_first: int
     num_tokens: int
     rounds: int
 
@@ -65,8 +68,9 @@ BILLION = Size(
     num_sequences=8,
     capacity=65_536,
     prompt=64,
+    num_first=8,
     num_tokens=64,
-    rounds=7,
+    rounds=5,
 )
 TOY = Size(
     model={
@@ -81,6 +85,7 @@ TOY = Size(
     num_sequences=2,
     capacity=64,
     prompt=4,
+    num_first=4,
     num_tokens=4,
     rounds=2,
 )
@@ -112,7 +117,7 @@ class Decoding:
         session = client.session(config.memory, self.names)
         for first in range(0, config.capacity, APPENDED_ROWS):
             num_rows = min(APPENDED_ROWS, config.capacity - first)
-            rows = torch.randn(len(self.names) * num_rows, config.dim, device=self.model.device)
+            rows = torch.randn(len(self.names) * num_rows, config.dim, device=self.model.device, dtype=torch.float16)
             session.append(rows, [num_rows] * len(self.names))
 
     @torch.inference_mode()
@@ -120,7 +125,8 @@ class Decoding:
         """Of a decode step: what a token of every sequence takes, in the mean."""
         cache = DynamicCache(config=self.model.config)
         token = self._next(self._prompt, cache)
-        token = self._next(token, cache)
+        for _ in range(self._size.num_first):
+            token = self._next(token, cache)
         self._await()
         begun = time.perf_counter()
         for _ in range(self._size.num_tokens):
@@ -145,14 +151,18 @@ def measure(size: Size, device: torch.device, clients: dict[str, MemoryClient], 
         "all layers above attend": {},
         "one layer attends": {"retrieval_layer": depth // 2 - 1, "attention_layers": (depth - 1,)},
     }
+    for name, client in clients.items():
+        decoding.fill(client, decoding.config(_memory(name)))
     for form, changes in forms.items():
-        configs = {name: decoding.config(f"{name} {form}".replace(" ", "-"), **changes) for name in clients}
-        for name, config in configs.items():
-            decoding.fill(clients[name], config)
+        configs = {name: decoding.config(_memory(name), **changes) for name in clients}
         seconds, read = _in_turn(decoding, clients, configs, size.rounds)
         _add(f"{size}, {form}", seconds, read, report)
-        for name, config in configs.items():
-            clients[name].drop_memory(config.memory)
+    for name, client in clients.items():
+        client.drop_memory(_memory(name))
+
+
+def _memory(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 def _in_turn(

@@ -103,7 +103,7 @@ class AttachedMemory:
         )
         self._loops = DecodeLoops(passing, self._decoder)
         self._looping: DecodeLoop | None = None
-        self._is_started = False
+        self._is_started = self._has_sent = False
         self._handles: list[Any] = []
         if sequences is not None:
             self._rename(tuple(sequences), is_new=False)
@@ -253,11 +253,11 @@ class AttachedMemory:
         if is_apart or not self._loops.goes_on(module, given, keeps=not self.read_only):
             self._leave_loop()
             return False
-        self._watch.let_go()
         self._last, self._looping, self._is_started = None, self._loops.loop, False
         if self._loops.is_full and self._link is not None:
             self._loops.hold_kept()
             self._send_held(self._link, is_fresh=False)
+            self._has_sent = True
             self._loops.make_room()
         return True
 
@@ -265,7 +265,8 @@ class AttachedMemory:
         """Begins the retrieval of a pass of a decode loop; where that cannot be, the pass is one of its own."""
         if self._is_started:
             return True
-        if self._link is not None and self._link.is_appending:
+        if self._has_sent and self._link is not None:
+            self._has_sent = False
             self._link.settle()
         self._is_started = loop.start(states)
         if self._is_started:

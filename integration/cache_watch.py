@@ -54,6 +54,16 @@ class CacheWatch:
         is_same: bool = keys is self._keys[0] and keys.shape[2] == self._length
         return is_same
 
+    def takes_up(self, cache: Any) -> bool:
+        """The same as a forward begins; where it is True the keys will be others, and are not held meanwhile."""
+        keys = self._keys
+        if not keys or cache is None or cache is not self._cache() or cache.layers[self._layer].keys is not keys[0]:
+            return False
+        if keys[0].shape[2] != self._length:
+            return False
+        keys.clear()
+        return True
+
     @property
     def cache(self) -> Any:
         """The cache, if it is still there."""
@@ -77,10 +87,6 @@ class CacheWatch:
             return False
         states = keys[:, :, _last(keys, self._length)]
         return not torch.equal(states, before[:, :, _last(before, self._length)].to(states.device))
-
-    def let_go(self) -> None:
-        """A forward begins: the keys will be others, and need not be held meanwhile."""
-        self._keys.clear()
 
     def _knows(self, cache: Any) -> bool:
         return cache is not None and cache is self._cache()

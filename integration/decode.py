@@ -107,6 +107,7 @@ class DecodeLoop:
 
     def take_kept(self) -> RowBatch | None:
         """The rows that wait here, as they are appended; None where there are none."""
+        self._standing.count()
         number, self.num_kept = self.num_kept, 0
         if not number:
             return None

@@ -44,10 +44,11 @@ class Passing:
 
 
 class DecodeLoops:
-    """See above. loop: that which the next pass may be one of."""
+    """See above. loop: that which the next pass may be one of. is_full: whether so many rows wait as leave at once."""
 
     def __init__(self, passing: Passing, decoder: Decoder) -> None:
         self.loop: DecodeLoop | None = None
+        self.is_full = False
         self._passing = passing
         self._decoder = decoder
         self._loops: dict[tuple[tuple[str, ...], bool], DecodeLoop] = {}
@@ -63,19 +64,15 @@ class DecodeLoops:
         states = given.get("input_ids")
         if states is None:
             states = given.get("inputs_embeds")
-        if loop is None or states is None or loop.keeps != keeps or not _is_plain(module, states.device.type):
+        if loop is None or states is None or loop.keeps != keeps or not _is_plain(module):
             return False
         shape, mask = states.shape, given.get("attention_mask")
         if shape[0] != loop.num_sequences or shape[1] != 1:
             return False
         if mask is not None and TokenLayout.of(loop.num_sequences, 1, mask).places is not None:
             return False
-        return self._passing.watch.is_as_left(cache)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether as many rows wait as are appended at once."""
-        return self.loop is not None and self.loop.num_kept >= self._room
+        self.is_full = loop.num_kept >= self._room
+        return self._passing.watch.takes_up(cache)
 
     def hold_kept(self) -> None:
         """Puts the rows of the loop's passes to those that wait."""
@@ -169,10 +166,10 @@ class DecodeLoops:
         if not (self._is_able and is_step) or forward.answer is None or self._passing.config.training_payload:
             return False
         device = forward.answer.rows.device
-        is_on = device.type in DEVICES and _is_plain(self._decoder.module, device.type)
+        is_on = device.type in DEVICES and _is_plain(self._decoder.module)
         return is_on and watch.is_as_left(watch.cache)
 
 
-def _is_plain(module: nn.Module, device: str) -> bool:
-    """Whether a forward wants no gradients and computes as its weights are. device: its type."""
-    return not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device))
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a forward wants no gradients and computes as its weights are. To name the device would take long."""
+    return not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled())

@@ -71,11 +71,6 @@ class MemoryLink:
         self.settle()
         return self._begin(names, rows, self._wanted(array), append, start_of_sequence)
 
-    @property
-    def is_appending(self) -> bool:
-        """Whether an append is under way, or was not asked about since."""
-        return bool(self._appends)
-
     def stand(self, names: tuple[str, ...], keys: torch.Tensor) -> StandingStep | None:
         """What `start` finds for one token of each sequence, to be asked again and again; None where that cannot be.
 

@@ -27,13 +27,14 @@ class Guests:
     """Those who read a device without its thread: between two of its turns, one at a time.
 
     turn: number of the turns that were begun; as long as it stays the same, so does everything on the device; CLOSED
-    once there will be none. release: ends a turn, or a rest.
+    once there will be none. rest: keeps the device at rest, and for oneself, as `acquire` of a lock does. release: ends
+    a rest, or a turn.
     """
 
     def __init__(self) -> None:
         self.turn = 0
         self._at_rest = threading.Lock()
-        self.release = self._at_rest.release
+        self.rest, self.release = self._at_rest.acquire, self._at_rest.release
         self._readers: WeakSet[Standing] = WeakSet()
 
     def begin_turn(self) -> None:
@@ -43,10 +44,6 @@ class Guests:
         if self._readers:
             for reader in tuple(self._readers):
                 reader.let_pass()
-
-    def rest(self, timeout_s: float) -> bool:
-        """Keeps the device at rest, and for oneself, until `release`; False where it works for so long."""
-        return self._at_rest.acquire(blocking=False) or self._at_rest.acquire(timeout=timeout_s)
 
     def add(self, reader: Standing) -> None:
         """In the thread of the device: this one may come from now on."""
@@ -95,9 +92,10 @@ class Standing:
 
         On a GPU the caller's current stream is that of the run. After True, `leave` must follow.
         """
-        if not self._guests.rest(timeout_s):
+        guests = self._guests
+        if not guests.rest(False) and not guests.rest(True, timeout_s):
             return False
-        if self._turn == self._guests.turn and (self._is_held is None or self._is_held()):
+        if self._turn == guests.turn and (self._is_held is None or self._is_held()):
             return True
         is_able = False
         try:

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from model_client.core import Core
     from model_client.transport.base import Standing, StandingTransport
 
+RUNS_COUNTED = 64
+"""Runs after which they are counted, at the latest."""
+
 
 class StandingStep:
     """A step that only retrieves, for one query of each sequence. Its tensors stay where they are. For one thread.
@@ -26,9 +29,10 @@ class StandingStep:
         self.launch = standing.launch
         self.leave = standing.leave
         self._enter = standing.enter
+        self._core = core
         self._breaker = core.breaker
-        self._count = core.stats.add
         self._transport = transport
+        self._num_uncounted = 0
 
     def enter(self, timeout_s: float) -> bool:
         """Begins a run; False where there can be none, now or any more: then a step says why, or does it.
@@ -37,7 +41,14 @@ class StandingStep:
         """
         if self._breaker.is_open or not self._enter(timeout_s):
             return False
-        self._count("calls")
-        if counted := self._transport.counted:
-            self._count(counted)
+        self._num_uncounted += 1
+        if self._num_uncounted == RUNS_COUNTED:
+            self.count()
         return True
+
+    def count(self) -> None:
+        """Adds the runs since the last time to the counters of the client: that takes as long as a good part of one."""
+        number, self._num_uncounted = self._num_uncounted, 0
+        self._core.stats.add("calls", number)
+        if counted := self._transport.counted:
+            self._core.stats.add(counted, number)
