@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from integration.config import MemoryConfig
-    from integration.decode import DecodeLoop
     from integration.families import Decoder
     from model_client import MemoryClient
     from model_client.cache_attention import Carry
@@ -98,12 +97,8 @@ class AttachedMemory:
         self._forward: Forward | None = None
         self._is_passing = False
         self._pending = PendingForwards()
-        passing = Passing(
-            config=config, weights=self.weights, held=self._held, watch=self._watch, carries=self._carries
-        )
-        self._loops = DecodeLoops(passing, self._decoder)
-        self._looping: DecodeLoop | None = None
-        self._is_started = self._has_sent = False
+        passing = Passing(config, self.weights, self._held, self._watch, self._carries, self.stats)
+        self._loops = DecodeLoops(passing, self._decoder, self._send_kept)
         self._handles: list[Any] = []
         if sequences is not None:
             self._rename(tuple(sequences), is_new=False)
@@ -201,12 +196,12 @@ class AttachedMemory:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes what the pass is, and sends off what has left the key-value cache."""
         self._forward, self._is_passing = None, True
-        if self._loops.loop is not None and self._goes_on(module, args, kwargs):
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
+        if self._loops.loop is not None and self._is_of_loop(module, given):
             return
         if not self.enabled:
             self._watch.note(None)
             return
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
         states = given.get("input_ids") if given.get("inputs_embeds") is None else given.get("inputs_embeds")
         if states is None:
             return
@@ -229,13 +224,11 @@ class AttachedMemory:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Lets go of the pass, unless the backward pass will run its layers again."""
         forward, self._forward, self._is_passing = self._forward, None, False
-        if self._looping is not None:
-            self._looping = None
+        if self._loops.passing is not None:
             cache = getattr(output, "past_key_values", None)
-            if self._watch.note_next(cache):
-                return
-            self._leave_loop()
-            self._watch.note(cache)
+            if not self._loops.end(cache):
+                self._leave_loop()
+                self._watch.note(cache)
         if forward is None:
             return
         is_candidate = forward.is_cached and not forward.is_fresh and max(forward.layout.counts) > 1
@@ -246,34 +239,21 @@ class AttachedMemory:
         if self._link is not None and self._sources is None and not self.is_tracing and not any(self._is_new):
             self._loops.enter(forward, self._link, self._names, keeps=self._is_appending)
 
-    def _goes_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _is_of_loop(self, module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether a pass is the next one of a decode loop; where it is not, the loop is left."""
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         is_apart = not self.enabled or self.is_tracing or self._sources is not None
-        if is_apart or not self._loops.goes_on(module, given, keeps=not self.read_only):
-            self._leave_loop()
-            return False
-        self._last, self._looping, self._is_started = None, self._loops.loop, False
-        if self._loops.is_full and self._link is not None:
-            self._loops.hold_kept()
-            self._send_held(self._link, is_fresh=False)
-            self._has_sent = True
-            self._loops.make_room()
-        return True
-
-    def _starts(self, loop: DecodeLoop, states: torch.Tensor) -> bool:
-        """Begins the retrieval of a pass of a decode loop; where that cannot be, the pass is one of its own."""
-        if self._is_started:
-            return True
-        if self._has_sent and self._link is not None:
-            self._has_sent = False
-            self._link.settle()
-        self._is_started = loop.start(states)
-        if self._is_started:
-            self.stats.steps_with_memory += 1
+        if not is_apart and self._loops.goes_on(module, given, keeps=not self.read_only):
+            self._last = None
             return True
         self._leave_loop()
-        self._last, self._looping, self._forward = None, None, DecodeLoops.pass_of(len(self._names))
+        return False
+
+    def _starts_in_loop(self, states: torch.Tensor) -> bool:
+        """Begins the retrieval of a pass of a decode loop; where that cannot be, the pass is one of its own."""
+        if self._loops.start(states):
+            return True
+        self._leave_loop()
+        self._last, self._forward = None, DecodeLoops.pass_of(len(self._names))
         return False
 
     def _leave_loop(self) -> None:
@@ -321,7 +301,7 @@ class AttachedMemory:
     def _look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins the retrieval for the states that enter the retrieval layer."""
         states, link = args[0] if args else kwargs["hidden_states"], self._link
-        if self._looping is not None and self._starts(self._looping, states):
+        if self._loops.passing is not None and self._starts_in_loop(states):
             return
         forward = self._forward
         if forward is None or forward.is_started or link is None:
@@ -351,15 +331,12 @@ class AttachedMemory:
         is_last = layer == self.config.attention_layers[-1]
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            loop = self._looping
+            loop = self._loops.passing
             if loop is not None:
-                if not self._is_started:
-                    return None
                 states = args[0] if args else kwargs["hidden_states"]
-                is_alone = not isinstance(output, tuple)
-                return (
-                    loop.read(layer, states, output) if is_alone else (loop.read(layer, states, output[0]), *output[1:])
-                )
+                if isinstance(output, tuple):
+                    return (loop.read(layer, states, output[0]), *output[1:])
+                return loop.read(layer, states, output)
             forward = self._pass_of(kwargs)
             if forward is None or not forward.is_started:
                 return None
@@ -420,6 +397,12 @@ class AttachedMemory:
             self._append_held(link, tuple(length if count >= length else 0 for count in self._held.counts))
         if is_fresh and any(self._held.counts):
             self._append_held(link, self._held.counts)
+
+    def _send_kept(self) -> MemoryLink | None:
+        """The same for the rows of a decode loop, which is not left for it."""
+        if self._link is not None:
+            self._send_held(self._link, is_fresh=False)
+        return self._link
 
     def _append_held(self, link: MemoryLink, counts: tuple[int, ...]) -> None:
         link.append(self._names, self._held.take(counts), self._is_new)

@@ -13,6 +13,8 @@ from integration.forward import Forward
 from integration.layout import TokenLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from integration.cache_watch import CacheWatch
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from integration.families import Decoder
     from integration.held import HeldRows
     from integration.store import MemoryLink
+    from integration.trace import MemoryStats
     from integration.weights import MemoryWeights
     from model_client.cache_attention import Carry
 
@@ -32,7 +35,7 @@ MOST_PASSES_BETWEEN = 64
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Passing:
     """What the passes of a model share: what waits, what its cache was, and what the tokens before have found."""
 
@@ -41,14 +44,19 @@ class Passing:
     held: HeldRows
     watch: CacheWatch
     carries: dict[tuple[str, ...], Carry]
+    stats: MemoryStats
 
 
 class DecodeLoops:
-    """See above. loop: that which the next pass may be one of. is_full: whether so many rows wait as leave at once."""
+    """See above. loop: that which the next pass may be one of. passing: that which the pass under way is one of."""
 
-    def __init__(self, passing: Passing, decoder: Decoder) -> None:
+    def __init__(self, passing: Passing, decoder: Decoder, send: Callable[[], MemoryLink | None]) -> None:
+        """send: appends what has waited long enough in the background, and says by which link."""
         self.loop: DecodeLoop | None = None
-        self.is_full = False
+        self.passing: DecodeLoop | None = None
+        self._send = send
+        self._sent: MemoryLink | None = None
+        self._is_started = False
         self._passing = passing
         self._decoder = decoder
         self._loops: dict[tuple[tuple[str, ...], bool], DecodeLoop] = {}
@@ -59,7 +67,10 @@ class DecodeLoops:
         self._num_between = 1
 
     def goes_on(self, module: nn.Module, given: dict[str, Any], keeps: bool) -> bool:
-        """Whether a pass is the next one of the loop. Raises ValueError on a mask of another form than is needed."""
+        """Whether a pass is the next one of the loop; then rows that have waited long enough are sent off.
+
+        Raises ValueError on a mask of another form than is needed.
+        """
         loop, cache = self.loop, given.get("past_key_values")
         states = given.get("input_ids")
         if states is None:
@@ -71,19 +82,34 @@ class DecodeLoops:
             return False
         if mask is not None and TokenLayout.of(loop.num_sequences, 1, mask).places is not None:
             return False
-        self.is_full = loop.num_kept >= self._room
-        return self._passing.watch.takes_up(cache)
+        if not self._passing.watch.takes_up(cache):
+            return False
+        self.passing, self._is_started = loop, False
+        if loop.num_kept >= self._room:
+            self._hold_kept(loop)
+            self._sent = self._send()
+            self._make_room()
+        return True
 
-    def hold_kept(self) -> None:
-        """Puts the rows of the loop's passes to those that wait."""
-        rows = None if self.loop is None else self.loop.take_kept()
-        if rows is not None:
-            self._passing.held.add(rows)
+    def start(self, states: torch.Tensor) -> bool:
+        """Begins the retrieval of a pass, which sees all that was sent; False where the loop cannot."""
+        loop = self.passing
+        if loop is None or self._is_started:
+            return self._is_started
+        if self._sent is not None:
+            self._sent.settle()
+            self._sent = None
+        if not loop.start(states):
+            self.passing = None
+            return False
+        self._passing.stats.steps_with_memory += 1
+        self._is_started = True
+        return True
 
-    def make_room(self) -> None:
-        """As many rows may wait from now on as are not waiting already."""
-        waiting = max(self._passing.held.counts, default=0)
-        self._room = max(1, self._passing.config.segment_length - waiting)
+    def end(self, cache: Any) -> bool:
+        """The end of a pass; False where the cache was not seen to grow by it, so that the loop must be left."""
+        self.passing = None
+        return self._passing.watch.note_next(cache)
 
     def leave(self) -> Forward | None:
         """What comes next is no pass of the loop. The last pass, to be taken back where it must be; None for none."""
@@ -92,9 +118,7 @@ class DecodeLoops:
             return None
         if loop.num_passes > MOST_PASSES_BETWEEN:
             self._num_between = 1
-        rows = loop.take_kept()
-        if rows is not None:
-            self._passing.held.add(rows)
+        self._hold_kept(loop)
         carry = loop.carry()
         if carry is not None:
             self._passing.carries[self._names] = carry
@@ -112,14 +136,25 @@ class DecodeLoops:
         if self.loop is not None:
             self._names = names
             self.loop.enter(self._passing.carries.get(names))
-            self.make_room()
+            self._make_room()
 
     def close(self) -> None:
         """Lets go of all loops, once the GPU is done with them."""
-        self.loop = None
+        self.loop = self.passing = None
         for loop in self._loops.values():
             loop.close()
         self._loops.clear()
+
+    def _hold_kept(self, loop: DecodeLoop) -> None:
+        """Puts the rows of the loop's passes to those that wait."""
+        rows = loop.take_kept()
+        if rows is not None:
+            self._passing.held.add(rows)
+
+    def _make_room(self) -> None:
+        """As many rows may wait from now on as are not waiting already."""
+        waiting = max(self._passing.held.counts, default=0)
+        self._room = max(1, self._passing.config.segment_length - waiting)
 
     def _loop_like(self, forward: Forward, link: MemoryLink, names: tuple[str, ...], keeps: bool) -> DecodeLoop | None:
         if not self._suits(forward):

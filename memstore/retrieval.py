@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memstore.index.base import VectorIndex
     from memstore.sequence import BatchPlan
     from memstore.slab import Slab
-    from memstore.types import Hits, StepBatch
+    from memstore.types import Hits
 
 
 def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list[Hits]:
@@ -92,11 +92,3 @@ def _split(joined: Hits, plans: Sequence[BatchPlan]) -> list[Hits]:
             )
         )
     return split
-
-
-def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """The batch with its tensors on the device: they cross once, for the search and the append."""
-    if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
-        return batch
-    payloads = {name: rows.to(device, non_blocking=True) for name, rows in batch.payloads.items()}
-    return replace(batch, keys=batch.keys.to(device, non_blocking=True), payloads=payloads)

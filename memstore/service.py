@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from memstore.memory import Memory
     from memstore.plane import Plane
-    from memstore.registry import Loaded, Registry
+    from memstore.registry import Registry
+    from memstore.rooms import Loaded
     from memstore.standing import Guests
 
 VERSION = "0.1.0"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import torch
 
+from memstore.auth import Certificates, Credentials, authenticator_of
 from memstore.catalog import FileCatalog
 from memstore.config import Config
 from memstore.errors import Overloaded, QuotaExceeded
+from memstore.followed import Followed
+from memstore.gate import Gate
 from memstore.lending import MAX_LEASES, MAX_LENT, TENANT_LEASES
 from memstore.memory import Memory
 from memstore.quotas import MAX_TENANTS, SEQUENCES_A_LEASE, Held, Lent, Quotas
@@ -17,7 +24,7 @@ from memstore.server import default_quota
 from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
-from tests.calling import Conversation, bearer, fails, hashed, tokens
+from tests.calling import Conversation, bearer, fails, failure, hashed, tokens
 from tests.fakes import FakeClock, FakeDisk
 from tests.serving import Setting, file_store, serving, spec, step
 
@@ -179,6 +186,44 @@ def test_calls_beyond_the_quota_are_refused_with_a_delay_on_a_stream_too() -> No
         talk.end()
 
 
+def test_a_call_beyond_the_quota_is_refused_before_its_message_is_sent() -> None:
+    """Not a byte of it: or a tenant that floods a server would have it read whatever it sends."""
+    clock = FakeClock()
+    known = tokens(hashed("r", "red"), "quota red calls_per_s=2", clock=clock)
+    with serving(Setting(authenticator=known, clock=clock)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=bearer("r"))
+        server.stub.Step(step(), metadata=bearer("r"))
+        outgoing: queue.Queue[bytes | None] = queue.Queue()
+        call: grpc.StreamStreamMultiCallable[bytes, bytes] = server.channel.stream_stream(
+            "/memstore.v1.MemoryService/Step"
+        )
+        answers = call(iter(outgoing.get, None), metadata=bearer("r"), timeout=15)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+        error = failure(caught.value)
+        assert isinstance(error, Overloaded)
+        assert error.retry_delay_s == pytest.approx(0.5)
+        outgoing.put(None)
+        clock.advance(0.5)
+        server.stub.Step(step(seq=1), metadata=bearer("r"))  # what was refused was not counted
+        assert isinstance(fails(server, "Step", step(seq=2), metadata=bearer("r")), Overloaded)
+
+
+def test_where_certificates_name_the_tenant_calls_are_counted_once_it_is_known() -> None:
+    clock = FakeClock()
+    made = Quotas(Certificates(), Quota(calls_per_s=1), clock)
+    gate, path, red = (
+        Gate(Certificates(), made),
+        "/memstore.v1.MemoryService/ServerInfo",
+        Credentials(common_names=("red",)),
+    )
+    for _ in range(3):
+        gate.meet(path, Credentials())
+    gate.admit(path, gate.enter(path, red), pb.ServerInfoRequest())
+    with pytest.raises(Overloaded):
+        gate.admit(path, gate.enter(path, red), pb.ServerInfoRequest())
+
+
 def spilling(
     name: str = "m", *, durability: pb.Durability.ValueType = pb.DURABILITY_VOLATILE
 ) -> pb.CreateMemoryRequest:
@@ -233,6 +278,31 @@ def test_bytes_of_spilled_sequences_are_bounded_over_all_memories_of_a_tenant() 
         server.stub.DropMemory(pb.DropMemoryRequest(name="n"), metadata=bearer("r"))
         for sequence in "cd":
             use("m", sequence)
+
+
+def test_the_devices_thread_never_waits_for_the_disk_that_the_token_file_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{hashed('r', 'red')}\nquota red spilled_bytes=1M calls_per_s=1000\n")
+    monkeypatch.setattr("memstore.auth.FOLLOW_S", 0.0)
+    known = authenticator_of(Config(token_file=path), FakeClock())
+    lookers: set[str] = set()
+    look = Followed._look
+
+    def watch(followed: Followed[Any]) -> Any:
+        lookers.add(threading.current_thread().name)
+        return look(followed)
+
+    monkeypatch.setattr(Followed, "_look", watch)
+    disk = FakeDisk()
+    with serving(Setting(authenticator=known, store=file_store(DATA, disk, FakeClock()))) as server:
+        server.stub.CreateMemory(spilling(), metadata=bearer("r"))
+        for sequence in "abc":
+            server.stub.Step(step((sequence,), memory="m"), metadata=bearer("r"))
+        assert [path for path in disk.files if "spilled" in path.parts]
+    assert lookers
+    assert not [name for name in lookers if name.startswith("memstore-")]
 
 
 def test_a_quota_that_is_lowered_keeps_no_memory_from_being_loaded() -> None:
