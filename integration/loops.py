@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from integration.cache_watch import CacheWatch
+    from integration.carries import Carries
     from integration.config import MemoryConfig
     from integration.families import Decoder
     from integration.held import HeldRows
@@ -35,16 +36,20 @@ MOST_PASSES_BETWEEN = 64
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Passing:
-    """What the passes of a model share: what waits, what its cache was, and what the tokens before have found."""
+    """What the passes of a model share: what waits, what its cache was, and what the tokens before have found.
+
+    last: the last pass, for as long as its tokens can be taken back.
+    """
 
     config: MemoryConfig
     weights: MemoryWeights
     held: HeldRows
     watch: CacheWatch
-    carries: dict[tuple[str, ...], Carry]
+    carries: Carries
     stats: MemoryStats
+    last: Forward | None = None
 
 
 class DecodeLoops:
@@ -67,32 +72,23 @@ class DecodeLoops:
         self._num_between = 1
 
     def goes_on(self, module: nn.Module, given: dict[str, Any], keeps: bool) -> bool:
-        """Whether a pass is the next one of the loop; then rows that have waited long enough are sent off.
+        """Whether a pass is the next one of the loop, which is left otherwise.
 
-        Raises ValueError on a mask of another form than is needed.
+        Where it is, rows that have waited long enough are sent off. Raises ValueError on a mask of another form than is
+        needed.
         """
-        loop, cache = self.loop, given.get("past_key_values")
-        states = given.get("input_ids")
-        if states is None:
-            states = given.get("inputs_embeds")
-        if loop is None or states is None or loop.keeps != keeps or not _is_plain(module):
+        if self.loop is None or not self._is_next(module, given, keeps):
+            self.leave()
             return False
-        shape, mask = states.shape, given.get("attention_mask")
-        if shape[0] != loop.num_sequences or shape[1] != 1:
-            return False
-        if mask is not None and TokenLayout.of(loop.num_sequences, 1, mask).places is not None:
-            return False
-        if not self._passing.watch.takes_up(cache):
-            return False
-        self.passing, self._is_started = loop, False
-        if loop.num_kept >= self._room:
-            self._hold_kept(loop)
+        self.passing, self._is_started, self._passing.last = self.loop, False, None
+        if self.loop.num_kept >= self._room:
+            self._hold_kept(self.loop)
             self._sent = self._send()
             self._make_room()
         return True
 
     def start(self, states: torch.Tensor) -> bool:
-        """Begins the retrieval of a pass, which sees all that was sent; False where the loop cannot."""
+        """Begins the retrieval of a pass, which sees all that was sent; False where the loop cannot, and is left."""
         loop = self.passing
         if loop is None or self._is_started:
             return self._is_started
@@ -101,28 +97,33 @@ class DecodeLoops:
             self._sent = None
         if not loop.start(states):
             self.passing = None
+            self.leave()
+            self._passing.last = None
             return False
         self._passing.stats.steps_with_memory += 1
         self._is_started = True
         return True
 
     def end(self, cache: Any) -> bool:
-        """The end of a pass; False where the cache was not seen to grow by it, so that the loop must be left."""
+        """The end of a pass; False where the cache was not seen to grow by it, and the loop is left."""
         self.passing = None
-        return self._passing.watch.note_next(cache)
+        if self._passing.watch.note_next(cache):
+            return True
+        self.leave()
+        return False
 
-    def leave(self) -> Forward | None:
-        """What comes next is no pass of the loop. The last pass, to be taken back where it must be; None for none."""
+    def leave(self) -> None:
+        """What comes next is no pass of the loop."""
         loop, self.loop = self.loop, None
         if loop is None or not loop.num_passes:
-            return None
+            return
         if loop.num_passes > MOST_PASSES_BETWEEN:
             self._num_between = 1
         self._hold_kept(loop)
         carry = loop.carry()
         if carry is not None:
             self._passing.carries[self._names] = carry
-        return self.pass_of(loop.num_sequences, loop.carry(before_last=True))
+        self._passing.last = self.pass_of(loop.num_sequences, loop.carry(before_last=True))
 
     @staticmethod
     def pass_of(num_sequences: int, carry: Carry | None = None) -> Forward:
@@ -144,6 +145,20 @@ class DecodeLoops:
         for loop in self._loops.values():
             loop.close()
         self._loops.clear()
+
+    def _is_next(self, module: nn.Module, given: dict[str, Any], keeps: bool) -> bool:
+        loop, cache = self.loop, given.get("past_key_values")
+        states = given.get("input_ids")
+        if states is None:
+            states = given.get("inputs_embeds")
+        if loop is None or states is None or loop.keeps != keeps or not _is_plain(module):
+            return False
+        shape, mask = states.shape, given.get("attention_mask")
+        if shape[0] != loop.num_sequences or shape[1] != 1:
+            return False
+        if mask is not None and TokenLayout.of(loop.num_sequences, 1, mask).places is not None:
+            return False
+        return self._passing.watch.takes_up(cache)
 
     def _hold_kept(self, loop: DecodeLoop) -> None:
         """Puts the rows of the loop's passes to those that wait."""
