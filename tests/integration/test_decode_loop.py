@@ -38,7 +38,7 @@ def _tokens(length: int, seed: int = 3) -> torch.Tensor:
 
 def _decode(model: nn.Module, tokens: torch.Tensor, past: DynamicCache, first: int = PROMPT) -> list[torch.Tensor]:
     """The prompt in one pass, then token by token: the logits of each pass."""
-    passes = [tokens[:, :first], *tokens[:, first:].split(1, dim=1)] if first else tokens.split(1, dim=1)
+    passes = [tokens[:, :first], *torch.split(tokens[:, first:], 1, dim=1)] if first else torch.split(tokens, 1, dim=1)
     return [model(input_ids=part, past_key_values=past, use_cache=True).logits[:, -1] for part in passes]
 
 
