@@ -80,6 +80,7 @@ class DecodeLoop:
     def enter(self, carry: Carry | None) -> None:
         """What the next pass comes after: what the tokens before it found."""
         self.num_kept = self.num_passes = 0
+        self._join()
         self._cursor.zero_()
         self._entries.fill_(-1)
         before = self._rows.shape[1] - 1
@@ -108,6 +109,7 @@ class DecodeLoop:
     def take_kept(self) -> RowBatch | None:
         """The rows that wait here, as they are appended; None where there are none."""
         self._standing.count()
+        self._join()
         number, self.num_kept = self.num_kept, 0
         if not number:
             return None
@@ -120,26 +122,24 @@ class DecodeLoop:
 
         Few calls: each costs the model more than it seems, as its own code has left the caches of the processor.
         """
+        if not self._is_read:  # the pass before was broken off
+            self._join()
         self._hidden.copy_(states)
-        stream, begun, done, standing = self._stream, self._begun, self._done, self._standing
+        stream, begun, done = self._stream, self._begun, self._done
         if stream is None or begun is None or done is None:
-            self.lives = standing.enter(ENTER_S)
-            if self.lives:
-                self._search()
-                standing.leave()
+            self.lives = self._run()
         else:
-            model_stream = torch.cuda.current_stream(stream.device)
+            device, model_stream = torch.cuda.current_device(), torch.cuda.current_stream(stream.device)
             begun.record(model_stream)
             torch.cuda.set_stream(stream)
-            stream.wait_event(begun)
             try:
-                self.lives = standing.enter(ENTER_S)
-                if self.lives:
-                    self._search()
-                    standing.leave()
+                stream.wait_event(begun)
+                self.lives = self._run()
                 done.record(stream)
             finally:
-                torch.cuda.set_stream(model_stream)
+                torch.cuda.set_stream(model_stream)  # which makes its device the current one
+                if device != stream.device_index:
+                    torch.cuda.set_device(device)
             self._is_read = False
         if self.lives:
             self.num_passes += 1
@@ -149,9 +149,7 @@ class DecodeLoop:
     def read(self, layer: int, states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """An attention's output with what its layer reads: (S, 1, hidden_size) of the same dtype, both."""
         if not self._is_read:
-            self._is_read = True
-            if self._done is not None:
-                self._done.wait()
+            self._join()
         self._states.copy_(states)
         self._readers[layer]()
         return output + self._added
@@ -161,6 +159,21 @@ class DecodeLoop:
         if self._stream is not None:
             self._stream.synchronize()
             torch.cuda.current_stream(self._stream.device).synchronize()
+
+    def _join(self) -> None:
+        """Has the model's stream wait for what the last pass has looked up."""
+        self._is_read = True
+        if self._stream is not None and self._done is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
+
+    def _run(self) -> bool:
+        if not self._standing.enter(ENTER_S):
+            return False
+        try:
+            self._search()
+        finally:
+            self._standing.leave()
+        return True
 
     def _make_tensors(self, config: MemoryConfig, states: torch.Tensor) -> None:
         """hidden, states, added: (S, 1, hidden_size). rows, entries, positions: newest first, of `context` tokens."""
