@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from integration.held import RowBatch
 from integration.recorded import Recorder
@@ -129,7 +128,7 @@ class DecodeLoop:
         if stream is None or begun is None or done is None:
             self.lives = self._run()
         else:
-            device, model_stream = torch.cuda.current_device(), torch.cuda.current_stream(stream.device)
+            device, model_stream = torch.cuda.current_device(), torch.cuda.current_stream(stream.device_index)
             begun.record(model_stream)
             torch.cuda.set_stream(stream)
             try:
@@ -181,6 +180,7 @@ class DecodeLoop:
         made = partial(torch.zeros, device=states.device)
         self._hidden, self._states, self._added = (made(states.shape, dtype=states.dtype) for _ in range(3))
         self._keys = made((num_sequences, config.dim), dtype=self._standing.queries.dtype)
+        self._nothing = torch.zeros_like(self._keys)
         rows = self._standing.rows["key"]
         answers = (num_sequences, config.context, entries)
         self._rows = made((*answers, config.dim), dtype=rows.dtype)
@@ -191,20 +191,26 @@ class DecodeLoop:
         self._cursor = made(1, dtype=torch.int64)
 
     def _look_up(self) -> None:
-        """Retrieves, and puts what was found first. A key that is no number finds nothing."""
+        """Retrieves, and puts what was found first. A key that is no number finds nothing.
+
+        All that is done are kernels: with copies or fills of memory among them, a graph takes many times as long to
+        launch.
+        """
         keys = self._weights.projection(self._hidden.flatten(0, 1))
         is_number = torch.isfinite(keys).all(dim=-1, keepdim=True)
-        self._keys.copy_(keys)
-        self._standing.queries[0].copy_(torch.where(is_number, keys, 0))
+        torch.mul(keys, 1, out=self._keys)
+        torch.where(is_number, keys, self._nothing, out=self._standing.queries[0])
         self._standing.launch()
         found = torch.where(is_number, self._standing.index[0].flatten(1), -1)
+        is_there, chosen = found >= 0, found.clamp(min=0).flatten()
         if self._rows.shape[1] > 1:
             for tensor in (self._rows, self._entries, self._positions):
-                tensor[:, 1:] = tensor[:, :-1].clone()
-        padded = functional.pad(self._standing.rows["key"], (0, 0, 1, 0))  # row 0 stands for the empty slots
-        self._rows[:, 0] = functional.embedding(found + 1, padded)
+                tensor[:, 1:] = tensor[:, :-1] * 1
+        rows = self._standing.rows["key"].index_select(0, chosen).view(self._rows[:, 0].shape)
+        self._rows[:, 0] = torch.where(is_there[..., None], rows, 0)
         self._entries[:, 0] = found
-        self._positions[:, 0] = functional.pad(self._standing.positions, (1, 0), value=-1)[(found + 1).long()]
+        positions = self._standing.positions.index_select(0, chosen).view(found.shape)
+        self._positions[:, 0] = torch.where(is_there, positions, -1)
         if self.keeps:
             self._kept.index_copy_(0, self._cursor, self._keys[None])
             self._cursor.add_(1).clamp_(max=len(self._kept) - 1)
@@ -212,4 +218,4 @@ class DecodeLoop:
     def _attend(self, layer: int) -> None:
         retrieved = GatheredRows(self._rows.flatten(1, 2), self._entries.flatten(1), self._keys)
         added = self._weights.cache_attention(layer)(self._states.flatten(0, 1), retrieved)
-        self._added.copy_(added.view(self._added.shape))
+        torch.mul(added, 1, out=self._added[:, 0])

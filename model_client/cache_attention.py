@@ -179,12 +179,12 @@ class CacheAttention(nn.Module):
         sizes = self.sizes
         hits = logits.shape[-1] // (sizes.context * sizes.window)
         bias = self.slot_bias[:, :, None, :].expand(-1, -1, hits, -1).reshape(1, sizes.num_heads, -1)
-        logits = (logits.float() + bias.float()).masked_fill(empty, torch.finfo(torch.float32).min)
+        logits = torch.where(empty, torch.finfo(torch.float32).min, logits.float() + bias.float())
         if self.null_logit is None:
-            return torch.softmax(logits, dim=-1).masked_fill(empty, 0.0)
+            return torch.where(empty, 0.0, torch.softmax(logits, dim=-1))
         null = self.null_logit.float()[None, :, None].expand(len(logits), -1, 1)
         shares = torch.softmax(torch.cat([null, logits], dim=-1), dim=-1)[..., 1:]
-        return shares.masked_fill(empty, 0.0)
+        return torch.where(empty, 0.0, shares)
 
     def _unfold(self, read: torch.Tensor) -> torch.Tensor:
         """(N, heads, d) read rows -> (N, hidden_size), through the value and the output projection."""
