@@ -198,19 +198,19 @@ class DecodeLoop:
         """
         keys = self._weights.projection(self._hidden.flatten(0, 1))
         is_number = torch.isfinite(keys).all(dim=-1, keepdim=True)
-        torch.mul(keys, 1, out=self._keys)
+        _put(self._keys, keys)
         torch.where(is_number, keys, self._nothing, out=self._standing.queries[0])
         self._standing.launch()
         found = torch.where(is_number, self._standing.index[0].flatten(1), -1)
         is_there, chosen = found >= 0, found.clamp(min=0).flatten()
         if self._rows.shape[1] > 1:
             for tensor in (self._rows, self._entries, self._positions):
-                tensor[:, 1:] = tensor[:, :-1] * 1
+                _put(tensor[:, 1:], tensor[:, :-1] * 1)
         rows = self._standing.rows["key"].index_select(0, chosen).view(self._rows[:, 0].shape)
-        self._rows[:, 0] = torch.where(is_there[..., None], rows, 0)
-        self._entries[:, 0] = found
+        _put(self._rows[:, 0], torch.where(is_there[..., None], rows, 0))
+        _put(self._entries[:, 0], found)
         positions = self._standing.positions.index_select(0, chosen).view(found.shape)
-        self._positions[:, 0] = torch.where(is_there, positions, -1)
+        _put(self._positions[:, 0], torch.where(is_there, positions, -1))
         if self.keeps:
             self._kept.index_copy_(0, self._cursor, self._keys[None])
             self._cursor.add_(1).clamp_(max=len(self._kept) - 1)
@@ -218,4 +218,9 @@ class DecodeLoop:
     def _attend(self, layer: int) -> None:
         retrieved = GatheredRows(self._rows.flatten(1, 2), self._entries.flatten(1), self._keys)
         added = self._weights.cache_attention(layer)(self._states.flatten(0, 1), retrieved)
-        torch.mul(added, 1, out=self._added[:, 0])
+        _put(self._added[:, 0], added)
+
+
+def _put(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies by a kernel, which `copy_` does not do where both lie in one piece."""
+    torch.mul(source, 1, out=target)
