@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from memstore.index.base import Steady
     from memstore.index.generation import Generation, PartBuilder, View
     from memstore.seams import Clock
     from memstore.search import SearchBatch
@@ -87,6 +88,10 @@ class GenerationIndex:
         if any(view.generations for view in self._views(batch)):
             return staged_retrieve(self, slab, batch, options, groups)
         return self._exact.retrieve(slab, batch, options, groups)
+
+    def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
+        """Generations come and go."""
+        return None
 
     def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
         """Drops what is dead, and begins to build what is full."""
