@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,18 +25,56 @@ from memstore.types import Metric
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from memstore.gpu.listing import Lists
     from memstore.index.generation import Part, PartBuilder
     from memstore.slab import Slab
 
 NICENESS = 10
 """Of the build thread: beside busy threads it gets a tenth of a core, so that it comes to an end."""
 
+LONGEST_WAIT_S = 0.05
+"""Of a build for retrievals that follow one another without a gap, so that it comes to an end beside them."""
+
 _log = logging.getLogger(__name__)
 
 
-def build_thread() -> Executor:
+class Precedence:
+    """Retrievals go first: a build waits for the one that is under way before it begins its next piece."""
+
+    def __init__(self) -> None:
+        self._is_free = threading.Event()
+        self._is_free.set()
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """While the device's thread retrieves."""
+        self._is_free.clear()
+        try:
+            yield
+        finally:
+            self._is_free.set()
+
+    def wait(self) -> None:
+        """In the build thread, between two pieces."""
+        self._is_free.wait(LONGEST_WAIT_S)
+
+
+class BuildThread(ThreadPoolExecutor):
     """One thread, for all memories of a device. It begins with the first build."""
-    return ThreadPoolExecutor(1, thread_name_prefix="memstore-build", initializer=_give_way)
+
+    def __init__(self) -> None:
+        super().__init__(1, thread_name_prefix="memstore-build", initializer=_give_way)
+        self.precedence = Precedence()
+
+
+def build_thread() -> Executor:
+    """See BuildThread."""
+    return BuildThread()
+
+
+def precedence_of(executor: Executor) -> Precedence:
+    """Of the builds that it runs."""
+    return executor.precedence if isinstance(executor, BuildThread) else Precedence()
 
 
 def _give_way() -> None:
@@ -86,7 +124,13 @@ class Build:
     """
 
     def __init__(
-        self, builder: PartBuilder, slab: Slab, place: int, positions: tuple[int, int], after: Build | None
+        self,
+        builder: PartBuilder,
+        slab: Slab,
+        place: int,
+        positions: tuple[int, int],
+        after: Build | None,
+        precedence: Precedence,
     ) -> None:
         self.first, self.end = positions
         self.is_stopped = self.has_failed = False
@@ -94,6 +138,7 @@ class Build:
         self.seconds = 0.0
         self._builder = builder
         self._after = after
+        self._precedence = precedence
         is_cosine = slab.metric is Metric.COSINE
         self._rows = [StoredRows(keys[place], self.first, self.end, is_cosine) for keys in slab.keys]
         self._written = torch.cuda.current_stream(slab.device).record_event() if slab.device.type == "cuda" else None
@@ -115,12 +160,13 @@ class Build:
     def _build(self) -> None:
         if self._written is not None:
             self._written.synchronize()
-        parts: list[Part] = []
+        parts: list[Part | Lists] = []
         for rows in self._rows:
             self._check()
             parts.append(self._builder.build(rows, self._check))
         self.generation = Generation(self.first, self.end, tuple(parts))
 
     def _check(self) -> None:
+        self._precedence.wait()
         if self.is_stopped:
             raise BuildStopped

@@ -213,6 +213,8 @@ class DeviceBuilder:
 class _Random:
     """Rows for a first build, of which nothing is kept."""
 
+    first = 0
+
     def __init__(self, device: torch.device, dim: int) -> None:
         self._rows = torch.randn(_FIRST_ROWS, dim, device=device)
 

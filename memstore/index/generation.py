@@ -9,13 +9,14 @@ A generation never changes. The row of position p in it has the id p - first, wh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
 
+    from memstore.gpu.listing import Lists
     from memstore.index.building import Build
 
 
@@ -34,8 +35,12 @@ class Part(Protocol):
 class RowSource(Protocol):
     """The rows of one layer of a generation, in float32, of length 1 where the metric is cosine; read while building.
 
-    A row whose position has left the ring since may be another one, or torn: nobody is shown it.
+    A row whose position has left the ring since may be another one, or torn: nobody is shown it. first: the position
+    of the first one.
     """
+
+    @property
+    def first(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -59,7 +64,7 @@ class PartBuilder(Protocol):
 
     def candidates(self, top_k: int) -> int: ...
 
-    def build(self, rows: RowSource, check: Callable[[], None]) -> Part:
+    def build(self, rows: RowSource, check: Callable[[], None]) -> Part | Lists:
         """The index, ready for the device's thread. Calls `check`, which may raise, between pieces of bounded length.
 
         Raises MemoryError, torch.OutOfMemoryError or RuntimeError where there is no room, and has then given all back.
@@ -69,11 +74,11 @@ class PartBuilder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Positions [first, end) of one sequence, with a part a layer of the memory."""
+    """Positions [first, end) of one sequence, with a Part or Lists for each layer, unless kept elsewhere."""
 
     first: int
     end: int
-    parts: tuple[Part, ...]
+    parts: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memstore.gpu.listing import ListShape
 from memstore.types import IndexKind, IndexSettings
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ DEVICE_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 ENGINE_BYTES = 192 << 20
 """What FAISS takes for each generation on a GPU beside its rows: cuBLAS, streams and working memory."""
 
+SAMPLES_A_CENTRE = 32
+"""Rows that the centre of a list on a GPU is learnt from, on average."""
+
+LIST_ROWS = 128
+"""Rows of a list on a GPU at most."""
+
+MOST_LISTS = 128
+"""Lists that are read for a query on a GPU at most, of all generations together."""
+
 _LEAST_GENERATION, _MOST_GENERATION = 16_384, 4_194_304
 _GENERATIONS = 8
 _LISTS_PROBED = 1 / 16
@@ -64,6 +74,29 @@ def filled_in(kind: IndexKind, given: IndexSettings, capacity: int, dim: int) ->
     return replace(chosen, pq_m=given.pq_m or _codes(dim), pq_bits=given.pq_bits or 8)
 
 
+def has_lists(spec: MemorySpec, device: torch.device) -> bool:
+    """Whether generations are inverted lists of our own, see gpu/lists.py."""
+    return device.type == "cuda" and spec.index is IndexKind.FAISS_IVF_FLAT
+
+
+def list_shape(spec: MemorySpec) -> ListShape:
+    """What lists on a GPU are like: a centre for so many rows as a list has room for, at least.
+
+    As large a share of the rows is looked at as the settings say, as long as that is no more than MOST_LISTS have.
+    """
+    settings = settings_of(spec)
+    rows = settings.generation_rows
+    shape = ListShape(
+        span=rows,
+        num_centres=min(max(settings.nlist, rows // LIST_ROWS), max(rows // 2, 1)),
+        width=LIST_ROWS,
+        num_chosen=MOST_LISTS,
+        num_generations=-(-spec.capacity // rows),
+    )
+    probed = -(-settings.nprobe * shape.num_together * shape.num_generations // settings.nlist)
+    return replace(shape, num_chosen=min(probed, MOST_LISTS))
+
+
 def index_bytes(spec: MemorySpec, device: torch.device) -> int:
     """Bytes that the index of a memory may take at most: every generation that can be live, and one being built."""
     if spec.index not in SETTINGS:
@@ -71,9 +104,21 @@ def index_bytes(spec: MemorySpec, device: torch.device) -> int:
     settings = settings_of(spec)
     if settings.generation_rows > spec.capacity:
         return 0
+    if has_lists(spec, device):
+        return _lists_bytes(spec)
     num_generations = -(-spec.capacity // settings.generation_rows) * spec.max_sequences
     each = _part_bytes(spec, settings, device.type == "cuda") * spec.num_layers
     return num_generations * each + _build_bytes(spec, settings, device)
+
+
+def _lists_bytes(spec: MemorySpec) -> int:
+    """Bytes of all lists, of those being built, and of working memory of a build."""
+    shape = list_shape(spec)
+    each = spec.dim * spec.dtype.itemsize + 4 + 4 * shape.width
+    generations = shape.num_generations * spec.max_sequences + 2
+    sample = 2 * 4 * spec.dim * SAMPLES_A_CENTRE * shape.num_centres
+    chunk = 2 * 4 * spec.dim * (CHUNK_ROWS + shape.num_centres)
+    return generations * spec.num_layers * shape.num_together * each + sample + chunk + 64 * shape.span + SCORE_BYTES
 
 
 def _part_bytes(spec: MemorySpec, settings: IndexSettings, is_on_gpu: bool) -> int:

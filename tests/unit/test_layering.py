@@ -56,7 +56,8 @@ FOREIGN = {
     "triton": {
         "memstore/gpu/few.py",
         "memstore/gpu/launch.py",
-        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "parts", "reply", "rows", "scan", "select")),
+        "memstore/gpu/lists.py",
+        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "lists", "parts", "reply", "rows", "scan", "select")),
     },
 }
 GRPC_OF_CLIENT = "model_client/transport/"
