@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore import ring
+from memstore.index.base import ONE_THREAD
 from memstore.index.generation import Generation
 from memstore.index.settings import CHUNK_ROWS
 from memstore.logs import trouble
@@ -23,7 +24,7 @@ from memstore.slab import inverse_norms
 from memstore.types import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from memstore.gpu.listing import Lists
     from memstore.index.generation import Part, PartBuilder
@@ -95,20 +96,32 @@ class StoredRows:
     first: int
     end: int
     is_cosine: bool
+    check: Callable[[], None]
+
+    @property
+    def _step(self) -> int:
+        """Rows that are read at a time; on the host as many as torch reads in this thread alone."""
+        is_on_host = self.keys.device.type == "cpu"
+        return max(ONE_THREAD // self.keys.shape[1], 1) if is_on_host else CHUNK_ROWS
 
     def __len__(self) -> int:
         return self.end - self.first
 
     def sample(self, num: int) -> torch.Tensor:
-        """Every n-th row."""
+        """Every n-th row, read piece by piece with a call of `check` in between."""
         step = max(len(self) // max(num, 1), 1)
         positions = torch.arange(self.first, self.end, step, device=self.keys.device)[:num]
-        return self._widened(self.keys.index_select(0, ring.slot_of(positions, len(self.keys))))
+        slots = ring.slot_of(positions, len(self.keys))
+        found = torch.empty((len(slots), self.keys.shape[1]), device=self.keys.device)
+        for some, target in zip(torch.split(slots, self._step), torch.split(found, self._step), strict=True):
+            self.check()
+            target.copy_(self._widened(self.keys.index_select(0, some)))
+        return found
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Run by run."""
         for run in ring.runs(self.first, self.end, len(self.keys)):
-            for rows in torch.split(self.keys[run.slot : run.slot + run.length], CHUNK_ROWS):
+            for rows in torch.split(self.keys[run.slot : run.slot + run.length], self._step):
                 yield self._widened(rows)
 
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
@@ -140,7 +153,7 @@ class Build:
         self._after = after
         self._precedence = precedence
         is_cosine = slab.metric is Metric.COSINE
-        self._rows = [StoredRows(keys[place], self.first, self.end, is_cosine) for keys in slab.keys]
+        self._rows = [StoredRows(keys[place], self.first, self.end, is_cosine, self._check) for keys in slab.keys]
         self._written = torch.cuda.current_stream(slab.device).record_event() if slab.device.type == "cuda" else None
 
     def run(self) -> None:

@@ -49,7 +49,7 @@ class RowSource(Protocol):
         ...
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """All of them in the order of positions, (at most CHUNK_ROWS, dim) at a time."""
+        """All of them in the order of positions, (n, dim) float32, at most CHUNK_ROWS at a time."""
         ...
 
 
