@@ -26,12 +26,18 @@ MOVED = 0.1
 SEGMENTS_A_TIME = {"cpu": 16, "cuda": 512}
 
 
-def many_states(num_rows: int, device: torch.device) -> torch.Tensor:
-    """The same, but where there is too little text its states come once more, each moved by a tenth of its length."""
+def many_states(num_rows: int, device: torch.device, most_read: int | None = None) -> torch.Tensor:
+    """The same, but where there is too little text its states come once more, each moved by a tenth of its length.
+
+    most_read: more text than for so many states is not read.
+    """
+    num_read = num_rows if most_read is None else min(num_rows, most_read)
     try:
-        return hidden_states(num_rows, device)
+        states = hidden_states(num_read, device)
     except TooLittleText as error:
         states = hidden_states(error.num_rows, device)
+    if len(states) == num_rows:
+        return states
     generator = torch.Generator(device).manual_seed(1)
     filled = torch.empty(num_rows, DIM, dtype=states.dtype, device=device)
     for first in range(0, num_rows, len(states)):

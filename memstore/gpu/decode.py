@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from memstore.gpu import few, launch
+from memstore.gpu.capturing import capturing
 from memstore.gpu.coded import reads_codes
 from memstore.gpu.launch import Asked, Found, Located
 from memstore.gpu.rings import AlikeRings, TableSizes
@@ -135,8 +136,7 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         self._run(slab)  # what has to be compiled cannot be captured
         torch.cuda.current_stream(slab.device).synchronize()
-        # relaxed: a collected object of another index may give memory back meanwhile, which other modes forbid
-        with torch.cuda.graph(self._graph, capture_error_mode="relaxed"):
+        with capturing(self._graph, slab.device):
             self._run(slab)
 
     def retrieve(self, slab: Slab, batch: SearchBatch, groups: NDArray[np.int64]) -> Hits:

@@ -76,11 +76,14 @@ class TableSizes(NamedTuple):
 
 
 def tables(
-    slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], block: int
+    slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], block: int, *, are_runs: bool = False
 ) -> tuple[TableSizes, NDArray[np.int64]]:
-    """The tables of a batch, one behind the other. groups: (L, S), each ring's place in the reply."""
+    """The tables of a batch, one behind the other. groups: (L, S), each ring's place in the reply.
+
+    are_runs: what is seen of each ring lies in neighbouring slots, which are counted from the first one.
+    """
     counts = np.tile(np.array(batch.counts, np.int64), len(batch.layers))
-    rings = rings_of(slab, batch)
+    rings = rings_of(slab, batch, are_runs=are_runs)
     order = groups.reshape(-1)
     in_order = np.empty_like(rings)
     in_order[order] = rings
@@ -124,9 +127,9 @@ class AlikeRings:
         self._order = np.arange(sizes.num_rings)
         self._num_laid = 0
 
-    def lay(self, slab: Slab, batch: SearchBatch, order: NDArray[np.int64]) -> None:
-        """Lays the rings of a batch. order: the place of each in the reply."""
-        rings, num_rings = rings_of(slab, batch), len(order)
+    def lay(self, slab: Slab, batch: SearchBatch, order: NDArray[np.int64], *, are_runs: bool = False) -> None:
+        """Lays the rings of a batch. order: the place of each in the reply. are_runs: see `tables`."""
+        rings, num_rings = rings_of(slab, batch, are_runs=are_runs), len(order)
         self._rings[order] = rings
         self._blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
         if num_rings < self._num_laid:
@@ -139,8 +142,8 @@ class AlikeRings:
         self._num_laid = num_rings
 
 
-def rings_of(slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
-    """(L * S, 4), layer by layer: not yet in the order of the reply."""
+def rings_of(slab: Slab, batch: SearchBatch, *, are_runs: bool = False) -> NDArray[np.int64]:
+    """(L * S, 4), layer by layer: not yet in the order of the reply. are_runs: see `tables`."""
     seen = np.array((batch.places, batch.begins, batch.ends), np.int64)
     places, begins, ends = seen
     rings = np.empty((len(batch.layers), len(places), len(Ring)), np.int64)
@@ -148,4 +151,7 @@ def rings_of(slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
     rings[..., Ring.LAST_SLOT] = ring.slot_of(np.maximum(ends - 1, 0), slab.capacity)
     rings[..., Ring.NUM_SEEN] = np.maximum(ends - begins, 0)
     rings[..., Ring.BEGIN] = begins
+    if are_runs:
+        rings[..., Ring.FIRST_CELL] += ring.slot_of(begins, slab.capacity)
+        rings[..., Ring.LAST_SLOT] = ends - begins - 1
     return rings.reshape(-1, len(Ring))

@@ -58,9 +58,10 @@ def _list_index(spec: MemorySpec, device: torch.device, executor: Executor) -> G
     if not index_bytes(spec, device):
         return GenerationIndex(spec, builder, executor)
     try:
-        from memstore.gpu.lists import ListRetriever
+        from memstore.gpu.lists import ListRetriever, warm
     except ImportError as error:
         raise InvalidRequest("spec.index", f"{spec.index.value} needs Triton, which is not here") from error
     lists = ListRetriever(spec, list_shape(spec), device)
+    executor.submit(warm, spec, list_shape(spec), device)
     executor.submit(builder.prepare)
     return GenerationIndex(spec, builder, executor, lists)

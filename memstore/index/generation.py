@@ -94,9 +94,11 @@ class View:
 class Line:
     """The generations of one place, oldest first and without a gap, the builds that follow them, and what is live.
 
-    retry_at: the end of the live range from which a build is tried again, after one that failed.
+    retry_at: the end of the live range from which a build is tried again, after one that failed. keeps_dying: whether
+    a generation that is cut at its beginning only is seen to its end.
     """
 
+    keeps_dying: bool = False
     generations: list[Generation] = field(default_factory=list)
     builds: list[Build] = field(default_factory=list)
     begin: int = 0
@@ -110,12 +112,13 @@ class Line:
         return sum(end - begin for begin, end in (seen.front, seen.back))
 
     def view(self, begin: int, end: int, *, can_mask: bool) -> View:
-        """What of [begin, end) is found by which way: half a generation or less is scanned."""
+        """What of [begin, end) is found by which way: half a generation or less is scanned, unless it is kept."""
 
         def is_used(generation: Generation) -> bool:
             rows = generation.end - generation.first
             seen = min(end, generation.end) - max(begin, generation.first)
-            return seen == rows or (can_mask and 2 * seen > rows)
+            is_kept = self.keeps_dying and seen > 0 and generation.end <= end
+            return seen == rows or is_kept or (can_mask and 2 * seen > rows)
 
         used = tuple(generation for generation in self.generations if is_used(generation))
         if not used:

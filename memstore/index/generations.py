@@ -137,6 +137,10 @@ class GenerationIndex:
         scanned = np.array([(view.front, view.back) for view in views]).swapaxes(0, 1)
         return Ranges(np.array(numbers), tuple(scanned))
 
+    def _line(self) -> Line:
+        """Nothing yet."""
+        return Line(keeps_dying=self._lists is not None)
+
     def _number(self, generation: Generation) -> int:
         """Which of the spans that positions are cut into it lies in."""
         return (generation.end - 1) // self._rows
@@ -144,7 +148,7 @@ class GenerationIndex:
     def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
         """Drops what is dead, and begins to build what is full."""
         self._adopt()
-        line = self._lines.setdefault(place, Line())
+        line = self._lines.setdefault(place, self._line())
         line.begin, line.end = begin, end
         self._bury(line.drop_dead())
         while not self._is_closed and end >= line.retry_at and (positions := line.next_range(self._rows)) is not None:
@@ -156,16 +160,17 @@ class GenerationIndex:
 
     def forgotten(self, place: int) -> None:
         """Stops builds of the place, and drops its generations."""
-        line = self._lines.pop(place, Line())
+        line = self._lines.pop(place, self._line())
         for build in line.builds:
             build.is_stopped = True
         self._bury(line.generations)
 
     def forked(self, slab: Slab, source: int, target: int, begin: int, end: int) -> None:
         """The target has the generations of the source that it sees to their end: they never change."""
-        line = self._lines.get(source, Line())
+        line = self._lines.get(source, self._line())
         shared = [generation for generation in line.generations if begin < generation.end <= end]
-        self._lines[target] = Line(generations=shared)
+        line = self._lines[target] = self._line()
+        line.generations = shared
         if self._lists is not None:
             for generation in shared:
                 self._lists.copy(source, target, self._number(generation))
@@ -206,7 +211,7 @@ class GenerationIndex:
         """What each sequence of a batch sees."""
         ranges = zip(batch.places, batch.begins, batch.ends, strict=True)
         return [
-            self._lines.get(place, Line()).view(begin, end, can_mask=self._builder.can_mask)
+            self._lines.get(place, self._line()).view(begin, end, can_mask=self._builder.can_mask)
             for place, begin, end in ranges
         ]
 

@@ -11,7 +11,7 @@ import torch
 
 from memstore.errors import InvalidRequest
 from memstore.index.host_clustering import clustered, flat, slices
-from memstore.index.settings import SAMPLES_A_LIST, settings_of
+from memstore.index.settings import CODED_ROWS, SAMPLES_A_LIST, settings_of
 from memstore.types import IndexKind, Metric
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from memstore.index.generation import RowSource
     from memstore.types import MemorySpec
-
-CODED_ROWS = 8_192
-"""Rows that product codes are trained with: 32 for each of the 256 values of a code."""
 
 GRAPH_ROWS = 16
 """Rows that a graph takes in at a time: some milliseconds of one thread."""

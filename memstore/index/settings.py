@@ -27,17 +27,17 @@ SAMPLES_A_LIST = 64
 CHUNK_ROWS = 16_384
 """Rows that a build takes in at a time."""
 
-CODED_ROWS = 65_536
-"""Rows that product codes are trained with on a GPU: 256 for each value of a code. On the host it is an eighth."""
+CODED_ROWS = 8_192
+"""Rows that product codes are trained with: 32 for each of the 256 values of a code."""
 
 SCORE_BYTES = 256 << 20
 """What torch takes on a GPU to compare rows with centres."""
 
-DEVICE_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
-"""The numbers of codes a row that FAISS has kernels for; on the host any will do."""
+USUAL_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+"""The numbers of codes a row among which one is chosen when nobody says how many."""
 
 ENGINE_BYTES = 192 << 20
-"""What FAISS takes for each generation on a GPU beside its rows: cuBLAS, streams and working memory."""
+"""What FAISS takes for each graph on a GPU beside its rows: cuBLAS, streams and working memory."""
 
 SAMPLES_A_CENTRE = 32
 """Rows that the centre of a list on a GPU is learnt from, on average."""
@@ -75,8 +75,11 @@ def filled_in(kind: IndexKind, given: IndexSettings, capacity: int, dim: int) ->
 
 
 def has_lists(spec: MemorySpec, device: torch.device) -> bool:
-    """Whether generations are inverted lists of our own, see gpu/lists.py."""
-    return device.type == "cuda" and spec.index is IndexKind.FAISS_IVF_FLAT
+    """Whether generations are inverted lists of our own, see gpu/lists.py.
+
+    Product codes are of no use there: they take memory beside the rows, and the few rows that are read are soon read.
+    """
+    return device.type == "cuda" and spec.index in (IndexKind.FAISS_IVF_FLAT, IndexKind.FAISS_IVF_PQ)
 
 
 def list_shape(spec: MemorySpec) -> ListShape:
@@ -124,17 +127,16 @@ def _lists_bytes(spec: MemorySpec) -> int:
 def _part_bytes(spec: MemorySpec, settings: IndexSettings, is_on_gpu: bool) -> int:
     """Bytes of the index of one generation in one layer. What grows while it is built may take twice its size."""
     rows, row_bytes = settings.generation_rows, spec.dim * spec.dtype.itemsize
-    engine = 0
-    if is_on_gpu:
-        row_bytes = spec.dim * (2 if spec.dtype == torch.float16 else 4)
-        engine = ENGINE_BYTES
     if spec.index is IndexKind.FAISS_CAGRA:
+        engine = ENGINE_BYTES if is_on_gpu else 0
+        if is_on_gpu and spec.dtype != torch.float16:
+            row_bytes = spec.dim * 4
         return engine + 2 * rows * (row_bytes + 6 * settings.graph_degree + 32)
-    fixed = engine + settings.nlist * (4 * spec.dim + _LIST_BYTES)
+    fixed = settings.nlist * (4 * spec.dim + _LIST_BYTES)
     if spec.index is IndexKind.FAISS_IVF_PQ:
         row_bytes = -(-settings.pq_m * settings.pq_bits // 8)
         fixed += 4 * spec.dim << settings.pq_bits
-    return fixed + rows * (row_bytes + 8) * (2 if is_on_gpu else 1)
+    return fixed + rows * (row_bytes + 8)
 
 
 def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device) -> int:
@@ -144,7 +146,7 @@ def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device
     if spec.index is IndexKind.FAISS_CAGRA:
         return chunk + (rows * 32 * settings.graph_degree if device.type == "cuda" else 0)
     sample = min(rows, max(settings.nlist * SAMPLES_A_LIST, CODED_ROWS))
-    return chunk + 16 * rows + 12 * sample * spec.dim + (SCORE_BYTES if device.type == "cuda" else 0)
+    return chunk + 16 * rows + 12 * sample * spec.dim
 
 
 def _power_of_two(number: int) -> int:
@@ -152,5 +154,5 @@ def _power_of_two(number: int) -> int:
 
 
 def _codes(dim: int) -> int:
-    """The largest number of codes that divides a row evenly, at most one for eight elements, that a GPU can have."""
-    return max(codes for codes in DEVICE_CODES if codes <= max(dim // 8, 1) and dim % codes == 0)
+    """The largest usual number of codes that divides a row evenly, at most one for eight elements."""
+    return max(codes for codes in USUAL_CODES if codes <= max(dim // 8, 1) and dim % codes == 0)

@@ -56,7 +56,7 @@ FOREIGN = {
     "triton": {
         "memstore/gpu/few.py",
         "memstore/gpu/launch.py",
-        "memstore/gpu/lists.py",
+        "memstore/gpu/list_launch.py",
         *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "lists", "parts", "reply", "rows", "scan", "select")),
     },
 }
