@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.plain_faiss import plain_index
 from benchmarks.report import Report, interleaved
-from benchmarks.states import DIM, many_states
+from benchmarks.states import DIM, repeated, states_of_text
 from memstore.errors import MemstoreError
 from memstore.index.building import build_thread
 from memstore.index.settings import filled_in
@@ -48,7 +48,7 @@ ROUNDING = 1e-5
 AROUND = 25
 RETRIEVALS_AN_APPEND = 4
 KINDS = (IndexKind.FAISS_IVF_FLAT, IndexKind.FAISS_IVF_PQ, IndexKind.FAISS_CAGRA)
-MOST_READ = {"cuda": None, "cpu": 262_144}
+MOST_READ = {"cuda": 10_000_000, "cpu": 262_144}
 """States of text that are computed, by type of device: the host takes minutes for a million."""
 
 LARGEST_PAUSE_MS = 5.0
@@ -148,8 +148,8 @@ def recall(found: torch.Tensor, data: Data) -> float:
 
 def load(num_rows: int, device: torch.device) -> Data:
     """States of as much text as it takes, and what exact search finds."""
-    states = many_states(num_rows + NUM_QUERIES, device, MOST_READ[device.type])
-    data = Data(states[:num_rows], states[num_rows:], torch.empty(0))
+    states = states_of_text(min(num_rows, MOST_READ[device.type]) + NUM_QUERIES, device)
+    data = Data(repeated(states[:-NUM_QUERIES], num_rows), states[-NUM_QUERIES:], torch.empty(0))
     exact = Filled(_spec(num_rows, IndexKind.EXACT), data)
     for rows in torch.split(data.rows, APPENDED_ROWS):
         exact.append(rows)

@@ -26,25 +26,30 @@ MOVED = 0.1
 SEGMENTS_A_TIME = {"cpu": 16, "cuda": 512}
 
 
-def many_states(num_rows: int, device: torch.device, most_read: int | None = None) -> torch.Tensor:
-    """The same, but where there is too little text its states come once more, each moved by a tenth of its length.
+def many_states(num_rows: int, device: torch.device) -> torch.Tensor:
+    """(num_rows, 256) float16, repeated where there is too little text for so many."""
+    return repeated(states_of_text(num_rows, device), num_rows)
 
-    most_read: more text than for so many states is not read.
-    """
-    num_read = num_rows if most_read is None else min(num_rows, most_read)
+
+def states_of_text(most: int, device: torch.device) -> torch.Tensor:
+    """(n, 256) float16 in the order of the text: `most` of them, or as many as the text here has."""
     try:
-        states = hidden_states(num_read, device)
+        return hidden_states(most, device)
     except TooLittleText as error:
-        states = hidden_states(error.num_rows, device)
-    if len(states) == num_rows:
-        return states
-    generator = torch.Generator(device).manual_seed(1)
-    filled = torch.empty(num_rows, DIM, dtype=states.dtype, device=device)
+        return hidden_states(error.num_rows, device)
+
+
+def repeated(states: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(num_rows, 256): states, and where they are too few once more, each moved by a tenth of its length."""
+    if num_rows <= len(states):
+        return states[:num_rows]
+    generator = torch.Generator(states.device).manual_seed(1)
+    filled = torch.empty(num_rows, DIM, dtype=states.dtype, device=states.device)
     for first in range(0, num_rows, len(states)):
         some = filled[first : first + len(states)]
         some.copy_(states[: len(some)])
         if first:
-            moves = torch.randn(some.shape, generator=generator, device=device)
+            moves = torch.randn(some.shape, generator=generator, device=states.device)
             some += MOVED * some.float().norm(dim=-1, keepdim=True) * moves / moves.norm(dim=-1, keepdim=True)
     return filled
 

@@ -119,28 +119,28 @@ class ListRetriever:
         """The whole, the search for centres, and those of what is scanned. Tables cross to the device in one copy."""
         queries, most_queries = batch.queries.flatten(0, 1).contiguous(), max(batch.counts, default=0)
         runs = runs_of(batch, ranges, slab.capacity)
-        batches = [(slab, batch), (self._store.centres, self._batch_of_lists(batch, ranges))]
-        batches += [(slab, run) for run in runs]
-        shapes = [scan_shape(each.dim, each.keys.dtype, queries.dtype, most_queries) for each, _ in batches]
+        lists = self._batch_of_lists(batch, ranges)
+        searches = [(slab, batch, launch.num_supers_of(slab, batch.ends))]
+        searches += [(self._store.centres, lists, launch.num_supers_of(self._store.centres, lists.ends))]
+        searches += [(slab, run, num_supers_of_run(run)) for run in runs]
+        shapes = [scan_shape(each.dim, each.keys.dtype, queries.dtype, most_queries) for each, _, _ in searches]
         made = [
             tables(each, some, groups, shape.queries, are_runs=at > 1)
-            for at, ((each, some), shape) in enumerate(zip(batches, shapes, strict=True))
+            for at, ((each, some, _), shape) in enumerate(zip(searches, shapes, strict=True))
         ]
         padded = [np.pad(table, (0, len(table) % 2)) for _, table in made]  # to 16 bytes, as kernels expect them
         flat = torch.from_numpy(np.concatenate(padded)).to(slab.device, non_blocking=True)
-        parts = [part[: sizes.size] for part, (sizes, _) in zip(flat.split([*map(len, padded)]), made, strict=True)]
-        supers = [launch.num_supers_of(each, some.ends) for each, some in batches[:2]]
-        supers += [num_supers_of_run(run) for run in runs]
+        parts = torch.split_with_sizes(flat, [len(table) for table in padded])
         asked = [
             Asked(
                 queries=queries,
-                tables=sizes.split(part),
+                tables=sizes.split(part[: sizes.size]),
                 sizes=sizes,
                 shape=shape,
                 top_k=some.top_k,
                 num_supers=num_supers,
             )
-            for (_, some), shape, (sizes, _), part, num_supers in zip(batches, shapes, made, parts, supers, strict=True)
+            for (_, some, num_supers), shape, (sizes, _), part in zip(searches, shapes, made, parts, strict=True)
         ]
         if options is not None:
             asked[0] = replace(asked[0], window_before=options.window_before, window=options.window)
