@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     added = {point.name: point for point in entry_points(group=GROUP)}
     if given and given[0] in added:
         return int(added[given[0]].load()(given[1:]) or 0)
-    options = _parser(sorted(added)).parse_args(given)
+    options = _parser(sorted(added)).parse_args(given)  # of those that are added, none is left
     try:
         if options.command == "serve":
             return _serve(options)
@@ -48,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(added: Sequence[str]) -> argparse.ArgumentParser:
-    more = f" Also: {', '.join(added)}." if added else ""
-    parser = argparse.ArgumentParser(
-        prog="memstore", description="The memory of transformer models as a service." + more
-    )
+    """added: names of commands that others add; they are listed, and told apart from what is no command."""
+    parser = argparse.ArgumentParser(prog="memstore", description="The memory of transformer models as a service.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('memstore')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
@@ -67,6 +65,8 @@ def _parser(added: Sequence[str]) -> argparse.ArgumentParser:
     restore.add_argument("folder", type=Path, help="the new data folder; it must not exist, or be empty")
     for offline in (verify, restore):
         offline.add_argument("--json", action="store_true", help="print JSON")
+    for name in added:
+        commands.add_parser(name, help=f"see memstore {name} --help", add_help=False)
     return parser
 
 

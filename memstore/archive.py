@@ -111,6 +111,7 @@ class Archive:
             except ReadOnly as error:
                 raise NotReady(error.message) from error
         self._folder.forget_restored()
+        self._folder.forget_passing()
 
     @classmethod
     def _begin(

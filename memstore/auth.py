@@ -57,7 +57,10 @@ class Authenticator(Protocol):
         """Who calls. Raises NotAuthenticated, also once the credential has expired or was taken away."""
 
     def quota(self, tenant: str) -> Quota | None:
-        """What the tenant may take, as far as the credentials' file says it; None where it does not."""
+        """What the tenant may take, as far as the credentials' file says it; None where it does not.
+
+        As it was when somebody was identified last: the device's thread asks, and must not wait for the disk.
+        """
 
 
 class Open:
@@ -121,7 +124,7 @@ class Tokens:
         return found
 
     def quota(self, tenant: str) -> Quota | None:
-        return self._file.now().quotas.get(tenant)
+        return self._file.known.quotas.get(tenant)
 
 
 def authenticator_of(config: Config, clock: Clock) -> Authenticator:

@@ -13,7 +13,8 @@ from memstore.logs import event, trouble
 
 if TYPE_CHECKING:
     from memstore.catalog import MemoryId
-    from memstore.registry import Loaded, Registry
+    from memstore.registry import Registry
+    from memstore.rooms import Loaded
 
 CHECK_S = 1.0
 """How often memories are looked at."""

@@ -7,6 +7,7 @@ DATA/memories/TENANT/NAME/
     snapshot-00000002/                  the memory as it was when log-00000002 began
     .snapshot-00000003/                 one that is being written; removed at the next start
     closed                              where the log ended when the server stopped in order
+    passing                             while it is dropped, until it is out of the catalogue and renamed
     restored                            until the first start after `memstore restore`
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 MEMORIES, SPILLED = "memories", "spilled"
 FIRST_SEGMENT = 1
 """The segment that a new memory's log begins with."""
-CLOSED, RESTORED = "closed", "restored"
+CLOSED, RESTORED, PASSING = "closed", "restored", "passing"
 _RETIRED = re.compile(rf"\.{SPILLED}\.\d{{1,18}}")
 _NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")
 
@@ -159,6 +160,19 @@ class MemoryFolder:
     def forget_restored(self) -> None:
         """A server goes on from here."""
         self.disk.remove(self.path / RESTORED)
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether these are the files of a memory that was being dropped; see orphans.py."""
+        return self.disk.read(self.path / PASSING) is not None
+
+    def mark_passing(self) -> None:
+        """Says that the memory is dropped, for a start that does not find it in the catalogue."""
+        self.disk.replace(self.path / PASSING, b"passing\n")
+
+    def forget_passing(self) -> None:
+        """The memory stays."""
+        self.disk.remove(self.path / PASSING)
 
     def _numbers(self, kind: str) -> list[int]:
         matches = (_NUMBERED.fullmatch(name) for name in self.disk.names(self.path))

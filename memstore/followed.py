@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from memstore.config import ConfigError
-from memstore.logs import event
+from memstore.logs import event, trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 class Followed(Generic[T]):
     """What `parse` makes of some files. What cannot be read later leaves what was known, and is logged once.
 
-    What is wrong in a file is looked at again when it has changed; what the disk or the process refused, at every look.
-    Any thread may ask.
+    What is wrong in a file is looked at again when it has changed; what the disk or the process refused, or was a bug,
+    at every look. Any thread may ask.
     """
 
     def __init__(self, paths: Sequence[Path], parse: Callable[[], T], clock: Clock, every_s: float) -> None:
@@ -47,6 +47,11 @@ class Followed(Generic[T]):
         return self._value
 
     @property
+    def known(self) -> T:
+        """What they said when they were looked at last: for threads that must not wait for the disk."""
+        return self._value
+
+    @property
     def is_stale(self) -> bool:
         """True while the files say something that could not be taken."""
         self.now()
@@ -62,14 +67,20 @@ class Followed(Generic[T]):
             names = ", ".join(map(str, self._paths))
             try:
                 self._value = self._parse()
-            except (ConfigError, OSError) as error:
-                self._is_stale, self._is_unread = True, isinstance(error, OSError)
+            except Exception as error:  # a root: a bug in reading must not fail whoever asks, a handshake for one
+                self._is_stale, self._is_unread = True, not isinstance(error, ConfigError)
                 if has_changed:
-                    what = "changed file not taken, what was known stays"
-                    event(_log, logging.ERROR, what, files=names, reason=error)
+                    self._say(error, names)
             else:
                 self._is_stale = self._is_unread = False
                 event(_log, logging.INFO, "changed file taken", files=names)
+
+    def _say(self, error: Exception, names: str) -> None:
+        what = "changed file not taken, what was known stays"
+        if isinstance(error, ConfigError | OSError):
+            event(_log, logging.ERROR, what, files=names, reason=error)
+        else:
+            trouble(_log, what, error, files=names)
 
     def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
         """What tells one state of the files from another; None for one that is not there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from memstore.descriptors import Handover, Link
     from memstore.lease import Lease
-    from memstore.registry import Loaded, Registry
+    from memstore.registry import Registry
+    from memstore.rooms import Loaded
 
 MAX_LEASES = 256
 """Leases that one server has given out, or offered, at once; each takes two descriptors and a control block."""
@@ -130,6 +132,7 @@ class Holder:
         self._request = request
         self._link: Link | None = None
         self._lease: Lease | None = None
+        self._has_ended = False  # there is no lease any more, nor will there be
         self.num_sequences = len(request.sequences)
         self.tenant = loaded.id.tenant
 
@@ -170,7 +173,7 @@ class Holder:
         except MemstoreError as error:
             failure = status.to_failure(status.answer(error, "lease"))
             link.send(pb.ClaimResponse(failure=failure).SerializeToString())
-            self._lending.loop.call_soon_threadsafe(link.close)
+            self._ended()
             return
         self._lease = lease
         wire.leave_states(lease.block, lender.states(lease))
@@ -212,10 +215,23 @@ class Holder:
         self._in_device_thread(self._take_back_whole)
 
     def _gone(self) -> None:
-        """The connection has ended: the process has died, or everything is settled."""
-        self._lending.holders.discard(self)
+        """The connection has ended: the process has died, or everything is settled.
+
+        Until its sequences are the server's again it counts as a holder, in the quotas too.
+        """
+        if self._has_ended:
+            self._forget()
+            return
         delay_s = SETTLE_S if self._lending.plane == pb.PLANE_CUDA else 0.0
-        self._lending.loop.call_later(delay_s, self._in_device_thread, self._take_back)
+        self._lending.loop.call_later(delay_s, self._in_device_thread, self._take_back, self._forget_soon)
+
+    def _forget(self) -> None:
+        self._lending.holders.discard(self)
+
+    def _forget_soon(self) -> None:
+        """The same, from any thread."""
+        with suppress(RuntimeError):  # the loop may be closed by then
+            self._lending.loop.call_soon_threadsafe(self._forget)
 
     def _take_back_whole(self) -> None:
         """Runs in the device thread, as what follows."""
@@ -239,6 +255,7 @@ class Holder:
             self._link.send(pb.LeaseRecall(lease=lease).SerializeToString())
 
     def _ended(self) -> None:
+        self._has_ended = True
         if self._link is not None:
             self._lending.loop.call_soon_threadsafe(self._link.close)
 

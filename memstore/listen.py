@@ -113,13 +113,16 @@ def _credentials(
     if cert is None or key is None:
         return None
     paths = [path for path in (cert, key, ca) if path is not None]
-    files = Followed(paths, lambda: _certificates(cert, key, ca), clock, 0.0)
+    try:
+        files = Followed(paths, lambda: _certificates(cert, key, ca), clock, 0.0)
+    except OSError as error:
+        raise ConfigError(f"TLS: {_missing(cert, key, ca) or cert}: {error.strerror}") from error
     follow("certificates", lambda: files.is_stale)
     return grpc.dynamic_ssl_server_credentials(files.now(), files.now, require_client_authentication=ca is not None)
 
 
 def _certificates(cert: Path, key: Path, ca: Path | None) -> Any:
-    """What a handshake needs. ConfigError where a file cannot be read, or key and certificate are no pair."""
+    """What a handshake needs. ConfigError where key and certificate are no pair, OSError where one cannot be read."""
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
@@ -130,8 +133,6 @@ def _certificates(cert: Path, key: Path, ca: Path | None) -> Any:
     except ssl.SSLError as error:
         names = ", ".join(str(path) for path in (cert, key, ca) if path is not None)
         raise ConfigError(f"TLS: {names}: {error.reason or error}") from error
-    except OSError as error:
-        raise ConfigError(f"TLS: {_missing(cert, key, ca) or cert}: {error.strerror}") from error
     return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from memstore.registry import Loaded, Registry
+    from memstore.registry import Registry
+    from memstore.rooms import Loaded
     from memstore.types import MemoryCounts
 
 BUCKETS_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

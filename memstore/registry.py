@@ -7,7 +7,6 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -20,19 +19,19 @@ from memstore.auth import Open
 from memstore.catalog import MemoryId
 from memstore.entries import identity, spec_of, text_of
 from memstore.errands import Errands, run
-from memstore.errors import AlreadyExists, Corrupt, MemstoreError, NotFound, NotReady, QuotaExceeded
+from memstore.errors import AlreadyExists, Corrupt, Internal, MemstoreError, NotFound, NotReady, QuotaExceeded
 from memstore.futures import then
 from memstore.index import prepare
 from memstore.logs import event, trouble
 from memstore.quotas import Held, Quotas
 from memstore.removals import Removals
-from memstore.rooms import Rooms
+from memstore.rooms import Loaded, Rooms
 from memstore.store import NoStore
 from memstore.tokens import Quota
 from memstore.turns import SERVER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from memstore.archive import Archive
     from memstore.catalog import Catalog
@@ -55,24 +54,6 @@ class State(Enum):
     LOADING = "loading"
     SERVING = "serving"
     DRAINING = "draining"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A memory in service. Its engine is touched by the device thread only.
-
-    created_at: Unix seconds. archive: its files, where it is durable.
-    """
-
-    id: MemoryId
-    engine: Memory
-    created_at: float
-    archive: Archive | None = None
-
-    @property
-    def spec(self) -> MemorySpec:
-        """What it is."""
-        return self.engine.spec
 
 
 class Registry:
@@ -116,8 +97,7 @@ class Registry:
         self._rooms = Rooms(worker, (budget, host), clock, self._store, self.quotas, lends=lends)
         self._loaded: dict[MemoryId, Loaded] = {}
         self._unloaded: dict[MemoryId, MemstoreError] = {}  # those of the catalogue, and why; NotReady: tried again
-        self._going: dict[MemoryId, Loaded | None] = {}
-        self._removals = Removals()
+        self._removals = Removals(self._rooms, self._store)
         self._reloading: threading.Thread | None = None
         self._stopping = threading.Event()
         self._num_begun = 0  # memories that are being made
@@ -134,33 +114,38 @@ class Registry:
         """Takes no more changes; the memories go on."""
         self.state = State.DRAINING
         self._stopping.set()
+        self._store.stop()
         self.on_change()
 
-    def close(self) -> None:
+    def close(self, patience_s: float | None = None) -> None:
         """Drains, and ends the background work; the memories stay until the device worker is closed.
 
-        Once it is, `close_files` may be called.
+        patience_s: how long to wait for the removal of those that were dropped, which the next start goes on with; as
+        long as it takes if None. Once the worker is closed, `close_files` may be called.
         """
         self.on_change = _nobody
         self.drain()
         if self._reloading is not None:
             self._reloading.join()
         self._errands.close()
-        self._removals.close()
+        self._removals.close(patience_s)
         with suppress(NotReady):  # the worker is closed already
             for loaded in self.all():
                 self.worker.control(loaded.engine.stop_builds)
         self._rooms.close()
 
-    def close_files(self) -> None:
-        """Makes everything that was written safe, and says so in the files. The device worker is closed."""
+    def close_files(self, patience_s: float | None = None) -> None:
+        """Makes everything that was written safe, and says so in the files. The device worker is closed.
+
+        patience_s: as in `close`, for the files of sequences that were spilled.
+        """
         for loaded in self._loaded.values():
             if loaded.archive is not None:
                 try:
                     loaded.archive.close()
                 except OSError as error:
                     trouble(_log, "memory not closed in order", error, memory=ascii(loaded.id.name))
-        self._store.close()
+        self._store.close(patience_s)
 
     def find(self, tenant: str, name: str, field: str = "memory") -> Loaded:
         """A memory in service; `field` is where its name stood.
@@ -184,8 +169,7 @@ class Registry:
 
     def held(self, tenant: str) -> Held:
         """What the memories of a tenant have reserved, with those that were dropped until they have given it back."""
-        every = [*self.all(), *(loaded for loaded in list(self._going.values()) if loaded is not None)]
-        own = [loaded for loaded in every if loaded.id.tenant == tenant]
+        own = [loaded for loaded in (*self.all(), *self._removals.going()) if loaded.id.tenant == tenant]
         return Held(
             reserved_bytes=sum(self._rooms.reserved_bytes(loaded.spec) for loaded in own),
             sequences=sum(loaded.spec.total_sequences for loaded in own),
@@ -234,9 +218,9 @@ class Registry:
             raise AlreadyExists(f"memory {memory.name!r} exists with {how} spec", memory=memory.name)
         if memory in self._unloaded:
             raise self._reason(memory)
-        if memory in self._going:
+        if memory in self._removals:
             raise NotReady(f"memory {memory.name!r} was dropped, and is still being removed")
-        if len(self._loaded) + len(self._going) + self._num_begun >= self._max_memories:
+        if len(self._loaded) + len(self._removals) + self._num_begun >= self._max_memories:
             raise QuotaExceeded("the server has as many memories as it may have (max_memories)")
         needed = Held(reserved_bytes=self._rooms.reserved_bytes(spec), sequences=spec.total_sequences)
         self.quotas.check(memory.tenant, self.held(memory.tenant), needed)
@@ -252,7 +236,7 @@ class Registry:
         try:
             self._catalog.put(memory, text)
         except MemstoreError:
-            yield self._begin_removal(memory, loaded)
+            yield self._removals.begin(memory, loaded)
             raise
         self._loaded[memory] = loaded
         event(_log, logging.INFO, "memory created", memory=memory.name, reserved_bytes=loaded.engine.reserved_bytes)
@@ -263,10 +247,15 @@ class Registry:
         loaded = self._loaded.get(memory)
         if loaded is None and memory not in self._unloaded:
             raise NotFound(f"no memory {memory.name!r}", memory=memory.name)
-        self._catalog.remove(memory)
+        self._store.mark_passing(memory)
+        try:
+            self._catalog.remove(memory)
+        except MemstoreError:
+            self._store.forget_passing(memory)
+            raise
         self._loaded.pop(memory, None)
         self._unloaded.pop(memory, None)
-        removal = self._begin_removal(memory, loaded)
+        removal = self._removals.begin(memory, loaded)
         event(_log, logging.INFO, "memory dropped", memory=memory.name)
         self.on_change()
         return removal
@@ -293,35 +282,21 @@ class Registry:
         engine, archive = yield from self._rooms.make(memory, spec, keep, lane)
         return Loaded(id=memory, engine=engine, created_at=created_at, archive=archive)
 
-    def _begin_removal(self, memory: MemoryId, loaded: Loaded | None) -> Future[None]:
-        """Until it has given its bytes back, they count as its tenant's, and its name is taken."""
-        self._going[memory] = loaded
-        return self._removals.submit(memory.tenant, lambda: self._remove(memory, loaded))
-
-    def _remove(self, memory: MemoryId, loaded: Loaded | None) -> None:
-        """Removes a memory that nobody can find any more; None where it could not be loaded, and has files only."""
-        archive, spec = (None, None) if loaded is None else (loaded.archive, loaded.spec)
+    def _retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        """What an earlier server left; that takes long which is done beside what follows."""
         try:
-            try:
-                remove = self._store.retire(memory, archive, spec)  # it ends a snapshot, which needs the rows
-            finally:
-                if loaded is not None:
-                    self._rooms.give_back(memory, loaded.engine)
-                self._going.pop(memory, None)
-            remove()
-        finally:
-            if loaded is not None:
-                loaded.engine.remove_files()
+            self._store.retire_orphans(known)
+        except NotReady as error:
+            trouble(_log, "what an earlier server left is not found", error)
+        self._removals.submit(SERVER, self._remove_rest)
 
     def _remove_rest(self) -> None:
-        """What an earlier server left."""
         try:
             self._store.remove_rest()
         except NotReady as error:
             trouble(_log, "what an earlier server left is not removed", error)
 
     def _load(self) -> None:
-        self._removals.submit(SERVER, self._remove_rest)
         prepare(self.worker.device)
         while not self._stopping.is_set():
             try:
@@ -332,6 +307,7 @@ class Registry:
                 self._stopping.wait(RETRY_LOAD_S)
         else:
             return
+        self._retire_orphans(texts)
         for memory, text in sorted(texts.items()):
             if self._stopping.is_set():
                 return
@@ -370,16 +346,21 @@ class Registry:
             self._loaded[memory] = yield from self._make(memory, spec, created_at, keep)
             self._unloaded.pop(memory, None)
             self.on_change()
-        except MemstoreError as error:
-            self._unloaded[memory] = error
-            trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
+        except Exception as error:  # a root: a bug in reading one memory must not keep the others from being read
+            self._unloaded[memory] = error if isinstance(error, MemstoreError) else Internal("load")
+            if not (self._stopping.is_set() and isinstance(error, NotReady)):
+                trouble(_log, "memory not loaded", error, memory=ascii(memory.name))
 
     def _fill(self, memory: MemoryId, text: str, engine: Memory) -> Archive | None:
         """Nobody else has the engine yet, so that the device thread goes on with others meanwhile."""
         with torch.no_grad():
             archive = self._store.recover(memory, identity(memory, text), engine)
         if archive is not None:
-            self.worker.control(engine.wake).result()
+            try:
+                self.worker.control(engine.wake).result()
+            except BaseException:
+                self._store.let_go(archive, engine.spec)
+                raise
         return archive
 
 

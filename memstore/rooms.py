@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memstore.index import build_thread
@@ -21,6 +22,24 @@ if TYPE_CHECKING:
     from memstore.seams import Clock
     from memstore.store import Store
     from memstore.types import MemorySpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A memory in service. Its engine is touched by the device thread only.
+
+    created_at: Unix seconds. archive: its files, where it is durable.
+    """
+
+    id: MemoryId
+    engine: Memory
+    created_at: float
+    archive: Archive | None = None
+
+    @property
+    def spec(self) -> MemorySpec:
+        """What it is."""
+        return self.engine.spec
 
 
 class Rooms:

@@ -88,6 +88,8 @@ class Server:
         self._disk = disk
         self._stack = stack
         self._clock = SystemClock()
+        self._deadline = 0.0
+        """Until when a stop may take, monotonic seconds."""
         self._authenticator = authenticator_of(config, self._clock)
         default = default_quota(config, has_tenants=self._authenticator.has_tenants)
         self._quotas = Quotas(self._authenticator, default, self._clock)
@@ -126,7 +128,8 @@ class Server:
         if self._registry.worker.is_sick:
             event(_log, logging.CRITICAL, "ended by a failure of the device")
             return SICK
-        await _first(asyncio.to_thread(self._snapshotter.finish), stop.wait_again())
+        if not await _first(asyncio.to_thread(self._snapshotter.finish), stop.wait_again()):
+            self._deadline = 0.0
         event(_log, logging.INFO, "stopped")
         return 0
 
@@ -185,9 +188,9 @@ class Server:
             quotas=self._quotas,
             host_budget=CapacityBudget(config.host_capacity or capacity_of(torch.device("cpu"))),
         )
-        self._stack.callback(registry.close_files)
+        self._stack.callback(lambda: registry.close_files(self._left_s()))
         self._stack.callback(worker.close)
-        self._stack.callback(registry.close)
+        self._stack.callback(lambda: registry.close(self._left_s()))
         return registry
 
     def _open_store(self, data: Path) -> Store:
@@ -262,11 +265,17 @@ class Server:
             loop.add_signal_handler(number, stop.arrived)
         return stop
 
+    def _left_s(self) -> float:
+        """What is left of the grace, for files that can be removed by the next server as well."""
+        return max(0.0, self._deadline - self._clock.monotonic())
+
     async def _drain(self, server: grpc.aio.Server, front: GrpcFront, stop: StopSignals) -> None:
         """Refuses what is new, answers what is under way; at the end of the grace, or told again, cuts it off."""
+        self._deadline = self._clock.monotonic() + self._config.grace
         self._registry.drain()
         front.drain()
-        await _first(server.stop(self._config.grace), stop.wait_again())
+        if not await _first(server.stop(self._config.grace), stop.wait_again()):
+            self._deadline = 0.0
 
 
 class StopSignals:

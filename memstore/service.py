@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from memstore.plane import Plane
-    from memstore.registry import Loaded, Registry
+    from memstore.registry import Registry
+    from memstore.rooms import Loaded
 
 VERSION = "0.1.0"
 """As pyproject.toml has it; a test compares them."""

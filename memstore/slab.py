@@ -224,8 +224,13 @@ class Slab:
         ]
 
     def pin(self, device: torch.device) -> None:
-        """Lets a GPU copy from and to this slab of the host's while nobody waits, where that can be."""
-        self._unpin = pinned(self._tensors(), device)
+        """Lets a GPU copy from and to this slab of the host's while nobody waits, where that can be.
+
+        Only a slab in a region is pinned: other memory shares its first and last page with what is none of the slab's,
+        and CUDA refuses to copy that, as a part of it is pinned and a part is not.
+        """
+        if self.region is not None:
+            self._unpin = pinned(self.region.content, device)
 
     def _tensors(self) -> list[torch.Tensor]:
         some = [self.keys, self.norms, *self.payloads.values(), self.codes, self.terms]

@@ -12,7 +12,8 @@ from memstore.store import log_limit
 
 if TYPE_CHECKING:
     from memstore.archive import Archive
-    from memstore.registry import Loaded, Registry
+    from memstore.registry import Registry
+    from memstore.rooms import Loaded
     from memstore.seams import Clock
     from memstore.store import StoreObserver
 

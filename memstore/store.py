@@ -24,12 +24,13 @@ from memstore.folder import (
 )
 from memstore.journal import Syncer
 from memstore.logs import event
+from memstore.orphans import missed_by_nobody
 from memstore.slab import bytes_needed
 from memstore.spill_file import SpillFolder
 from memstore.types import Durability
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from memstore.catalog import MemoryId
@@ -72,11 +73,25 @@ class Store(Protocol):
     def recover(self, memory: MemoryId, identity: str, engine: Memory) -> Archive | None:
         """Fills a memory with what its files hold, as `create`. Raises Corrupt, NotReady."""
 
+    def let_go(self, archive: Archive, spec: MemorySpec) -> None:
+        """Closes what `recover` gave, of a memory that comes to nothing for now; its files stay as they are."""
+
+    def mark_passing(self, memory: MemoryId) -> None:
+        """Before the catalogue forgets a memory that is dropped: so that a start can tell what is left of it."""
+
+    def forget_passing(self, memory: MemoryId) -> None:
+        """The catalogue could not forget it, and it stays."""
+
     def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
         """Ends the files of a memory that was dropped, after a snapshot that is under way; its name is free then.
 
         archive, spec: what it was; both None where it could not be loaded. Gives what removes them, which may take
         long, and then gives its share of the quota back; that raises NotReady. In any thread. Raises NotReady.
+        """
+
+    def retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        """Puts out of the way, for `remove_rest`, what a process that was killed has left of memories that were being
+        dropped or made. known: those of the catalogue. Before any other is made. Raises NotReady.
         """
 
     def remove_rest(self) -> None:
@@ -85,8 +100,14 @@ class Store(Protocol):
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         """Where a memory has files of its sequences that are spilled; None where it has none."""
 
-    def close(self) -> None:
-        """Ends the threads; archives are closed before."""
+    def stop(self) -> None:
+        """From now on `recover` raises NotReady, wherever it is."""
+
+    def close(self, patience_s: float | None = None) -> None:
+        """Ends the threads; archives are closed before.
+
+        patience_s: how long to wait for the removal of what was spilled; as long as it takes if None.
+        """
 
 
 class NoStore:
@@ -108,8 +129,20 @@ class NoStore:
         self.check(engine.spec)
         return None
 
+    def let_go(self, archive: Archive, spec: MemorySpec) -> None:
+        """There are no archives."""
+
+    def mark_passing(self, memory: MemoryId) -> None:
+        """It has no files."""
+
+    def forget_passing(self, memory: MemoryId) -> None:
+        """It has no files."""
+
     def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
         return _nothing
+
+    def retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        """There are none."""
 
     def remove_rest(self) -> None:
         """There is nothing."""
@@ -117,7 +150,10 @@ class NoStore:
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return None
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Nothing is read."""
+
+    def close(self, patience_s: float | None = None) -> None:
         """There are no threads."""
 
 
@@ -140,6 +176,7 @@ class FileStore:
         self._syncers = syncers
         self.used_bytes = 0
         self._lock = threading.Lock()
+        self._is_stopping = threading.Event()
         retire_spilled(data, disk)
         self._rest = leftovers(data, disk)
         self._numbers = count(number_behind(self._rest))
@@ -172,7 +209,7 @@ class FileStore:
             self._count(engine.spec)
             return None
         begun = self._clock.monotonic()
-        progress = Progress(memory.name, self._clock)
+        progress = Progress(memory.name, self._clock, self._is_stopping)
         folder, syncer = self._folder(memory), self._syncers.of(engine.spec)
         try:
             archive, found = Archive.recover(folder, identity, engine, syncer, progress)
@@ -189,6 +226,21 @@ class FileStore:
         event(_log, logging.INFO, "memory restored", memory=memory.name, rows=rows, seconds=round(seconds, 3))
         return archive
 
+    def let_go(self, archive: Archive, spec: MemorySpec) -> None:
+        self._count(spec, -1)
+        with suppress(OSError):  # it is closed all the same, though not marked so
+            archive.close()
+
+    def mark_passing(self, memory: MemoryId) -> None:
+        folder = self._folder(memory)
+        with suppress(OSError):  # a full disk, say: where it is not renamed either, the next start leaves it as it is
+            if self._disk.names(folder.path):
+                folder.mark_passing()
+
+    def forget_passing(self, memory: MemoryId) -> None:
+        with suppress(OSError):  # loading it forgets it too
+            self._folder(memory).forget_passing()
+
     def retire(self, memory: MemoryId, archive: Archive | None, spec: MemorySpec | None) -> Callable[[], None]:
         path = self._folder(memory).path
         rest = retired_path(path, next(self._numbers))
@@ -203,6 +255,17 @@ class FileStore:
             raise _unwritable(error) from error
         return partial(self._remove, rest, spec)
 
+    def retire_orphans(self, known: Iterable[MemoryId]) -> None:
+        paths = {self._folder(memory).path for memory in known}
+        try:
+            for path in missed_by_nobody(self._data, paths, self._disk):
+                rest = retired_path(path, next(self._numbers))
+                self._disk.rename(path, rest)
+                self._rest.append(rest)
+                event(_log, logging.WARNING, "what was left of a memory is removed", folder=path)
+        except OSError as error:
+            raise _unwritable(error) from error
+
     def remove_rest(self) -> None:
         try:
             for folder in self._rest:
@@ -213,8 +276,16 @@ class FileStore:
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return SpillFolder(spilled_path(self._data, *memory, next(self._numbers)), self._disk)
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        self._is_stopping.set()
+
+    def close(self, patience_s: float | None = None) -> None:
         self._syncers.close()
+        removal = threading.Thread(target=self._remove_spilled, name="memstore-removal", daemon=True)
+        removal.start()
+        removal.join(patience_s)
+
+    def _remove_spilled(self) -> None:
         with suppress(OSError):  # the next start tries it again
             self._disk.remove_folder(self._data / SPILLED)
 
@@ -255,14 +326,17 @@ class Syncers:
 
 
 class Progress:
-    """Says how far a memory is, every now and then."""
+    """Says how far a memory is, every now and then. NotReady once the server is stopping."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, name: str, clock: Clock, is_stopping: threading.Event) -> None:
         self._name = name
+        self._is_stopping = is_stopping
         self._clock = clock
         self._said = clock.monotonic()
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        if self._is_stopping.is_set():
+            raise NotReady("the server is stopping")
         now = self._clock.monotonic()
         if now - self._said >= PROGRESS_S:
             self._said = now

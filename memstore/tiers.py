@@ -15,6 +15,7 @@ from memstore import ring
 from memstore.errors import Corrupt
 from memstore.filed import Filed
 from memstore.places import Places
+from memstore.region import can_share
 from memstore.reply_bytes import A_WRITER_BYTES
 from memstore.slab import Slab, bytes_needed
 
@@ -60,7 +61,8 @@ class Tiers:
         self.files = Filed()
         self._spec = spec
         self._slab = slab
-        self._host = Slab(_host_spec(spec), HOST)
+        # beside a GPU in memory of its own pages, which can be pinned
+        self._host = Slab(_host_spec(spec), HOST, is_shared=slab.device.type != HOST.type and can_share(HOST))
         self._host.pin(slab.device)
         self._free = [self.places.on_host(number) for number in reversed(range(self._host.num_places))]
         self._frozen: frozenset[int] = frozenset()

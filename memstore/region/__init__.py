@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from memstore.region.host import HostRegion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     import torch
 
@@ -44,8 +44,8 @@ def map_region(descriptor: int, size_bytes: int, device: torch.device) -> Region
     return CudaRegion.map(descriptor, size_bytes, device)
 
 
-def pinned(tensors: Sequence[torch.Tensor], device: torch.device) -> Callable[[], None]:
-    """Lets a GPU copy from and to these tensors of the host's while nobody waits; what is given ends that.
+def pinned(pages: torch.Tensor, device: torch.device) -> Callable[[], None]:
+    """Lets a GPU copy from and to these whole pages of the host's while nobody waits; what is given ends that.
 
     Where that cannot be, or the device is the host, copies are as they were: slower, and waited for.
     """
@@ -53,7 +53,7 @@ def pinned(tensors: Sequence[torch.Tensor], device: torch.device) -> Callable[[]
         return _nothing
     from memstore.region.cuda import pin
 
-    return pin(tensors, device)
+    return pin(pages, device)
 
 
 def _nothing() -> None:

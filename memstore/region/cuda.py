@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import mmap
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import ModuleType
 
 
@@ -23,16 +24,17 @@ def is_available(device: torch.device) -> bool:
     return bool(_done(driver, driver.cuDeviceGetAttribute(attribute, device.index or 0)))
 
 
-def pin(tensors: Sequence[torch.Tensor], device: torch.device) -> Callable[[], None]:
-    """Pins the memory of tensors of the host's, as far as that can be; what is given unpins it."""
+def pin(pages: torch.Tensor, device: torch.device) -> Callable[[], None]:
+    """Pins whole pages of the host's memory, if that can be; what is given unpins them."""
     driver = _driver(device)
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    codes = [driver.cuMemHostRegister(tensor.data_ptr(), tensor.nbytes, 0)[0] for tensor in tensors]
-    pinned = [at for at, code in zip(addresses, codes, strict=True) if code == driver.CUresult.CUDA_SUCCESS]
+    address = pages.data_ptr()
+    if address % mmap.PAGESIZE or pages.nbytes % mmap.PAGESIZE:
+        raise ValueError(f"{pages.nbytes} bytes at {address:#x} are no whole pages")
+    is_pinned = driver.cuMemHostRegister(address, pages.nbytes, 0)[0] == driver.CUresult.CUDA_SUCCESS
 
     def unpin() -> None:
         torch.cuda.synchronize(device)
-        for address in pinned:
+        if is_pinned:
             _driver(device).cuMemHostUnregister(address)
 
     return unpin

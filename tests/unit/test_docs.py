@@ -323,6 +323,7 @@ def test_the_example_of_ones_own_model_runs(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(MemoryConfig.__init__.__kwdefaults__, "deadline_s", 60.0)  # whatever else the machine does
     source = next(block for block in blocks(README, "python") if "memory.read(" in block)
     assert len(source.splitlines()) == 15
     stats = run(source, folders)["memory"].stats

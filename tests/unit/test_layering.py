@@ -16,10 +16,10 @@ ORDER = """
     ring window places codes region slab control lease search host gpu index sequence lent
     retrieval appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
     seating lifecycle lender log journal ledger refill memory
-    folder snapshot salvage recovery archive
+    folder snapshot salvage recovery archive orphans
     admission capacity catalog store pace turns errands joining device plane replies
     wire status access followed tokens auth quotas gate
-    entries removals rooms registry snapshotter expirer metrics service
+    entries rooms removals registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes door grpc_front health
     server console issuing backup __main__
 """.split()

@@ -186,6 +186,26 @@ def test_a_file_that_could_not_be_read_is_read_again_though_it_has_not_changed_s
     assert messages == ["changed file not taken, what was known stays", "changed file taken"]
 
 
+def test_a_bug_in_reading_a_changed_file_is_said_and_nobody_is_turned_away_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clock = tmp_path / "tokens", FakeClock()
+    path.write_text(f"{hashed('good', 'red')}\n")
+    known = authenticator_of(Config(token_file=path), clock)
+    path.write_text(f"{hashed('next', 'red')}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("memstore.auth.parse_tokens", lambda _: [][0])
+        for _ in range(3):
+            clock.advance(FOLLOW_S)
+            assert known.identify(carrying("good")).tenant == "red"
+        assert known.is_stale
+    (record,) = caplog.records
+    assert record.exc_info is not None, "with its traceback, and once"
+    clock.advance(FOLLOW_S)
+    assert known.identify(carrying("next")).tenant == "red"
+    assert not known.is_stale
+
+
 def test_a_file_that_is_read_half_written_is_not_taken_and_says_so(tmp_path: Path) -> None:
     path, clock = tmp_path / "tokens", FakeClock()
     whole = f"{hashed('other', 'red')}\n{hashed('passing', 'red', 'scopes=read', 'expires=2030-01-31T12:00:00Z')}\n"

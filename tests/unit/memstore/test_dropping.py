@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from memstore.device import Settling
-    from memstore.registry import Loaded
+    from memstore.rooms import Loaded
 
 DATA = Path("/data")
 SPILLING = MemorySpec(name="m", dim=2, capacity=4, max_sequences=1, spill=SpillSpec(max_sequences=3))
@@ -256,6 +256,32 @@ def test_tenants_that_make_memories_side_by_side_do_not_pass_the_disk_quota() ->
         bench.make(A, spec)
     finally:
         bench.close()
+
+
+def test_a_stop_waits_for_removals_no_longer_than_it_may(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """What is left is removed by the next start: what is under way, what has not begun, and what was spilled."""
+    more = MemoryId("a", "n")
+    for memory in (A, more):
+        bench.make(memory, DURABLE)
+    bench.make(B)
+    bench.disk.may_remove.clear()
+    under_way, waiting = bench.registry.drop(A), bench.registry.drop(more)
+    assert bench.disk.is_removing.wait(WAIT_S)
+    bench.registry.listing("a", "").result(WAIT_S)
+    bench.registry.close(0.01)
+    with pytest.raises(NotReady, match="stopping"):
+        waiting.result(0)
+    assert not under_way.done()
+    assert "the next start goes on" in caplog.text
+    bench.worker.close()
+    bench.registry.close_files(0.01)
+    assert bench.disk.of("spilled")
+    left = SlowDisk()
+    left.files = dict(bench.disk.files)
+    after = Bench(left)
+    after.close()
+    assert not left.of("memories")
+    assert not left.of("spilled")
 
 
 def test_a_tenant_whose_jobs_take_long_holds_up_the_idle_sequences_of_no_other(bench: Bench) -> None:

@@ -8,17 +8,28 @@ import stat
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
 from memstore.auth import DEFAULT_TENANT
-from memstore.catalog import FileCatalog
-from memstore.errors import AlreadyExists, Corrupt, InvalidRequest, NotFound, NotReady, QuotaExceeded
+from memstore.catalog import FileCatalog, MemoryId
+from memstore.errors import (
+    AlreadyExists,
+    Corrupt,
+    DeviceMemoryFull,
+    Internal,
+    InvalidRequest,
+    NotFound,
+    NotReady,
+    QuotaExceeded,
+)
+from memstore.memory import Memory
 from memstore.plane import InlinePlane
 from memstore.registry import State
+from memstore.seams import SystemDisk
 from memstore.service import Caller
 from memstore.store import PROGRESS_S, FileStore, Progress, Syncers, disk_bytes
 from memstore.v1 import memstore_pb2 as pb
@@ -204,6 +215,89 @@ def test_a_memory_that_cannot_be_read_for_now_is_no_damage_and_is_read_later(mon
         assert server.stub.Step(step()).sequences[0].first_position == 0
 
 
+@pytest.mark.parametrize("is_later", [False, True], ids=["start", "later"])
+def test_a_bug_in_loading_one_memory_keeps_no_other_from_being_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_later: bool
+) -> None:
+    monkeypatch.setattr("memstore.registry.RETRY_LOAD_S", 0.01)
+    disk = FailingDisk()
+    with serving(_setting(disk)) as server:
+        for name in ("buggy", "notes"):
+            server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(name, durability=ALWAYS)))
+            server.stub.Step(step(memory=name))
+    disk.is_failing.set()
+    recover = FileStore.recover
+
+    def fail(store: FileStore, memory: MemoryId, *rest: Any) -> Any:
+        if memory.name == "buggy":
+            if is_later and disk.is_failing.is_set():
+                raise NotReady("not now")
+            raise KeyError("a bug")
+        return recover(store, memory, *rest)
+
+    monkeypatch.setattr(FileStore, "recover", fail)
+    with serving(_setting(disk)) as server:
+        disk.is_failing.clear()
+        while not server.registry.is_loaded(DEFAULT_TENANT, "notes") or server.registry.num_waiting:
+            server.stub.ServerInfo(pb.ServerInfoRequest())
+        assert server.stub.Step(step(seq=1)).sequences[0].first_position == 1
+        assert isinstance(fails(server, "Step", step(memory="buggy", seq=1)), Internal)
+        assert "memstore_damaged_memories 1.0" in server.metrics.text().decode().splitlines()
+    assert "KeyError: 'a bug'" in caplog.text
+
+
+def test_a_stop_does_not_wait_until_a_memory_is_read() -> None:
+    """It can be long; what was read is given up, and the next start reads it again."""
+    disk = SlowDisk()
+    with serving(_setting(disk)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
+        for seq in range(3):
+            server.stub.Step(step(seq=seq))
+    disk.has_failed.set()
+    with serving(_setting(disk), loads=False) as server:
+        loading = server.registry.load()
+        assert disk.is_reading.wait(10)
+        server.registry.drain()
+        disk.may_read.set()
+        loading.result(10)
+        assert not server.registry.all()
+    with serving(_setting(disk)) as server:
+        assert server.stub.Step(step(seq=3)).sequences[0].first_position == 3
+
+
+def test_a_memory_whose_index_cannot_begin_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def setting() -> Setting:
+        disk = SystemDisk()
+        return Setting(store=file_store(tmp_path, disk, FakeClock()), catalog=FileCatalog(tmp_path, disk))
+
+    def num_open() -> int:
+        return sum(f"{tmp_path}" in str(link) for link in map(_target, Path("/proc/self/fd").iterdir()))
+
+    with serving(setting()) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec(durability=ALWAYS)))
+        server.stub.Step(step())
+
+    def fail(_: Memory) -> None:
+        raise DeviceMemoryFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "wake", fail)
+        with serving(made := setting()) as server:
+            assert isinstance(fails(server, "Step", step(seq=1)), DeviceMemoryFull)
+            assert num_open() == 0
+            assert isinstance(made.store, FileStore)
+            assert made.store.used_bytes == server.registry.budget.reserved_bytes == 0
+    with serving(setting()) as server:
+        assert server.stub.Step(step(seq=1)).sequences[0].first_position == 1
+
+
+def _target(link: Path) -> Path | None:
+    try:
+        return link.readlink()
+    except OSError:  # it was that of the listing
+        return None
+
+
 class SlowDisk(FailingDisk):
     """Whose logs are read only when they may be, once they do not fail any more."""
 
@@ -344,7 +438,7 @@ def test_metrics_show_the_files() -> None:
 
 def test_a_long_load_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
     clock = FakeClock()
-    progress = Progress("notes", clock)
+    progress = Progress("notes", clock, threading.Event())
     caplog.set_level("INFO", "memstore.store")
     progress(10, 100)
     clock.advance(PROGRESS_S)

@@ -9,6 +9,7 @@ import torch
 
 from memstore.errors import DeviceMemoryFull
 from memstore.index import exact
+from memstore.logs import TextFormatter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda")
@@ -25,7 +26,8 @@ def test_common_memories_are_retrieved_from_until_the_time_is_over(
     with caplog.at_level(logging.INFO):
         warming.warm(DEVICE, lambda: next(seconds))
     assert done == [256, 256]
-    assert "2 of 10" in caplog.text
+    (line,) = caplog.records
+    assert TextFormatter().format(line).endswith("search compiled for common memories kinds=2 of 10 seconds=11.0")
 
 
 def test_all_of_them_can_be_retrieved_from() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from memstore.device import Settling
-    from memstore.registry import Loaded
+    from memstore.rooms import Loaded
     from memstore.types import MemorySpec
     from tests.serving import Serving
 

@@ -188,6 +188,32 @@ def test_certificates_are_exchanged_without_a_restart(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_certificates_that_could_not_be_read_are_read_again_though_they_have_not_changed_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there were no descriptors left for a while: an authority that was taken out must not stay good."""
+    certify(tmp_path)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    config = Config(host="localhost", port=0, tls_cert=cert, tls_key=key, tls_client_ca=cert)
+    old, old_key = cert.read_bytes(), key.read_bytes()
+    followed: dict[str, Callable[[], bool]] = {}
+
+    def fail(_: Path) -> bytes:
+        raise OSError(24, "Too many open files")
+
+    async def run() -> None:
+        async with listening(config, followed.__setitem__) as address:
+            certify(tmp_path)
+            with monkeypatch.context() as patch:
+                patch.setattr("pathlib.Path.read_bytes", fail)
+                assert followed["certificates"]()
+            assert not followed["certificates"]()
+            known = grpc.ssl_channel_credentials(cert.read_bytes(), old_key, old)
+            assert not await answered(grpc.aio.secure_channel(address, known))
+
+    asyncio.run(run())
+
+
 def test_a_certificate_of_another_key_stops_the_start(tmp_path: Path, certificates: Path) -> None:
     certify(tmp_path)
     config = Config(port=0, tls_cert=tmp_path / "cert.pem", tls_key=certificates / "key.pem")

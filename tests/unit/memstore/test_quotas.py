@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from memstore.auth import authenticator_of
 from memstore.catalog import FileCatalog
 from memstore.config import Config
 from memstore.errors import Overloaded, QuotaExceeded
+from memstore.followed import Followed
 from memstore.lending import MAX_LEASES, MAX_LENT, TENANT_LEASES
 from memstore.memory import Memory
 from memstore.quotas import MAX_TENANTS, SEQUENCES_A_LEASE, Held, Lent, Quotas
@@ -233,6 +237,31 @@ def test_bytes_of_spilled_sequences_are_bounded_over_all_memories_of_a_tenant() 
         server.stub.DropMemory(pb.DropMemoryRequest(name="n"), metadata=bearer("r"))
         for sequence in "cd":
             use("m", sequence)
+
+
+def test_the_devices_thread_never_waits_for_the_disk_that_the_token_file_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{hashed('r', 'red')}\nquota red spilled_bytes=1M calls_per_s=1000\n")
+    monkeypatch.setattr("memstore.auth.FOLLOW_S", 0.0)
+    known = authenticator_of(Config(token_file=path), FakeClock())
+    lookers: set[str] = set()
+    look = Followed._look
+
+    def watch(followed: Followed[Any]) -> Any:
+        lookers.add(threading.current_thread().name)
+        return look(followed)
+
+    monkeypatch.setattr(Followed, "_look", watch)
+    disk = FakeDisk()
+    with serving(Setting(authenticator=known, store=file_store(DATA, disk, FakeClock()))) as server:
+        server.stub.CreateMemory(spilling(), metadata=bearer("r"))
+        for sequence in "abc":
+            server.stub.Step(step((sequence,), memory="m"), metadata=bearer("r"))
+        assert [path for path in disk.files if "spilled" in path.parts]
+    assert lookers
+    assert not [name for name in lookers if name.startswith("memstore-")]
 
 
 def test_a_quota_that_is_lowered_keeps_no_memory_from_being_loaded() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from memstore.region import can_share, make_region, map_region, padded
+from memstore.region import can_share, make_region, map_region, padded, pinned
 from memstore.region.base import array
 from memstore.region.mapping import COLLAPSE, HUGE_BYTES, POPULATE_WRITE, Mapping
+from memstore.slab import Slab
+from memstore.types import MemorySpec
 
 
 def smaps(address: int) -> list[list[str]]:
@@ -135,3 +137,22 @@ def test_a_mapping_goes_with_its_last_user() -> None:
     rows.fill_(1)
     del rows
     assert not is_mapped(first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_only_whole_pages_are_pinned() -> None:
+    """A buffer of which a part is pinned cannot be copied: what is pinned shares no page with anything else."""
+    spec, gpu = MemorySpec(name="m", dim=16, capacity=8, max_sequences=2), torch.device("cuda", 0)
+    near = [torch.ones(1000) for _ in range(50)]
+    slabs = [Slab(spec, torch.device("cpu"), is_shared=is_shared) for is_shared in (False, True)]
+    near += [torch.ones(1000) for _ in range(50)]
+    for slab in slabs:
+        slab.pin(gpu)
+    assert [slab.keys.is_pinned() for slab in slabs] == [False, True]
+    for tensor in near:
+        assert torch.equal(tensor.to(gpu).cpu(), tensor)
+    with pytest.raises(ValueError, match="no whole pages"):
+        pinned(near[0], gpu)
+    for slab in slabs:
+        slab.free()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import queue
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -42,7 +44,7 @@ def started() -> Iterator[list[Process]]:
 def test_a_server_stops_in_order_and_comes_back_with_its_memories(tmp_path: Path, started: list[Process]) -> None:
     ready, socket = tmp_path / "ready.json", tmp_path / "s"
     where = ("--unix-socket", str(socket), "--ready-file", str(ready))
-    first = Process(tmp_path, *where)
+    first = Process(tmp_path, *where, "--grace", "120")  # whatever else the machine does, nothing is cut off
     started.append(first)
     stub = first.connect()
     announced = json.loads(ready.read_text())
@@ -66,6 +68,8 @@ def test_a_server_stops_in_order_and_comes_back_with_its_memories(tmp_path: Path
     with ThreadPoolExecutor(1) as pool:
         # who does not wait yet when a stream ends is told of its end, and not of its last message
         last_word = pool.submit(next, watch)
+        while cygrpc.OperationType.receive_message not in watch._state.due:
+            time.sleep(0.001)
         first.tell(signal.SIGTERM)
         assert last_word.result().status == health_pb2.HealthCheckResponse.NOT_SERVING
     with pytest.raises(grpc.RpcError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,7 @@ from memstore.seams import SystemDisk
 from memstore.v1 import memstore_pb2 as pb
 from model_client import MemoryClient, Retrieval, errors
 from tests.calling import hashed, tokens
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, held
 from tests.leasing import CAPACITY, client_of, content, create, rows, until
 from tests.serving import Setting, serving
 
@@ -138,6 +139,39 @@ def test_what_a_claim_brings_is_closed_whatever_becomes_of_it(server: Serving, s
         for descriptor in brought:
             os.close(descriptor)
         server.registry.worker.is_sick = False
+
+
+def test_a_lease_counts_until_its_sequences_are_the_servers_again() -> None:
+    known = tokens(hashed("one", "first"), "quota first leases=1")
+    wanted = pb.OpenPlaneRequest(memory="m", sequences=["a"], writer="w")
+    with serving(Setting(lends=True, authenticator=known)) as server:
+        with client_of(server, "inline", token="one") as client:  # noqa: S106
+            create(client)
+
+            def ask() -> pb.OpenPlaneResponse:
+                offer = client._transport.call("OpenPlane", wanted, 10.0).result(10)
+                assert isinstance(offer, pb.OpenPlaneResponse)
+                return offer
+
+            offer = ask()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+                link.connect(offer.socket_path)
+                link.send(pb.ClaimRequest(token=offer.token).SerializeToString())
+                answer = pb.ClaimResponse.FromString(link.recv(1 << 16))
+                assert answer.mapped.num_sequences == 1
+                (holder,) = server.lending.holders if server.lending is not None else ()
+                ended = threading.Event()
+                assert holder._link is not None
+                on_close = holder._link.on_close
+                holder._link.on_close = lambda: (on_close(), ended.set())[0]
+                with held(server.registry.worker):
+                    link.close()
+                    assert ended.wait(10)
+                    for _ in range(2):  # what the end had the loop do is done
+                        with pytest.raises(errors.QuotaExceeded, match="leases"):
+                            ask()
+            until(lambda: not holder._lending.holders)
+            ask()
 
 
 def test_a_claim_that_is_not_for_this_host_comes_to_nothing(server: Serving) -> None:
