@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from memstore.types import Hits
 
 
-WARM_ROWS, WARM_COUNTS, WARM_OPTIONS = 1024, (1, 64, 128, 512), RetrieveOptions(top_k=16, window_after=1)
+WARM_ROWS, WARM_COUNTS, WARM_OPTIONS = 1024, (1, 64, 512), RetrieveOptions(top_k=16, window_after=1)
 """What is retrieved beforehand: as in a step of a decode loop, a few of them, and segments."""
 
 
