@@ -18,7 +18,7 @@ import torch
 from memstore import ring
 from memstore.index.base import ONE_THREAD
 from memstore.index.generation import Generation
-from memstore.index.settings import CHUNK_ROWS
+from memstore.index.settings import CHUNK_ROWS, HOST_CHUNK_ROWS
 from memstore.logs import trouble
 from memstore.slab import inverse_norms
 from memstore.types import Metric
@@ -104,6 +104,11 @@ class StoredRows:
         is_on_host = self.keys.device.type == "cpu"
         return max(ONE_THREAD // self.keys.shape[1], 1) if is_on_host else CHUNK_ROWS
 
+    @property
+    def _together(self) -> int:
+        """Rows of a chunk."""
+        return HOST_CHUNK_ROWS if self.keys.device.type == "cpu" else CHUNK_ROWS
+
     def __len__(self) -> int:
         return self.end - self.first
 
@@ -121,8 +126,11 @@ class StoredRows:
     def chunks(self) -> Iterator[torch.Tensor]:
         """Run by run."""
         for run in ring.runs(self.first, self.end, len(self.keys)):
-            for rows in torch.split(self.keys[run.slot : run.slot + run.length], self._step):
-                yield self._widened(rows)
+            for rows in torch.split(self.keys[run.slot : run.slot + run.length], self._together):
+                found = torch.empty(rows.shape, device=rows.device)
+                for some, target in zip(torch.split(rows, self._step), torch.split(found, self._step), strict=True):
+                    target.copy_(self._widened(some))
+                yield found
 
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
         wide = rows.float()
