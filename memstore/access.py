@@ -53,6 +53,9 @@ SCOPES: Mapping[str, frozenset[Scope]] = {
 }
 """Path of every method that is served, and the scopes that its caller must have. What has no row here is refused."""
 
+STREAMS = frozenset({"/memstore.v1.MemoryService/StepStream"})
+"""Those of them in which a call brings many requests."""
+
 _MAY_CHANGE = (pb.StepRequest, pb.RetrieveRequest)
 
 

@@ -26,10 +26,16 @@ class Gate:
         self._quotas = quotas
 
     def meet(self, path: str, credentials: Credentials) -> None:
-        """Raises what `enter` would, as far as it is known before names in certificates are; not for public methods."""
+        """Lets a call through of which no message is read yet; a stream's steps are counted one by one, by `admit`.
+
+        Raises what `enter` would, and Overloaded, as far as that is known before names in certificates are; nothing for
+        public methods.
+        """
         access.check_row(path)
         if access.SCOPES[path] and not self.authenticator.wants_names:
-            self.enter(path, credentials)
+            identity = self.enter(path, credentials)
+            if path not in access.STREAMS:
+                self._quotas.call(identity.tenant)
 
     def enter(self, path: str, credentials: Credentials) -> Identity:
         """Who calls the method of this path. Raises NotAuthenticated, NotAllowed."""
@@ -48,4 +54,5 @@ class Gate:
     def admit(self, path: str, identity: Identity, request: Message) -> None:
         """Lets one request of an identity that has entered through. Raises NotAllowed, Overloaded."""
         access.check_request(path, identity, request)
-        self._quotas.call(identity.tenant)
+        if path in access.STREAMS or self.authenticator.wants_names:  # others were counted when they were met
+            self._quotas.call(identity.tenant)

@@ -147,11 +147,18 @@ class Lender:
 
     def check_kept(self) -> None:
         """NotReady where leases keep places that nothing lies in; they are recalled."""
-        keeping = [lease for lease in self._leases if any(self._table.get(name) is None for name in lease.names)]
+        keeping = [lease for lease in self._leases if any(map(self._is_vacant, lease.names))]
         for lease in keeping:
             lease.ask_back()
         if keeping:
             raise NotReady("sequences: places are kept for other processes, which were asked for them", RECALL_S)
+
+    def _is_vacant(self, name: str) -> bool:
+        """Whether nothing of use lies in the place that is kept for it; so where its holder has written nonsense."""
+        try:
+            return self._table.get(name) is None
+        except Corrupt:
+            return True
 
     def check_intact(self, plans: Iterable[BatchPlan]) -> None:
         """NotReady where the holder of a lease has written over rows while they were read for these plans."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,16 +9,17 @@ import torch
 from memstore import ring
 from memstore.appending import stage, write
 from memstore.changes import Appended, Change, Forked, Pinned, Released, Renewed
-from memstore.errors import DeviceMemoryFull, MemstoreError, NotFound, QuotaExceeded, ReadOnly
+from memstore.errors import DeviceMemoryFull, MemstoreError, NotFound, ReadOnly
 from memstore.index import INDEXES, build_thread, index_bytes, make_index
 from memstore.journal import Volatile
 from memstore.ledger import Ledger, changes_of
 from memstore.lender import Lender
 from memstore.lifecycle import Lifecycle
+from memstore.planner import Planner, plans_of
 from memstore.refill import Refill
 from memstore.retrieval import retrieve
 from memstore.row_bytes import RowFormat
-from memstore.sequence import BatchPlan, plan_fork, plan_part
+from memstore.sequence import BatchPlan, plan_fork
 from memstore.slab import Slab, bytes_needed
 from memstore.still import Pictures
 from memstore.tiers import host_bytes
@@ -81,6 +81,7 @@ class Memory:
         self.pictures = Pictures(self._slab, self._table, spec)
         self.lifecycle = Lifecycle(spec, self._slab, self._table, None if mapped else self.pictures)
         self.lender = Lender(self._slab, self._table, new_epoch, self.lifecycle)
+        self._planner = Planner(spec, device, self._table, self.lender)
 
     @property
     def row_bytes(self) -> int:
@@ -127,15 +128,15 @@ class Memory:
     ) -> list[StepResult | MemstoreError]:
         """See `step`; all sequences that exist have a place."""
         try:
-            outcomes = self._plan(batches)
+            outcomes = self._planner.plan(batches)
             found = self._retrieve(outcomes)
             for at, hits in found.items():
                 try:
-                    self.lender.check_intact(_plans_of([outcomes[at]]))
+                    self.lender.check_intact(plans_of([outcomes[at]]))
                     carry(at, hits)
                 except MemstoreError as error:
                     outcomes[at] = error
-            staged = stage(self._slab, _plans_of(outcomes), self._table.places_of_new)
+            staged = stage(self._slab, plans_of(outcomes), self._table.places_of_new)
             if staged is not None:
                 self.pictures.preserve(staged.first_cells)
         except NO_ROOM as error:
@@ -272,39 +273,6 @@ class Memory:
         """After `free`, in any thread: removes the files of spilled sequences, which may take long."""
         self.lifecycle.remove_files()
 
-    def _plan(self, batches: SequenceOf[StepBatch]) -> list[BatchPlan | MemstoreError]:
-        num_free = self._table.num_free
-        outcomes: list[BatchPlan | MemstoreError] = []
-        for batch in batches:
-            try:
-                plan = self._plan_batch(batch, num_free)
-            except MemstoreError as error:
-                outcomes.append(error)
-            else:
-                num_free -= plan.num_new
-                outcomes.append(plan)
-        return outcomes
-
-    def _plan_batch(self, batch: StepBatch, num_free: int) -> BatchPlan:
-        """Decides a batch against the state, changing nothing. Raises what makes it impossible."""
-        for part in batch.parts:
-            if batch.append or part.start_of_sequence:
-                self.lender.check_writable(part.sequence, batch.writer)
-        fingerprints = batch.fingerprints or (0,) * len(batch.parts)
-        writer = batch.writer if batch.append else None
-        parts = tuple(
-            plan_part(part, self._table.get(part.sequence), self.spec.capacity, writer=writer, fingerprint=fingerprint)
-            for part, fingerprint in zip(batch.parts, fingerprints, strict=True)
-        )
-        plan = BatchPlan(batch=_on_device(batch, self.device), parts=parts)
-        if plan.num_new > num_free:
-            self.lender.check_kept()
-            raise QuotaExceeded(
-                f"sequences: {plan.num_new} new ones, but {self.spec.max_sequences - num_free} of "
-                f"{self.spec.max_sequences} places are taken"
-            )
-        return plan
-
     def _retrieve(self, outcomes: SequenceOf[BatchPlan | MemstoreError]) -> dict[int, Hits]:
         """The hits of those that retrieve, by their number."""
         asking = {
@@ -386,15 +354,3 @@ class Memory:
             for part in plan.parts
         ]
         return StepResult(sequences=tuple(sequences), hits=hits)
-
-
-def _plans_of(outcomes: SequenceOf[BatchPlan | MemstoreError]) -> list[BatchPlan]:
-    return [outcome for outcome in outcomes if isinstance(outcome, BatchPlan)]
-
-
-def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """The batch with its tensors on the device: they cross once, for the search and the append."""
-    if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
-        return batch
-    payloads = {name: rows.to(device, non_blocking=True) for name, rows in batch.payloads.items()}
-    return replace(batch, keys=batch.keys.to(device, non_blocking=True), payloads=payloads)

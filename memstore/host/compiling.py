@@ -6,7 +6,11 @@ import hashlib
 import logging
 import os
 import pickle
+import re
+import shutil
+import stat
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +29,9 @@ FAST_MATH = {"reassoc", "contract", "nsz"}
 """Sums may be taken in another order, as their vector form needs; infinities and NaN mean what they always do."""
 
 SOURCES = Path(__file__).parent
+STALE_S = 30 * 86_400.0
+"""How long no process has begun with a folder of machine code before it is taken to be one of sources that are gone."""
+_KEPT = re.compile(r"\.?kernels-[0-9a-f]{16}(\.\d+)?")
 UNREADABLE = (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, ValueError, TypeError, KeyError)
 
 
@@ -52,7 +59,10 @@ def folder() -> Path | None:
     for source in sorted(SOURCES.glob("*.py")):
         digest.update(source.read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}"
-    return next((path / name for path in _parents() if _is_ours(path / name)), None)
+    found = next((path / name for path in _parents() if _is_ours(path / name)), None)
+    if found is not None:
+        _sweep(found)
+    return found
 
 
 def _parents() -> Iterator[Path]:
@@ -61,6 +71,29 @@ def _parents() -> Iterator[Path]:
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memstore"
     except RuntimeError:  # nobody knows whose home that is
         return
+
+
+def _sweep(mine: Path) -> None:
+    """Removes folders of other sources that no process has begun with for long; says of this one that one has.
+
+    A process that runs with one of them nevertheless has its code in memory, and compiles what it needs besides.
+    """
+    with suppress(OSError):
+        os.utime(mine)
+        oldest = mine.stat().st_mtime - STALE_S
+        for path in (path for parent in _parents() if parent.is_dir() for path in parent.iterdir()):
+            if path.name != mine.name and _KEPT.fullmatch(path.name):
+                _remove_stale(path, oldest)
+
+
+def _remove_stale(path: Path, oldest: float) -> None:
+    """Whole or not at all for who begins with it at this moment. oldest: when it must have been used, Unix seconds."""
+    with suppress(OSError):
+        about = path.lstat()
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and about.st_mtime < oldest:
+            doomed = path.with_name(f".{path.name.strip('.').partition('.')[0]}.{os.getpid()}")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def _is_ours(path: Path) -> bool:

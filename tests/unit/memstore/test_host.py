@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -237,6 +239,44 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(sources: Path, tmp_pat
     assert kept is not None
     kept.chmod(0o777)
     assert compiling.folder() == tmp_path / "home" / "memstore" / kept.name
+
+
+def test_code_of_sources_that_are_long_gone_is_removed(sources: Path, tmp_path: Path) -> None:
+    old = time.time() - compiling.STALE_S - 60
+    home = tmp_path / "home" / "memstore"
+    for parent in (sources / "__pycache__", home):
+        for name in ("kernels-0123456789abcdef", "kernels-fedcba9876543210", "kernels-mine", "other"):
+            (parent / name).mkdir(parents=True)
+            (parent / name / "code.nbc").write_text("code")
+        (parent / ".kernels-0123456789abcdef.7").mkdir()
+        (parent / "kernels-00000000000000ff").symlink_to(parent / "other")
+        for each in parent.iterdir():
+            os.utime(each, (old, old), follow_symlinks=False)
+        os.utime(parent / "kernels-fedcba9876543210")  # some process has begun with it since
+    kept = compiling.folder()
+    assert kept is not None
+    rest = {"kernels-fedcba9876543210", "kernels-mine", "other", "kernels-00000000000000ff"}
+    assert {path.name for path in home.iterdir()} == rest
+    assert {path.name for path in kept.parent.iterdir()} == rest | {kept.name}
+    assert (home / "other" / "code.nbc").exists()
+
+
+def test_a_folder_of_code_that_is_in_use_is_said_to_be_so(sources: Path) -> None:
+    kept = compiling.folder()
+    assert kept is not None
+    os.utime(kept, (0, 0))
+    assert compiling.folder() == kept
+    assert kept.stat().st_mtime > time.time() - 3600
+
+
+def test_a_process_whose_folder_was_removed_goes_on(sources: Path) -> None:
+    running = compiling.kernel(twice)
+    running(4)
+    kept = compiling.folder()
+    assert kept is not None
+    shutil.rmtree(kept)
+    assert running(4.5) == 9.0
+    assert compiling.kernel(twice)(4) == 8
 
 
 def test_spoilt_code_is_compiled_again(sources: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -286,6 +286,19 @@ def test_nonsense_of_a_holder_is_counted_as_what_is_lost_and_asked_back(lent: Le
     assert counts(lent.server) == (3, 4, 8, 4)
 
 
+def test_nonsense_of_a_holder_is_no_error_of_those_who_want_a_place(lent: Lent) -> None:
+    lease = lent.lend("a", *(f"new{number}" for number in range(lent.server.spec.max_sequences - 1)))
+    append(lent.holder, "a", [3])
+    for number in range(lent.server.spec.max_sequences - 1):
+        append(lent.holder, f"new{number}", [number])
+    table = lent.block.table()
+    table[0, 1] = -5
+    lent.block.publish(table)
+    with pytest.raises(NotReady, match="asked for them"):
+        append(lent.server, "other", [1])
+    assert lent.recalled == [lease.number]
+
+
 @pytest.mark.parametrize("changes", [{"as_of": 4}, {"first_position": 3}, {"num_rows": 4}, {"as_of": 1 << 50}])
 def test_an_answer_about_what_was_never_published_is_refused(lent: Lent, changes: dict[str, int]) -> None:
     lent.lend("a")

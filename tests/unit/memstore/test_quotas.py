@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
-from memstore.auth import authenticator_of
+from memstore.auth import Certificates, Credentials, authenticator_of
 from memstore.catalog import FileCatalog
 from memstore.config import Config
 from memstore.errors import Overloaded, QuotaExceeded
 from memstore.followed import Followed
+from memstore.gate import Gate
 from memstore.lending import MAX_LEASES, MAX_LENT, TENANT_LEASES
 from memstore.memory import Memory
 from memstore.quotas import MAX_TENANTS, SEQUENCES_A_LEASE, Held, Lent, Quotas
@@ -21,7 +24,7 @@ from memstore.server import default_quota
 from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
-from tests.calling import Conversation, bearer, fails, hashed, tokens
+from tests.calling import Conversation, bearer, fails, failure, hashed, tokens
 from tests.fakes import FakeClock, FakeDisk
 from tests.serving import Setting, file_store, serving, spec, step
 
@@ -181,6 +184,44 @@ def test_calls_beyond_the_quota_are_refused_with_a_delay_on_a_stream_too() -> No
         talk.say(3, step(seq=2))
         assert talk.hear().step.sequences[0].first_position == 2  # the one that was refused was not done
         talk.end()
+
+
+def test_a_call_beyond_the_quota_is_refused_before_its_message_is_sent() -> None:
+    """Not a byte of it: or a tenant that floods a server would have it read whatever it sends."""
+    clock = FakeClock()
+    known = tokens(hashed("r", "red"), "quota red calls_per_s=2", clock=clock)
+    with serving(Setting(authenticator=known, clock=clock)) as server:
+        server.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()), metadata=bearer("r"))
+        server.stub.Step(step(), metadata=bearer("r"))
+        outgoing: queue.Queue[bytes | None] = queue.Queue()
+        call: grpc.StreamStreamMultiCallable[bytes, bytes] = server.channel.stream_stream(
+            "/memstore.v1.MemoryService/Step"
+        )
+        answers = call(iter(outgoing.get, None), metadata=bearer("r"), timeout=15)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+        error = failure(caught.value)
+        assert isinstance(error, Overloaded)
+        assert error.retry_delay_s == pytest.approx(0.5)
+        outgoing.put(None)
+        clock.advance(0.5)
+        server.stub.Step(step(seq=1), metadata=bearer("r"))  # what was refused was not counted
+        assert isinstance(fails(server, "Step", step(seq=2), metadata=bearer("r")), Overloaded)
+
+
+def test_where_certificates_name_the_tenant_calls_are_counted_once_it_is_known() -> None:
+    clock = FakeClock()
+    made = Quotas(Certificates(), Quota(calls_per_s=1), clock)
+    gate, path, red = (
+        Gate(Certificates(), made),
+        "/memstore.v1.MemoryService/ServerInfo",
+        Credentials(common_names=("red",)),
+    )
+    for _ in range(3):
+        gate.meet(path, Credentials())
+    gate.admit(path, gate.enter(path, red), pb.ServerInfoRequest())
+    with pytest.raises(Overloaded):
+        gate.admit(path, gate.enter(path, red), pb.ServerInfoRequest())
 
 
 def spilling(

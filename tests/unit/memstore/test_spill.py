@@ -73,7 +73,7 @@ def test_the_least_recently_used_leaves_first() -> None:
 def test_as_many_as_the_memory_has_room_for_and_no_more() -> None:
     watched = Watched()
     watched.append("abcde")
-    with pytest.raises(QuotaExceeded, match="2 of 2 places"):
+    with pytest.raises(QuotaExceeded, match="5 of the 5"):
         watched.append("f")
     assert watched.memory.counts().num_sequences == 5
     watched.append("abcde", 2, 1)
@@ -346,3 +346,17 @@ def _together(
         keys=torch.cat([step.keys for step in each], 1),
         fingerprints=tuple(step.fingerprints[0] for step in each),
     )
+
+
+@pytest.mark.parametrize("num_spilled", [0, 3])
+def test_a_memory_that_is_full_says_how_many_sequences_it_has_wherever_they_lie(num_spilled: int) -> None:
+    spilling = SpillSpec(max_sequences=num_spilled, host_sequences=num_spilled)
+    spec = MemorySpec(name="m", dim=2, capacity=4, max_sequences=2, spill=spilling)
+    memory = Memory(spec, CPU, new_epoch=iter(range(1, 99)).__next__)
+    for number in range(2 + num_spilled):
+        (result,) = memory.step([batch(spec, str(number), 1, 0)])
+        assert isinstance(result, StepResult)
+    (refused,) = memory.step([batch(spec, "more", 1, 0)])
+    assert isinstance(refused, QuotaExceeded)
+    number = 2 + num_spilled
+    assert str(refused) == f"sequences: 1 new ones, but there are {number} of the {number} that the memory can have"

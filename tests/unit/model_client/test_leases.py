@@ -174,6 +174,20 @@ def test_a_lease_counts_until_its_sequences_are_the_servers_again() -> None:
             ask()
 
 
+def test_memories_are_listed_though_the_holder_of_a_lease_has_written_nonsense(server: Serving) -> None:
+    with client_of(server) as client, client_of(server, "inline") as other:
+        create(client)
+        client.create_memory("n", dim=2, capacity=CAPACITY, max_sequences=2, dtype=torch.float32)
+        session = client.session("m", ["a"])
+        until(lambda: bool(session.append(rows(1), [1])) and session.plane == "shm")
+        (lease,) = next(each for each in server.registry.all() if each.id.name == "m").engine.lender._leases
+        table = lease.block.table()
+        table[0, 1] = -5
+        lease.block.publish(table)
+        assert [each.spec.name for each in other.list_memories()] == ["m", "n"]
+        assert other.describe_memory("m").spec.name == "m"
+
+
 def test_a_claim_that_is_not_for_this_host_comes_to_nothing(server: Serving) -> None:
     """A server behind a proxy: its socket is not here."""
     with client_of(server, "auto") as client:
