@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+@lru_cache(maxsize=16)
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Of a high priority, which the graph's kernels have from it; builds have none of these, as torch gives each again."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -19,7 +26,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[Non
     others would then have to ask for again. Relaxed: a collected object of another index may give memory back
     meanwhile, which other modes forbid.
     """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="relaxed")

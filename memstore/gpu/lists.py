@@ -87,6 +87,12 @@ class ListRetriever:
         runs = runs_of(batch, ranges, slab.capacity)
         if len(runs) <= 1 and (graph := self._graphs.graph_of(slab, self._store, batch, runs, options)):
             return graph.retrieve(slab, (batch, self._batch_of_lists(batch, ranges), *runs), groups)
+        return self.retrieve_once(slab, batch, ranges, options, groups)
+
+    def retrieve_once(
+        self, slab: Slab, batch: SearchBatch, ranges: Ranges, options: RetrieveOptions, groups: NDArray[np.int64]
+    ) -> Hits | None:
+        """The same, without a graph."""
         asked, lists, *scanned = self._asked(slab, batch, ranges, groups, options)
         found, located = launch.found_for(asked), launch.located_for(asked)
         num_short = list_launch.search(slab, self._store, asked, lists, scanned, found)
@@ -163,9 +169,7 @@ def warm(spec: MemorySpec, shape: ListShape, device: torch.device) -> None:
             ends=(WARM_ROWS,),
             top_k=WARM_OPTIONS.top_k,
         )
-        lists.retrieve(slab, batch, ranges, WARM_OPTIONS, np.zeros((1, 1), np.int64))
-    lists.free()
-    slab.free()
+        lists.retrieve_once(slab, batch, ranges, WARM_OPTIONS, np.zeros((1, 1), np.int64))
 
 
 def runs_of(batch: SearchBatch, ranges: Ranges, capacity: int) -> list[SearchBatch]:

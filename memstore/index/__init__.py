@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from memstore.errors import InvalidRequest
 from memstore.index.building import build_thread
 from memstore.index.device_parts import DeviceBuilder
@@ -18,8 +20,6 @@ from memstore.types import IndexKind
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
-
-    import torch
 
     from memstore.index.base import VectorIndex
     from memstore.index.generation import PartBuilder
@@ -58,10 +58,18 @@ def _list_index(spec: MemorySpec, device: torch.device, executor: Executor) -> G
     if not index_bytes(spec, device):
         return GenerationIndex(spec, builder, executor)
     try:
-        from memstore.gpu.lists import ListRetriever, warm
+        from memstore.gpu.lists import ListRetriever
     except ImportError as error:
         raise InvalidRequest("spec.index", f"{spec.index.value} needs Triton, which is not here") from error
     lists = ListRetriever(spec, list_shape(spec), device)
-    executor.submit(warm, spec, list_shape(spec), device)
+    executor.submit(_warm, spec, device)
     executor.submit(builder.prepare)
     return GenerationIndex(spec, builder, executor, lists)
+
+
+def _warm(spec: MemorySpec, device: torch.device) -> None:
+    """In the build thread, before the first build: what retrievals need is compiled."""
+    from memstore.gpu.lists import warm
+
+    with torch.cuda.device(device):
+        warm(spec, list_shape(spec), device)

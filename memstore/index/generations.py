@@ -22,7 +22,7 @@ from memstore.index.exact import ExactIndex
 from memstore.index.generation import Generation, Line
 from memstore.index.nominating import Nominator
 from memstore.index.ranking import rank
-from memstore.index.settings import settings_of
+from memstore.index.settings import must_read_all, settings_of
 from memstore.index.staged import staged_retrieve
 from memstore.seams import SystemClock
 from memstore.types import IndexCounts
@@ -64,6 +64,7 @@ class GenerationIndex:
         self._builder = builder
         self._executor = executor
         self._lists = lists
+        self._misses_lists = lists is not None and must_read_all(spec)
         self._clock = clock or SystemClock()
         self._precedence = precedence_of(executor)
         self._exact = ExactIndex()
@@ -121,10 +122,9 @@ class GenerationIndex:
             return None
         return self._lists.search(slab, batch, self._ranges(views))
 
-    @staticmethod
-    def _has_room(batch: SearchBatch) -> bool:
-        """Whether kernels have room for as many hits."""
-        return batch.top_k <= MOST_HITS
+    def _has_room(self, batch: SearchBatch) -> bool:
+        """Whether kernels have room for as many hits, and as many lists as are asked for."""
+        return batch.top_k <= MOST_HITS and not self._misses_lists
 
     def _ranges(self, views: Sequence[View]) -> Ranges:
         """Views as numbers."""

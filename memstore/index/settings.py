@@ -103,6 +103,12 @@ def list_shape(spec: MemorySpec) -> ListShape:
     return replace(shape, num_chosen=min(probed, MOST_LISTS))
 
 
+def must_read_all(spec: MemorySpec) -> bool:
+    """Whether every list shall be read, and these are more than can be: then everything is scanned."""
+    settings, shape = settings_of(spec), list_shape(spec)
+    return settings.nprobe >= settings.nlist and shape.num_chosen < shape.num_together * shape.num_generations
+
+
 def index_bytes(spec: MemorySpec, device: torch.device) -> int:
     """Bytes that the index of a memory may take at most: every generation that can be live, and one being built."""
     if spec.index not in SETTINGS:
