@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=16)
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Of a high priority, which the graph's kernels have from it; builds have none of these, as torch gives each again."""
+    """Of a high priority, which the graph's kernels have from it; builds have none of these streams."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
