@@ -34,7 +34,7 @@ soak: install
 	$(BIN)/pip install -q -c constraints.txt -e '.[soak]'
 	SIMULATION_SEEDS=$(SEEDS) KILLS=$(KILLS) MUTATIONS=$(MUTATIONS) ABUSE=$(ABUSE) LEAK_ROUNDS=$(LEAK_ROUNDS) \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 86400 tests/sim tests/crash tests/fuzz tests/security
-	for target in $$($(BIN)/python -m tests.fuzz.guided --list); do \
+	targets=$$($(BIN)/python -m tests.fuzz.guided --list) && test -n "$$targets" && for target in $$targets; do \
 	$(BIN)/python -m tests.fuzz.guided $$target --seconds $(FUZZ_S) --corpus .fuzz/$$target || exit 1; done
 
 # Plants every bug of tests/seeded/bugs.toml into a copy of the tree; fails where the tests do not notice one.

@@ -30,7 +30,8 @@ MEMORIES, SPILLED = "memories", "spilled"
 FIRST_SEGMENT = 1
 """The segment that a new memory's log begins with."""
 CLOSED, RESTORED, PASSING = "closed", "restored", "passing"
-_RETIRED = re.compile(rf"\.{SPILLED}\.\d{{1,18}}")
+_RETIRED = re.compile(r"\..+\.\d{1,18}", re.DOTALL)
+_RETIRED_SPILLED = re.compile(rf"\.{SPILLED}\.\d{{1,18}}")
 _NUMBERED = re.compile(r"(log|snapshot)-(\d{8})")
 
 
@@ -61,7 +62,7 @@ def folders(data: Path, disk: Disk, *, are_retired: bool = False) -> list[Path]:
         data / MEMORIES / tenant / name
         for tenant in disk.names(data / MEMORIES)
         for name in disk.names(data / MEMORIES / tenant)
-        if name.startswith(".") is are_retired
+        if (_RETIRED.fullmatch(name) is not None if are_retired else not name.startswith("."))
     ]
 
 
@@ -84,7 +85,7 @@ def number_behind(retired: Iterable[Path]) -> int:
 
 
 def _retired_spilled(data: Path, disk: Disk) -> list[Path]:
-    return [data / name for name in disk.names(data) if _RETIRED.fullmatch(name)]
+    return [data / name for name in disk.names(data) if _RETIRED_SPILLED.fullmatch(name)]
 
 
 class MemoryFolder:

@@ -41,9 +41,9 @@ HEAD_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Bytes that are not a message of the kind that the method takes."""
+    """Bytes that are not a message of the kind that the method takes, and what is wrong with them."""
 
-    kind: str
+    problem: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +263,7 @@ class GrpcFront:
                 return
             async for request in requests:
                 if isinstance(request, Malformed):
-                    raise InvalidRequest("request", f"not a {request.kind}")
+                    raise InvalidRequest("request", request.problem)
                 while talk.reader.is_behind:
                     talk.taken.clear()
                     await talk.taken.wait()
@@ -346,18 +346,24 @@ def _heard(reader: asyncio.Task[None]) -> None:
 
 
 def _parser(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
+    descriptor: Any = kind.DESCRIPTOR
+    malformed = Malformed(f"not a {kind.DESCRIPTOR.name}")
+    crowd = Malformed(f"{malformed.problem} of {wire.MAX_MESSAGE_PARTS:,} fields at most")
+
     def parse(content: bytes) -> Message | Malformed:
+        if wire.is_crowd(descriptor, content):
+            return crowd
         try:
             return kind.FromString(content)
         except DecodeError:
-            return Malformed(kind.DESCRIPTOR.name)
+            return malformed
 
     return parse
 
 
 def _whole(request: Message | Malformed) -> Message:
     if isinstance(request, Malformed):
-        raise InvalidRequest("request", f"not a {request.kind}")
+        raise InvalidRequest("request", request.problem)
     return request
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from memstore.folder import FIRST_SEGMENT, MemoryFolder, folders
@@ -35,7 +36,7 @@ def missed_by_nobody(data: Path, known: Collection[Path], disk: Disk) -> Iterato
     Each is looked at when it is asked for, after what was done with the one before. Raises OSError.
     """
     for path in folders(data, disk):
-        if path in known:
+        if path in known or not disk.names(path):  # empty, or a file
             continue
         try:
             folder = MemoryFolder(path, disk)
@@ -50,14 +51,11 @@ def missed_by_nobody(data: Path, known: Collection[Path], disk: Disk) -> Iterato
 
 def _has_changes(folder: MemoryFolder) -> bool:
     """Whether a folder has anything that a memory that was just being made would not have."""
-    names = folder.disk.names(folder.path)
-    if not names:
-        return False
     only = folder.segment(FIRST_SEGMENT)
-    if names != [only.name]:
+    if folder.disk.names(folder.path) != [only.name]:
         return True
     with closing(folder.disk.open(only)) as file:
         reader = SegmentReader(file)
-        num_records = sum(1 for _ in reader.records(None))
+        num_records = sum(1 for _ in islice(reader.records(None), 2))
         is_whole = reader.end == file.size
         return not (num_records <= 1 and is_whole) and not (num_records == 0 and reader.is_cut_short)

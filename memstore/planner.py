@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from memstore.errors import MemstoreError, QuotaExceeded
+from memstore.errors import InvalidRequest, MemstoreError, QuotaExceeded
 from memstore.sequence import BatchPlan, plan_part
 
 if TYPE_CHECKING:
@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     import torch
 
     from memstore.lender import Lender
-    from memstore.sequence import SequenceTable
+    from memstore.sequence import PartPlan, SequenceTable
     from memstore.types import MemorySpec, StepBatch
+
+
+MOST_PRODUCTS = {"cpu": 1 << 43, "cuda": 1 << 49}
+"""Products of elements that one retrieval may take, by the kind of device: a minute or two of a small one, where 4,096
+queries of dimension 128 of the largest sequence that is searched exactly just fit. Nobody else is served meanwhile.
+"""
+SCORE_PRODUCTS = 128
+"""A score costs as much as so many products at least, however short the rows are."""
 
 
 class Planner:
@@ -25,6 +33,10 @@ class Planner:
         """device: where the tensors of the plans shall be. lender: of the sequences in the table."""
         self._spec = spec
         self._device = device
+        self._most_products = MOST_PRODUCTS[device.type]
+        # of rows that are in generations few are read, but those of the last one and a half may still be outside of any
+        settings = spec.index_settings
+        self._most_rows = spec.capacity if settings is None else min(spec.capacity, 2 * settings.generation_rows)
         self._table = table
         self._lender = lender
 
@@ -53,6 +65,8 @@ class Planner:
             plan_part(part, self._table.get(part.sequence), self._spec.capacity, writer=writer, fingerprint=fingerprint)
             for part, fingerprint in zip(batch.parts, fingerprints, strict=True)
         )
+        if batch.retrieve is not None:
+            self._check_products(batch, parts)
         plan = BatchPlan(batch=_on_device(batch, self._device), parts=parts)
         if plan.num_new > num_free:
             self._lender.check_kept()
@@ -61,6 +75,16 @@ class Planner:
                 f"{self._spec.total_sequences} that the memory can have"
             )
         return plan
+
+    def _check_products(self, batch: StepBatch, parts: Sequence[PartPlan]) -> None:
+        """InvalidRequest where the search of a batch would keep the device for too long."""
+        of_a_row = batch.keys.shape[0] * max(self._spec.dim, SCORE_PRODUCTS)
+        if batch.keys.shape[1] * self._most_rows * of_a_row <= self._most_products:
+            return
+        scores = sum(min(part.num_seen, self._most_rows) * part.part.num_rows for part in parts)
+        if scores * of_a_row > self._most_products:
+            most = self._most_products // of_a_row
+            raise InvalidRequest("sequences", f"{scores:,} scores a layer, at most {most:,} in a call; ask for fewer")
 
 
 def plans_of(outcomes: Sequence[BatchPlan | MemstoreError]) -> list[BatchPlan]:

@@ -94,7 +94,7 @@ class Disk(Protocol):
         """Cuts a file, and syncs it."""
 
     def names(self, folder: Path) -> list[str]:
-        """What lies in a folder, sorted; nothing where there is no such folder."""
+        """What lies in a folder, sorted; nothing where there is no such folder, but a file perhaps."""
 
     def rename(self, source: Path, target: Path) -> None:
         """Moves a file or folder within its folder, atomically, and syncs the name."""
@@ -203,7 +203,7 @@ class SystemDisk:
     def names(self, folder: Path) -> list[str]:
         try:
             return sorted(os.listdir(folder))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def rename(self, source: Path, target: Path) -> None:
@@ -218,7 +218,7 @@ class SystemDisk:
     def read(self, path: Path) -> bytes | None:
         try:
             return path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def replace(self, path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeAlias
@@ -102,7 +103,7 @@ class Slab:
         self.num_places = spec.max_sequences
         self.device = device
         self.region = region
-        self._unpin: Callable[[], None] | None = None
+        self._unpin: weakref.finalize[[], Slab] | None = None
         _check_host_room(spec, device)
         try:
             if is_shared:
@@ -230,7 +231,9 @@ class Slab:
         and CUDA refuses to copy that, as a part of it is pinned and a part is not.
         """
         if self.region is not None:
-            self._unpin = pinned(self.region.content, device)
+            # also where nobody frees the slab: CUDA copies nothing that lies where pages once were pinned
+            self._unpin = weakref.finalize(self, pinned(self.region.content, device))
+            self._unpin.atexit = False
 
     def _tensors(self) -> list[torch.Tensor]:
         some = [self.keys, self.norms, *self.payloads.values(), self.codes, self.terms]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memstore.errors import Corrupt
-from memstore.reply_bytes import NUMBERS, encode_replies, found_writers, writers_entry
+from memstore.reply_bytes import NUMBERS, a_count, encode_replies, found_writers, writers_entry
 
 if TYPE_CHECKING:
     from collections import OrderedDict
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MAGIC = b"mSpill01"
 _START = struct.Struct("<8sII")
+_NONSENSE = (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration, RecursionError)
+"""What a head raises that is none, though its checksum fits."""
 Parts = list[list[memoryview]]
 """The bytes of each array, in parts."""
 
@@ -112,27 +114,38 @@ class SpillFile:
         self._take(_START.size, memoryview(text))
         if zlib.crc32(text) != check:
             raise self._damage()
-        self._head: dict[str, Any] = json.loads(text)
-        if self._head["sequence"] != self._name:
-            raise self._damage()
         self._replies_at = _START.size + length
-        self.epoch = int(self._head["epoch"])
-        self.next_position = int(self._head["next_position"])
+        try:
+            self._take_over(json.loads(text))
+        except _NONSENSE as error:
+            raise self._damage() from error
+
+    def _take_over(self, head: dict[str, Any]) -> None:
+        """What the head says, where it can be. Raises Corrupt, and what nonsense raises."""
+        self.epoch, self.next_position = a_count(head["epoch"]), a_count(head["next_position"])
+        self._writers = head["writers"]
+        self._replies: tuple[int, int] = (a_count(head["replies"][0]), a_count(head["replies"][1]))
+        self._arrays = [(a_count(length), a_count(check)) for length, check in head["arrays"]]
+        if head["sequence"] != self._name or self._replies_at + self._replies[0] > self._file.size:
+            raise self._damage()
 
     def writers(self) -> OrderedDict[str, Writer]:
         """What the writers were answered."""
-        length, check = self._head["replies"]
+        length, check = self._replies
         content = bytearray(length)
         self._take(self._replies_at, memoryview(content))
         if zlib.crc32(content) != check:
             raise self._damage()
-        replies = np.frombuffer(content, np.uint64).reshape(-1, NUMBERS).tolist()
-        return found_writers(self._head["writers"], iter(replies))
+        try:
+            replies = np.frombuffer(content, np.uint64).reshape(-1, NUMBERS).tolist()
+            return found_writers(self._writers, iter(replies))
+        except _NONSENSE as error:
+            raise self._damage() from error
 
     def read_into(self, arrays: Parts) -> None:
         """Fills the parts of each array, as they were when they were written."""
-        offset = self._replies_at + self._head["replies"][0]
-        expected = self._head["arrays"]
+        offset = self._replies_at + self._replies[0]
+        expected = self._arrays
         if [sum(map(len, parts)) for parts in arrays] != [length for length, _ in expected]:
             raise self._damage()
         for parts, (_, check) in zip(arrays, expected, strict=True):

@@ -267,11 +267,14 @@ class FileStore:
             raise _unwritable(error) from error
 
     def remove_rest(self) -> None:
-        try:
-            for folder in self._rest:
+        problem: OSError | None = None
+        for folder in self._rest:
+            try:
                 self._disk.remove_folder(folder)
-        except OSError as error:  # the next start tries it again
-            raise _unwritable(error) from error
+            except OSError as error:  # the next start tries it again
+                problem = error
+        if problem is not None:
+            raise _unwritable(problem) from problem
 
     def spill_folder(self, memory: MemoryId) -> SpillFolder | None:
         return SpillFolder(spilled_path(self._data, *memory, next(self._numbers)), self._disk)

@@ -41,5 +41,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 MIN_PIECE_BYTES = 1 << 16
 """Smallest longest piece that a caller may ask for: a message costs as much as the copying of it."""
 MAX_PIECE_BYTES = 1 << 20
+MAX_MESSAGE_PARTS = 1 << 16
+"""Fields of a message, and of those in it that can hold many: a step of 4,096 sequences has some 4,200."""
 MAX_KEY_ABS = 1e17
 """Largest magnitude of a key's element: squares of 8,192 of them still have a finite sum in binary32."""

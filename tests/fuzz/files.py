@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from memstore.entries import spec_of, text_of
 from memstore.errors import Corrupt, QuotaExceeded
 from memstore.journal import read_step
 from memstore.log import MAGIC, SegmentReader
+from memstore.spill_file import _START as SPILL_START
+from memstore.spill_file import MAGIC as SPILL_MAGIC
+from memstore.spill_file import SpillFile, content_of
 from memstore.tokens import parse_tokens
 from tests.fakes import FakeDisk, FakeReadFile
 from tests.fuzz.mutating import mutated, mutated_json
@@ -214,3 +218,25 @@ def tokens() -> Target:
             return
 
     return Target([b"# ours\nsha256:" + b"0f" * 32 + b" red\n"], run)
+
+
+def spilled() -> Target:
+    """The head of a file of a spilled sequence, past its checksum, and what is read by it."""
+    life = Life(FakeDisk(), is_new=True)
+    for seq in range(2):
+        life.append("a", 2, seq)
+    sequence = life.memory._table["a"]
+    start, text, *rest = content_of("a", sequence, [[memoryview(bytes(64))]])
+    size = len(start)
+
+    def run(content: bytes) -> None:
+        head = SPILL_START.pack(SPILL_MAGIC, len(content), zlib.crc32(content))
+        try:
+            file = SpillFile(FakeReadFile(b"".join((head, content, *map(bytes, rest)))), "a")
+            file.writers()
+            file.read_into([[memoryview(bytearray(64))]])
+        except Corrupt:
+            return
+
+    assert size == SPILL_START.size
+    return Target([bytes(text)], run, mutated_json)

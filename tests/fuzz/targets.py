@@ -186,6 +186,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "adapter-config": lambda folder: files.adapter(CONFIG_FILE, folder),
     "adapter-weights": lambda folder: files.adapter(WEIGHTS_FILE, folder),
     "reply": lambda folder: reply(),
+    "spill-file": lambda folder: files.spilled(),
     "tokens": lambda folder: files.tokens(),
 }
 """By name; each is made when it is asked for, with a folder of its own."""

@@ -13,6 +13,7 @@ from memstore.errors import (
     AlreadyExists,
     DeviceMemoryFull,
     EpochChanged,
+    InvalidRequest,
     MemstoreError,
     NotFound,
     PositionExpired,
@@ -20,7 +21,7 @@ from memstore.errors import (
     SequenceGap,
 )
 from memstore.memory import Memory
-from memstore.types import Metric, RetrieveOptions, StepResult
+from memstore.types import MemorySpec, Metric, RetrieveOptions, SequencePart, StepBatch, StepResult
 from tests.comparing import assert_same
 from tests.pairing import CPU, DIM, SPEC, Pair, part, replace
 
@@ -169,6 +170,38 @@ def test_joined_batches_share_the_room_that_is_left(device: torch.device) -> Non
     fits, does_not = pair.memory.step([pair.batch(part("d", 1)), pair.batch(part("e", 1))])
     assert isinstance(fits, StepResult)
     assert isinstance(does_not, QuotaExceeded)
+
+
+def test_a_call_that_would_keep_the_device_for_too_long_is_refused_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By what its queries see, and not by what there might be; of more queries at once than that, some at a time."""
+    monkeypatch.setattr("memstore.planner.MOST_PRODUCTS", {"cpu": 4 * 6 * 2 * 128})
+    spec = MemorySpec(name="m", dim=3, capacity=8, max_sequences=2, num_layers=2)
+    memory = Memory(spec, torch.device("cpu"), new_epoch=iter(range(1, 99)).__next__)
+
+    def step(sequence: str, rows: int, seq: int | None = None) -> StepResult | MemstoreError:
+        (result,) = memory.step(
+            [
+                StepBatch(
+                    parts=(SequencePart(sequence=sequence, num_rows=rows, seq=seq or 0),),
+                    layers=(0, 1),
+                    keys=torch.ones(2, rows, 3),
+                    retrieve=RetrieveOptions(top_k=1),
+                    append=seq is not None,
+                    writer="w" if seq is not None else "",
+                )
+            ]
+        )
+        return result
+
+    assert isinstance(step("a", 6, 0), StepResult), "there is nothing to see yet"
+    assert isinstance(step("a", 4), StepResult)
+    refused = step("a", 5, 1)
+    assert isinstance(refused, InvalidRequest)
+    assert str(refused) == "sequences: 30 scores a layer, at most 24 in a call; ask for fewer"
+    assert memory.counts().num_rows == 12
+    assert isinstance(step("b", 8), StepResult)
 
 
 def test_too_large_a_memory_is_refused_at_once(device: torch.device) -> None:

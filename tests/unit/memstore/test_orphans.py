@@ -15,6 +15,7 @@ from memstore.device import DeviceWorker
 from memstore.errors import Corrupt, MemstoreError, NotReady
 from memstore.folder import PASSING
 from memstore.registry import Registry
+from memstore.seams import SystemDisk
 from memstore.turns import SERVER
 from memstore.types import Durability, MemorySpec
 from tests.fakes import FakeClock, FakeDisk
@@ -160,6 +161,25 @@ def test_what_has_rows_is_left_where_the_catalogue_is_lost(
     second = lives(left)
     assert second.files() == {path: content for path, content in left.items() if OF_A in path.parents}
     assert "folder of no memory left as it is" in caplog.text
+
+
+def test_files_that_are_nobodys_are_in_nobodys_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such as what a file manager leaves in every folder."""
+    disk, clock = SystemDisk(), FakeClock()
+    for folder in ("memories", "memories/a", "spilled", "."):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / ".DS_Store").write_text("views")
+        (tmp_path / folder / "notes").write_text("mine")
+    store = file_store(tmp_path, disk, clock)
+    (tmp_path / "memories" / "a" / "mine").mkdir()
+    (tmp_path / "memories" / "a" / "mine" / "log").write_text("mine")
+    store.retire_orphans([])
+    assert "left as it is" in caplog.text
+    store.remove_rest()
+    assert (tmp_path / "memories" / "a" / "notes").read_text() == "mine"
+    assert (tmp_path / "memories" / "a" / "mine" / "log").read_text() == "mine"
+    assert (tmp_path / "notes").read_text() == "mine"
+    store.close()
 
 
 def test_damage_hides_no_memory_from_those_that_are_known(lives: Callable[..., Life]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import memstore.region.mapping as mapping_module
+import memstore.slab as slab_module
 from memstore.region import can_share, make_region, map_region, padded, pinned
 from memstore.region.base import array
 from memstore.region.mapping import COLLAPSE, HUGE_BYTES, POPULATE_WRITE, Mapping
@@ -156,3 +159,17 @@ def test_only_whole_pages_are_pinned() -> None:
         pinned(near[0], gpu)
     for slab in slabs:
         slab.free()
+
+
+def test_what_is_pinned_is_let_go_with_the_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(slab_module, "pinned", lambda *_: lambda: events.append("unpinned"))
+    monkeypatch.setattr(mapping_module, "_munmap", lambda *_: events.append("unmapped"))
+    for free in (True, False):
+        slab = Slab(MemorySpec(name="m", dim=16, capacity=8), torch.device("cpu"), is_shared=True)
+        slab.pin(torch.device("cuda"))
+        if free:
+            slab.free()
+        del slab
+        gc.collect()
+    assert events == ["unpinned", "unmapped"] * 2
