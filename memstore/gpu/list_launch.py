@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,14 +11,18 @@ import triton
 
 from memstore.gpu import launch
 from memstore.gpu.kernels.lists import finish_lists_kernel, score_lists_kernel
-from memstore.gpu.launch import METRICS, Asked, Found, chaining
 from memstore.gpu.rings import FANOUT, Ring
+from memstore.types import Metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from memstore.gpu.launch import Asked, Found
     from memstore.gpu.listing import ListShape
     from memstore.slab import Slab
+
+METRICS = {Metric.INNER_PRODUCT: 0, Metric.L2: 1, Metric.COSINE: 2}
+"""As kernels know them."""
 
 SCRATCH_BYTES = 1 << 30
 """What the scores of rows in lists may take, or those of one query where they are more."""
@@ -55,6 +60,13 @@ def search(
         piece = slice(first, min(first + step, asked.sizes.num_queries))
         _finish(slab, store, asked, (lists, chosen), piece, _joined(others), (found, num_short))
     return num_short
+
+
+@lru_cache(maxsize=16)
+def _chained(device: torch.device) -> dict[str, bool]:
+    """Kernels are begun while the one before them ends, where the GPU can do that: from Hopper on."""
+    is_able = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"IS_CHAINED": is_able, "launch_pdl": is_able}
 
 
 def _scanned(slab: Slab, asked: Asked, other: Asked) -> Found:
@@ -107,7 +119,7 @@ def _finish(
         BLOCK_N=16 if asked.sizes.num_queries <= FEW_QUERIES else 32,
         BLOCK_D=min(MOST_DIMS, max(triton.next_power_of_2(slab.dim), 16)),
         num_warps=4,
-        **chaining(slab),
+        **_chained(slab.device),
     )
     top = max(triton.next_power_of_2(asked.top_k), 2)
     num_others = 0 if others is None else others[0].shape[1]
@@ -134,5 +146,5 @@ def _finish(
         OTHERS=max(triton.next_power_of_2(num_others), top) if num_others else 0,
         TOP=top,
         num_warps=4,
-        **chaining(slab),
+        **_chained(slab.device),
     )

@@ -14,6 +14,7 @@ class ListShape:
 
     num_centres: that rows are assigned to. width: rows of a list at most, a power of two from 32. num_chosen: lists
     that are read for a query, of all generations of a place. num_generations: that are live at once in a place.
+    nowhere: what the elements of centres are that have no rows.
     """
 
     span: int
@@ -21,6 +22,7 @@ class ListShape:
     width: int
     num_chosen: int
     num_generations: int
+    nowhere: float = 0.0
 
     @property
     def num_together(self) -> int:
@@ -42,16 +44,14 @@ def listed(centres: torch.Tensor, assigned: torch.Tensor, first: int, shape: Lis
     """The lists of rows. Nothing waits for a device.
 
     centres: (num_centres, dim). assigned: (n,) int64, the centre of each row; first: the number of the first row. A
-    centre with more rows than a list has room for has several lists, which share them evenly; lists that are not
-    needed for that are given to all centres in turn.
+    centre with more rows than a list has room for has several lists, which share them evenly. Lists that are not
+    needed for that are empty, and as far away as can be.
     """
     num_centres, num_lists = len(centres), shape.num_together
     counts = torch.zeros(num_centres, dtype=torch.int64, device=assigned.device)
     counts.scatter_add_(0, assigned, torch.ones_like(assigned))
     lists = (counts + shape.width - 1).div(shape.width, rounding_mode="floor")
     left = num_lists - lists.sum()
-    lists += left.div(num_centres, rounding_mode="floor")
-    lists += torch.arange(num_centres, device=lists.device) < left % num_centres
     order = assigned.argsort(stable=True)
     centre = assigned[order]
     rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[centre]
@@ -59,4 +59,6 @@ def listed(centres: torch.Tensor, assigned: torch.Tensor, first: int, shape: Lis
     place = list_of * shape.width + rank.div(lists[centre], rounding_mode="floor")
     rows = torch.full((num_lists * shape.width,), -1, dtype=torch.int32, device=order.device)
     rows[place] = (order + first).int()
-    return Lists(centres.repeat_interleave(lists, 0, output_size=num_lists), rows.view(num_lists, -1))
+    owners = torch.cat((lists, left[None]))
+    with_none = torch.cat((centres, torch.full_like(centres[:1], shape.nowhere)))
+    return Lists(with_none.repeat_interleave(owners, 0, output_size=num_lists), rows.view(num_lists, -1))

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 WARM_ROWS, WARM_COUNTS, WARM_OPTIONS = 1024, (1, 64, 512), RetrieveOptions(top_k=16, window_after=1)
 """What is retrieved beforehand: as in a step of a decode loop, a few of them, and segments."""
 
+WARM_SUPERS = (16, 32, 64, 128, 256, 512)
+"""Sizes of the rings that are scanned beforehand."""
+
 
 class Ranges(NamedTuple):
     """What each sequence of a batch sees, all (S, 2) int64: generations by number, and positions that are scanned."""
@@ -98,6 +101,14 @@ class ListRetriever:
         num_short = list_launch.search(slab, self._store, asked, lists, scanned, found)
         launch.locate(slab, asked, found, located)
         return None if int(num_short) else hits_of(slab, batch, options, found, located)
+
+    def scan_once(self, slab: Slab, batch: SearchBatch, ranges: Ranges) -> None:
+        """Searches for nothing in rings of many sizes, for which other kernels are compiled."""
+        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
+        *_, asked = self._asked(slab, batch, ranges, groups, None)
+        for num_supers in WARM_SUPERS:
+            asked = replace(asked, num_supers=num_supers)
+            launch.search(slab, asked, launch.found_for(asked))
 
     def free(self) -> None:
         """Gives the lists back."""
@@ -170,6 +181,7 @@ def warm(spec: MemorySpec, shape: ListShape, device: torch.device) -> None:
             top_k=WARM_OPTIONS.top_k,
         )
         lists.retrieve_once(slab, batch, ranges, WARM_OPTIONS, np.zeros((1, 1), np.int64))
+        lists.scan_once(slab, batch, ranges)
 
 
 def runs_of(batch: SearchBatch, ranges: Ranges, capacity: int) -> list[SearchBatch]:

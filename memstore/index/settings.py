@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore.gpu.listing import ListShape
-from memstore.types import IndexKind, IndexSettings
+from memstore.types import IndexKind, IndexSettings, Metric
 
 if TYPE_CHECKING:
     from memstore.types import MemorySpec
@@ -45,8 +45,14 @@ ENGINE_BYTES = 192 << 20
 SAMPLES_A_CENTRE = 32
 """Rows that the centre of a list on a GPU is learnt from, on average."""
 
-LIST_ROWS = 128
+LIST_ROWS = 256
 """Rows of a list on a GPU at most."""
+
+CENTRE_ROWS = 128
+"""Rows that one of its centres has, on average, or fewer."""
+
+FAR_AWAY = 6e4
+"""What the elements of a centre are that no query is near to: a number that every dtype has."""
 
 MOST_LISTS = 128
 """Lists that are read for a query on a GPU at most, of all generations together."""
@@ -86,7 +92,7 @@ def has_lists(spec: MemorySpec, device: torch.device) -> bool:
 
 
 def list_shape(spec: MemorySpec) -> ListShape:
-    """What lists on a GPU are like: a centre for so many rows as a list has room for, at least.
+    """What lists on a GPU are like: a centre for every 128 rows, at least.
 
     As large a share of the rows is looked at as the settings say, as long as that is no more than MOST_LISTS have.
     """
@@ -94,10 +100,11 @@ def list_shape(spec: MemorySpec) -> ListShape:
     rows = settings.generation_rows
     shape = ListShape(
         span=rows,
-        num_centres=min(max(settings.nlist, rows // LIST_ROWS), max(rows // 2, 1)),
+        num_centres=min(max(settings.nlist, rows // CENTRE_ROWS), max(rows // 2, 1)),
         width=LIST_ROWS,
         num_chosen=MOST_LISTS,
         num_generations=-(-spec.capacity // rows),
+        nowhere=FAR_AWAY if spec.metric is Metric.L2 else 0.0,
     )
     probed = -(-settings.nprobe * shape.num_together * shape.num_generations // settings.nlist)
     return replace(shape, num_chosen=min(probed, MOST_LISTS))

@@ -16,7 +16,7 @@ from memstore.types import IndexKind, IndexSettings, MemorySpec, Metric
 from tests.fakes import HeldBuilds
 
 CPU = torch.device("cpu")
-SHAPE = ListShape(span=200, num_centres=5, width=32, num_chosen=4, num_generations=2)
+SHAPE = ListShape(span=200, num_centres=5, width=32, num_chosen=4, num_generations=2, nowhere=9.0)
 
 
 @pytest.mark.parametrize("num_rows", [200, 120])
@@ -36,9 +36,11 @@ def test_each_row_is_in_one_list_of_its_centre(num_rows: int, skew: str) -> None
     owner = lists.centres[:, 0].long()[:, None].expand_as(lists.rows)
     assert torch.equal(owner[lists.rows >= 0], assigned[numbers.long() - first])
     lengths = (lists.rows >= 0).sum(-1)
-    for centre in range(5):  # lists of one centre share its rows evenly
+    assert not lengths[lists.centres[:, 0] == 9.0].any()
+    for centre, num in enumerate(torch.bincount(assigned, minlength=5).tolist()):
         of_centre = lengths[lists.centres[:, 0] == centre]
-        assert of_centre.max() - of_centre.min() <= 1
+        assert len(of_centre) == -(-num // 32)
+        assert not num or of_centre.max() - of_centre.min() <= 1  # they share its rows evenly
 
 
 @pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)
