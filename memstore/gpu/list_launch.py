@@ -30,6 +30,9 @@ SCRATCH_BYTES = 1 << 30
 FEW_QUERIES = 16
 """Up to so many, rows of a list are read 16 at a time, else 32."""
 
+MANY_LEAVES = 2048
+"""Of a query, from which on twice as many threads look for the best."""
+
 MOST_DIMS = 256
 """Of a row, that are read at a time."""
 
@@ -145,6 +148,6 @@ def _finish(
         LEAVES=max(triton.next_power_of_2(leaves), top),
         OTHERS=max(triton.next_power_of_2(num_others), top) if num_others else 0,
         TOP=top,
-        num_warps=4,
+        num_warps=8 if leaves > MANY_LEAVES else 4,
         **_chained(slab.device),
     )
