@@ -3,12 +3,19 @@
 The server is a process of its own on this host, on the first GPU if there is one. All clients have memories of the same
 rows and are asked in turn. On the plane `shm` or `cuda` the memory is mapped and the step is done in this process; on
 `inline` it travels. The plane alone is measured with a search that gives a reply of 128 KiB at once. Bytes on the wire
-are the same on every device, and are counted on the host.
+are the same on every device, and are counted where the demo's model and transformers are there: for what models ask.
+
+On a GPU steps follow one another, a stretch of each client: one that has nothing to do for 30 ms turns its clocks down,
+and then takes any time between one and three times as long. So steps that far apart are measured too, without a goal,
+and with them an echo by gRPC alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import statistics
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +24,7 @@ from unittest import mock
 import torch
 
 from benchmarks.report import Report, interleaved
+from benchmarks.transport import BARE, STREAM, bare_callers
 from integration.adapter import load_adapter
 from integration.demo.server import running_server
 from integration.demo.text import READ_PACKAGES, standard_library
@@ -25,7 +33,7 @@ from memstore.types import Hits
 from model_client import MemoryClient, Retrieval
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from model_client import StepResult
 
@@ -37,8 +45,14 @@ MAPPED = "cuda" if DEVICE.type == "cuda" else "shm"
 CASES = {"cpu": ((8, 16_384, 1), (8, 16_384, 512)), "cuda": ((32, 65_536, 1), (8, 65_536, 512))}
 """Sequences, live rows of each, rows of each in a step."""
 REPLY_BYTES = 128 << 10
+STRETCH = 11
+"""Steps that one client does in a row on a GPU; the first is not counted."""
 TEXT_ROWS = 4096
-SEGMENT = 512
+CONTEXT = 512
+"""Tokens that the demo's model reads at once."""
+SEGMENTS = (512, 1024)
+"""Tokens of one step."""
+AS_A_MODEL_ASKS = Retrieval(16, after=1, scores=False)
 BASE = Path(__file__).resolve().parents[1] / "integration" / "demo" / "weights" / "base"
 
 
@@ -80,22 +94,53 @@ def measure(clients: dict[str, MemoryClient], case: tuple[int, int, int], rounds
     models = {name: Model(client, _memory(name), case) for name, client in clients.items()}
     assert models[MAPPED].plane == MAPPED
     assert models[INLINE].plane == "inline"
-    seconds = interleaved({name: model.step for name, model in models.items()}, rounds)
+    steps = {name: model.step for name, model in models.items()}
     kind = "decode" if num_rows == 1 else f"prefill of {num_rows}"
     name = f"{num_sequences} x {capacity} x {DIM}, {kind}"
+    if DEVICE.type == "cpu":
+        add_times(name, interleaved(steps, rounds), report, is_decode=num_rows == 1)
+    else:
+        add_times(name, stretches(steps, rounds), report, is_decode=num_rows == 1)
+        add_times(f"{name}, 30 ms apart", interleaved(steps, 2 * rounds), report, has_goals=False)
+    for label, client in clients.items():
+        client.drop_memory(_memory(label))
+
+
+def stretches(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function, each called for a stretch once a round, but for the first call of a stretch."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            function()
+            for _ in range(STRETCH - 1):
+                begun = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def add_times(
+    name: str, seconds: dict[str, float], report: Report, *, is_decode: bool = False, has_goals: bool = True
+) -> None:
+    """Adds what a step takes on each plane, and against one in process."""
     for label, value in seconds.items():
         report.add(name, label, value * 1e3, "ms")
     base = seconds[IN_PROCESS]
-    is_decode = num_rows == 1
     is_host = DEVICE.type == "cpu"
-    has_goal = is_decode or not is_host
-    report.add(name, f"{MAPPED} / in process", seconds[MAPPED] / base, "ratio", goal=1.05 if has_goal else None)
+    is_meant = has_goals and (is_decode or not is_host)
+    report.add(name, f"{MAPPED} / in process", seconds[MAPPED] / base, "ratio", goal=1.05 if is_meant else None)
     most, most_ms = (1.15, None) if is_host else (None, 0.8)
     report.add(name, f"{INLINE} / in process", seconds[INLINE] / base, "ratio", goal=most if is_decode else None)
     more_ms = (seconds[INLINE] - base) * 1e3
     report.add(name, f"{INLINE} - in process", more_ms, "ms", goal=most_ms if is_decode else None)
-    for label, client in clients.items():
-        client.drop_memory(_memory(label))
+
+
+def measure_echo(rounds: int, report: Report) -> None:
+    """Adds what gRPC alone takes there and back, which a step inline cannot undercut."""
+    with bare_callers() as callers:
+        echo = {STREAM: callers[BARE, STREAM].seconds}
+        report.add(BARE, STREAM, stretches(echo, rounds)[STREAM] * 1e3, "ms")
+        report.add(f"{BARE}, 30 ms apart", STREAM, interleaved(echo, rounds)[STREAM] * 1e3, "ms")
 
 
 def _memory(label: str) -> str:
@@ -141,7 +186,7 @@ def text_states(num_sequences: int, num_rows: int) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).to(DEVICE).eval()
     text = standard_library(READ_PACKAGES).text[: 4 * num_sequences * num_rows]
     tokens = AutoTokenizer.from_pretrained(BASE)(text, return_tensors="pt").input_ids[0].to(DEVICE)
-    segments = tokens[: num_sequences * num_rows].reshape(-1, SEGMENT)
+    segments = tokens[: num_sequences * num_rows].reshape(-1, CONTEXT)
     with torch.no_grad():
         outputs = [model(segment[None], output_hidden_states=True) for segment in segments]
         hidden = torch.cat([output.hidden_states[adapter.config.retrieval_layer][0] for output in outputs])
@@ -153,30 +198,31 @@ def measure_text(client: MemoryClient, report: Report) -> None:
     num_sequences = 4
     states = text_states(num_sequences, TEXT_ROWS)
     dim = states.shape[2]
-    client.create_memory("text", dim=dim, capacity=TEXT_ROWS, max_sequences=num_sequences)
-    session = client.session("text", [f"text {index}" for index in range(num_sequences)])
-    counts = [SEGMENT] * num_sequences
-    received = asked = 0.0
-    for begin in range(0, TEXT_ROWS, SEGMENT):
-        keys = states[:, begin : begin + SEGMENT].reshape(1, -1, dim)
-        before = client.stats.received_bytes
-        session.step(keys, counts, retrieve=RETRIEVAL, append=True)
-        received += client.stats.received_bytes - before
-        if begin:
-            asked += num_sequences * SEGMENT * RETRIEVAL.top_k * 2 * dim * 2
-    client.drop_memory("text")
-    name = f"{num_sequences} x {TEXT_ROWS} x {dim}, source text, segments of {SEGMENT}"
-    report.add(name, "replies", received / 2**20, "MiB")
-    report.add(name, "rows of every window", asked / 2**20, "MiB")
-    report.add(name, "rows of every window / replies", asked / received, "ratio", goal=10.0, better="higher")
+    for length in SEGMENTS:
+        client.create_memory("text", dim=dim, capacity=TEXT_ROWS, max_sequences=num_sequences)
+        session = client.session("text", [f"text {index}" for index in range(num_sequences)])
+        received = asked = 0.0
+        for begin in range(0, TEXT_ROWS, length):
+            keys = states[:, begin : begin + length].reshape(1, -1, dim)
+            before = client.stats.received_bytes
+            session.step(keys, [length] * num_sequences, retrieve=AS_A_MODEL_ASKS, append=True)
+            received += client.stats.received_bytes - before
+            if begin:
+                asked += num_sequences * length * AS_A_MODEL_ASKS.top_k * 2 * dim * 2
+        client.drop_memory("text")
+        name = f"{num_sequences} x {TEXT_ROWS} x {dim}, source text, segments of {length}"
+        report.add(name, "replies", received / 2**20, "MiB")
+        report.add(name, "rows of every window", asked / 2**20, "MiB")
+        report.add(name, "rows of every window / replies", asked / received, "ratio", goal=10.0, better="higher")
 
 
 def main() -> None:
     """Measures all cases, or with --quick each in few rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
-    rounds = 10 if parser.parse_args().quick else 100
-    report = Report("planes" if DEVICE.type == "cpu" else "gpu-planes")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds, on a GPU a third")
+    is_quick, is_host = parser.parse_args().quick, DEVICE.type == "cpu"
+    rounds = (10 if is_quick else 100) if is_host else (10 if is_quick else 30)
+    report = Report("planes" if is_host else "gpu-planes")
     with (
         running_server() as target,
         MemoryClient(timeout_s=60.0, device=DEVICE.type) as local,
@@ -185,12 +231,15 @@ def main() -> None:
         MemoryClient(target, timeout_s=60.0, plane="inline", use_stream=False) as unary,
     ):
         clients = {IN_PROCESS: local, MAPPED: mapped, INLINE: stream}
-        if DEVICE.type == "cpu":
+        if is_host:
             clients[UNARY] = unary
         for case in CASES[DEVICE.type]:
             measure(clients, case, rounds if case[2] == 1 else max(rounds // 10, 3), report)
-        if DEVICE.type == "cpu":
+        if is_host:
             measure_plane(clients, rounds, report)
+        else:
+            measure_echo(rounds, report)
+        if BASE.exists() and importlib.util.find_spec("transformers") is not None:
             measure_text(stream, report)
     print(report.write())
 

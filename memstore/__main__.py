@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(options.command, f"{error.filename or 'system'}: {error.strerror or error}", FAILURE)
     except config.ConfigError as error:
         return _complain(options.command, str(error), USAGE)
+    except UnicodeEncodeError as error:  # bytes that the terminal's encoding does not have, which no message can carry
+        return _complain(options.command, f"{error.object!a} is not text", USAGE)
     except console.CommandFailed as error:
         return _complain(options.command, str(error), FAILURE)
     except KeyboardInterrupt:

@@ -56,8 +56,8 @@ def stage(
     if not kept:
         return None
     first_cells, positions, columns = _each_row(kept)
-    cells = torch.from_numpy(first_cells + ring.slot_of(positions, slab.capacity)).to(slab.device)
-    chosen = None if len(columns) == num_rows else torch.from_numpy(columns).to(slab.device)
+    cells = torch.from_numpy(first_cells + ring.slot_of(positions, slab.capacity)).to(slab.device, non_blocking=True)
+    chosen = None if len(columns) == num_rows else torch.from_numpy(columns).to(slab.device, non_blocking=True)
 
     def rows(batches: list[torch.Tensor]) -> torch.Tensor:
         joined = joined_rows(batches)

@@ -82,6 +82,8 @@ def restore(backup: Path, data: Path, disk: Disk) -> None:
 
     What is copied takes its place when it is whole, marked and on the disk.
     """
+    if data.resolve().is_relative_to(backup.resolve()):
+        raise Corrupt(f"{data}: lies in the backup; a backup is restored to a folder of its own")
     if data.exists() and any(data.iterdir()):
         raise Corrupt(f"{data}: not empty; a backup is restored to a folder of its own")
     partial = data.with_name(f".{data.name}.partial")

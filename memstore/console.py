@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,7 @@ class Session:
         self.timeout_s: float = options.timeout
         token_file = _path(options.token_file, environ, "MEMSTORE_CLIENT_TOKEN_FILE")
         root = _path(options.tls_root, environ, "MEMSTORE_TLS_ROOT")
-        token = _read(token_file).decode().strip() if token_file else ""
+        token = _token(token_file) if token_file else ""
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._credentials = grpc.ssl_channel_credentials(_read(root)) if root else None
 
@@ -116,6 +117,14 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CommandFailed(f"{path}: {error.strerror}") from error
+
+
+def _token(path: Path) -> str:
+    """The token in a file. CommandFailed for what no call can carry."""
+    content = _read(path).strip()
+    if not re.fullmatch(rb"[!-~]*", content):
+        raise CommandFailed(f"{path}: not a token: printable ASCII in one line, without spaces")
+    return content.decode()
 
 
 def _reason(error: grpc.RpcError) -> str:

@@ -35,7 +35,10 @@ def run(options: argparse.Namespace, clock: Clock) -> int:
     """Makes a token; the exit code. ConfigError for what cannot be, OSError for a file that cannot be written."""
     identity = _identity(options, math.floor(clock.wall()))
     token = new_token()
-    line = line_of(token, identity)
+    try:
+        line = line_of(token, identity)
+    except (ValueError, OverflowError) as error:  # a time that no calendar has
+        raise ConfigError(f"--expires={options.expires}: {error}") from error
     if options.add is not None:
         _add(options.add, line)
     if options.json:

@@ -91,8 +91,8 @@ class Ledger:
 
     def _advance(self, sequence: Sequence, change: Appended) -> None:
         """Counts the rows of an append as published, and its answer as given."""
-        capacity, num_layers = self._spec.capacity, self._spec.num_layers
-        begin, num_rows = sequence.begin(capacity), change.num_rows
+        capacity, num_layers, num_rows = self._spec.capacity, self._spec.num_layers, change.num_rows
+        begin = sequence.begin(capacity)
         sequence.next_position += num_rows
         sequence.num_appended += num_rows
         self.appended_rows += num_rows * num_layers

@@ -17,12 +17,14 @@ from memstore.errors import InvalidRequest
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from google.protobuf.descriptor import Descriptor, FieldDescriptor
     from google.protobuf.message import Message
 
 MAX_TENSOR_DIMS = 8
+_ALIGNMENT = 64
+"""What is staged begins at multiples of this."""
 MAX_EXTENTS = 1 << 48
 """Product of the extents of a tensor without elements, those that are 0 left out: torch multiplies them in 64 bits."""
 DTYPES: dict[pb.DataType.ValueType, torch.dtype] = {
@@ -137,23 +139,69 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same on the host. Pinned staging lets all copies be queued before the one wait."""
+    """The same on the host. What a GPU has crosses to one piece of pinned memory, and is waited for once."""
     device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
     if device is None:
         return list(tensors)
-    staged = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-    for target, source in zip(staged, tensors, strict=True):
-        target.copy_(source, non_blocking=True)
+    staged = in_one_piece(tensors, lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True))
     torch.cuda.current_stream(device).synchronize()
     return staged
 
 
+def in_one_piece(tensors: Sequence[torch.Tensor], make: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of tensors in one new piece of memory; by one copy where they lie in one piece, with little between them.
+
+    make: gives (bytes,) uint8. A copy between a GPU and pinned memory may still be under way afterwards.
+    """
+    begins = [int(tensor.storage_offset()) * tensor.itemsize for tensor in tensors]
+    sizes = [tensor.nbytes for tensor in tensors]
+    first = min(begins) // _ALIGNMENT * _ALIGNMENT
+    length = max(begin + size for begin, size in zip(begins, sizes, strict=True)) - first
+    is_one = length <= 2 * sum(sizes) and len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    if is_one and all(tensor.is_contiguous() for tensor in tensors):
+        whole = make(length)
+        source = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+        whole.copy_(source.set_(tensors[0].untyped_storage(), first, (length,), (1,)), non_blocking=True)
+        return [_placed(whole, begin - first, tensor) for begin, tensor in zip(begins, tensors, strict=True)]
+    room = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    ends = list(itertools.accumulate(room))
+    whole = make(ends[-1])
+    copies = [_placed(whole, end - size, tensor) for end, size, tensor in zip(ends, room, tensors, strict=True)]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    return copies
+
+
+def _placed(whole: torch.Tensor, begin: int, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the format of another one, in the bytes that begin there."""
+    return whole[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
+
+
+class _Moment:
+    """The moment on CUDA from which the tensors of a message may be read: what a stream has queued by now is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.current_stream(device).record_event()
+        self._known: set[tuple[int, int, int]] = set()
+
+    def await_for(self, tensor: torch.Tensor) -> None:
+        """Has the current stream wait, and the memory of a tensor kept until that has read it: each once."""
+        stream = torch.cuda.current_stream(tensor.device)
+        reader = stream.device_index, stream.cuda_stream
+        waited, kept = (*reader, 0), (*reader, tensor.untyped_storage().data_ptr())
+        if waited not in self._known:
+            stream.wait_event(self._event)
+        if kept not in self._known:
+            tensor.record_stream(stream)
+        self._known |= {waited, kept}
+
+
 @dataclass(frozen=True, slots=True)
 class _Handed:
-    """A tensor on its way, and on CUDA the moment from which it may be read."""
+    """A tensor on its way, and on CUDA when it may be read."""
 
     tensor: torch.Tensor
-    ready: torch.cuda.Event | None
+    ready: _Moment | None
 
 
 class ProcessPlane:
@@ -186,9 +234,7 @@ class ProcessPlane:
         if handed.tensor.dtype != dtype or tuple(handed.tensor.shape) != shape:
             raise InvalidRequest(f"{field}.shape", f"{list(shape)} {dtype}, but the region differs")
         if handed.ready is not None:
-            stream = torch.cuda.current_stream(handed.tensor.device)
-            stream.wait_event(handed.ready)
-            handed.tensor.record_stream(stream)
+            handed.ready.await_for(handed.tensor)
         return handed.tensor
 
     def write(self, tensor: torch.Tensor) -> pb.Tensor:
@@ -197,7 +243,7 @@ class ProcessPlane:
 
     def fill(self, targets: Sequence[pb.Tensor], tensors: Sequence[torch.Tensor]) -> None:
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-        ready = torch.cuda.current_stream(device).record_event() if device is not None else None
+        ready = None if device is None else _Moment(device)
         for target, tensor in zip(targets, tensors, strict=True):
             target.dtype = DATA_TYPES[tensor.dtype]
             target.shape.extend(tensor.shape)

@@ -102,7 +102,10 @@ class Sequence:
 
     def remember(self, writer: str, reply: Reply) -> None:
         """Counts one append of a writer, who is now the most recent one."""
-        self.writers.setdefault(writer, Writer()).remember(reply)
+        known = self.writers.get(writer)
+        if known is None:
+            known = self.writers[writer] = Writer()
+        known.remember(reply)
         self.writers.move_to_end(writer)
         if len(self.writers) > MAX_WRITERS:
             self.writers.popitem(last=False)
@@ -253,6 +256,9 @@ def plan_part(
     Raises EpochChanged, SequenceGap, PositionExpired, AlreadyExists; nothing is changed in any case.
     """
     if writer:
+        if sequence is not None and _goes_on(part, sequence, writer):  # as most do: nothing else needs to be asked
+            published = sequence.next_position
+            return PartPlan(part, sequence, fingerprint, sequence.begin(capacity), published, published)
         replay = _find_replay(part, sequence, writer, fingerprint)
         if sequence is not None and replay is not None:
             begin = min(sequence.begin(capacity), replay.as_of)
@@ -283,6 +289,13 @@ def plan_fork(table: SequenceTable, source: str, target: str, as_of: int | None,
         raise AlreadyExists(f"target: sequence {target!r} exists")
     part = SequencePart(sequence=source, num_rows=0, epoch=epoch, as_of=as_of)
     return plan_part(part, origin, capacity, writer=None, fingerprint=0)
+
+
+def _goes_on(part: SequencePart, sequence: Sequence, writer: str) -> bool:
+    """True for an append that sees all and is the next one of its writer, in the epoch that it names."""
+    known = sequence.writers.get(writer)
+    is_next = known is not None and part.seq == known.next_seq and part.epoch == sequence.epoch
+    return is_next and part.as_of is None and not part.start_of_sequence
 
 
 def _find_replay(part: SequencePart, sequence: Sequence | None, writer: str, fingerprint: int) -> Reply | None:

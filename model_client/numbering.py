@@ -29,18 +29,24 @@ class Numbering:
         """The epoch the sequence is believed to be in; 0 if not known."""
         return self._places[name].epoch
 
-    def stamp(self, part: pb.SequencePart, append: bool) -> int:
-        """Gives one part its epoch and, where rows are appended, the next seq; gives back what was the next seq.
+    def stamp(self, parts: Iterable[pb.SequencePart], append: bool) -> dict[str, int]:
+        """Gives parts their epochs and, where rows are appended, the next seqs; gives back what were the next seqs.
 
-        A part that starts a sequence is number 0 of the new epoch.
+        A part that starts a sequence is number 0 of the new epoch; of one that does not exist nothing need be emptied.
         """
-        place = self._places[part.sequence]
-        before = place.next_seq
-        if part.start_of_sequence:
-            place.next_seq = 0
-        part.epoch = place.epoch
-        part.seq = place.next_seq
-        place.next_seq += append
+        before: dict[str, int] = {}
+        for part in parts:
+            name = part.sequence
+            place = self._places[name]
+            before[name] = place.next_seq
+            if part.start_of_sequence:
+                if place.epoch:
+                    place.next_seq = 0
+                else:
+                    part.start_of_sequence = False
+            part.epoch = place.epoch
+            part.seq = place.next_seq
+            place.next_seq += append
         return before
 
     def take_back(self, part: pb.SequencePart, before: int) -> None:
@@ -49,9 +55,9 @@ class Numbering:
         if place.next_seq <= part.seq + 1:
             place.next_seq = before
 
-    def acknowledge(self, request: pb.StepRequest, results: Sequence[pb.SequenceResult]) -> None:
+    def acknowledge(self, parts: Sequence[pb.SequencePart], results: Sequence[pb.SequenceResult]) -> None:
         """Learns the epochs that an answered step left its sequences in."""
-        for part, result in zip(request.sequences, results, strict=True):
+        for part, result in zip(parts, results, strict=True):
             self._places[part.sequence].epoch = result.epoch
 
     def adopt(self, name: str, epoch: int) -> None:

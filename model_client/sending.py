@@ -22,6 +22,8 @@ class Step:
 
     def __init__(self, core: Core, request: pb.StepRequest, rows: wire.StepRows) -> None:
         self.request = request
+        self.parts = tuple(request.sequences)  # to make objects of them takes longer than to read them
+        self.results: tuple[pb.SequenceResult, ...] = ()  # of the outcome, likewise
         self.future: Future[Message] | None = None
         self.outcome: Future[Message] = Future()
         self.may_be_done = False  # a sending whose effect is not known
@@ -37,7 +39,7 @@ class Step:
     @property
     def has_start(self) -> bool:
         """True where a sequence is emptied."""
-        return any(part.start_of_sequence for part in self.request.sequences)
+        return any(part.start_of_sequence for part in self.parts)
 
     @property
     def retrieves(self) -> bool:
@@ -47,11 +49,11 @@ class Step:
     @property
     def num_rows(self) -> int:
         """Rows of the step in each layer."""
-        return sum(part.num_rows for part in self.request.sequences)
+        return sum(part.num_rows for part in self.parts)
 
     def part(self, sequence: str) -> pb.SequencePart:
         """The part of one sequence."""
-        for part in self.request.sequences:
+        for part in self.parts:
             if part.sequence == sequence:
                 return part
         raise Internal(f"the server answered about a sequence that was not asked for: {sequence!r}")

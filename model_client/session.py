@@ -62,6 +62,8 @@ class SessionBase:
         self._core = core
         self._timeout_s = timeout_s
         self._flows = SessionCore(core, memory, sequences)
+        self._asked: tuple[Sequence[int], Sequence[int], Sequence[bool]] = (), (), ()
+        self._parts = b""
 
     @property
     def memory(self) -> str:
@@ -95,15 +97,25 @@ class SessionBase:
             raise InvalidRequest(f"counts: {given} given for {len(indices)} sequences")
         call = StepCall(
             rows=_checked_rows(keys, options.get("payloads", {}), sum(counts)),
-            parts=[
-                pb.SequencePart(sequence=self.sequences[index], num_rows=count, start_of_sequence=is_start)
-                for index, count, is_start in zip(indices, counts, starts, strict=True)
-            ],
+            parts=self._parts_of(indices, counts, starts),
+            num_rows=sum(counts),
+            has_start=any(starts),
             retrieve=retrieve,
             append=append,
         )
         deadline_s = options.get("deadline_s")
         return Running(self._flows.step(call, self._timeout_s if deadline_s is None else deadline_s))
+
+    def _parts_of(self, indices: Sequence[int], counts: Sequence[int], starts: Sequence[bool]) -> bytes:
+        """The parts of a step, not numbered yet, as a StepRequest in wire form. Most steps have those of the last."""
+        asked = tuple(indices), tuple(counts), tuple(starts)
+        if asked != self._asked:
+            parts = [
+                pb.SequencePart(sequence=self.sequences[index], num_rows=count, start_of_sequence=is_start)
+                for index, count, is_start in zip(*asked, strict=True)
+            ]
+            self._asked, self._parts = asked, pb.StepRequest(sequences=parts).SerializeToString()
+        return self._parts
 
 
 class Session(SessionBase):

@@ -37,7 +37,7 @@ from model_client.numbering import Numbering
 from model_client.sending import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 MAX_UNDER_WAY = 2
 """Steps whose outcome is not known that a session keeps."""
@@ -51,10 +51,15 @@ _NO_ROOM = (QuotaExceeded, DeviceMemoryFull)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCall:
-    """What a step is asked to do; the parts have their rows and starts, and no numbers yet."""
+    """What a step is asked to do.
+
+    parts: a StepRequest in wire form, whose parts have their rows and starts, and no numbers yet. num_rows: of all.
+    """
 
     rows: wire.StepRows
-    parts: Sequence[pb.SequencePart]
+    parts: bytes
+    num_rows: int
+    has_start: bool
     retrieve: wire.Retrieval | None
     append: bool
 
@@ -77,7 +82,7 @@ class SessionCore:
             return (yield from self._core.guarded(self._step(call, self._core.clock.monotonic() + timeout_s)))
         except CircuitOpen:
             if call.append:
-                self._core.stats.add("dropped_rows", sum(part.num_rows for part in call.parts))
+                self._core.stats.add("dropped_rows", call.num_rows)
             raise
 
     def reset(self, timeout_s: float) -> Flow[None]:
@@ -91,12 +96,12 @@ class SessionCore:
     def _step(self, call: StepCall, until: float) -> Flow[wire.StepResult]:
         plane = self._core.transport.plane
         request = wire.step_request(plane, self.memory, call.rows, call.retrieve, call.append, self._writer)
-        request.sequences.extend(call.parts)
+        request.MergeFromString(call.parts)
         step = Step(self._core, request, call.rows)
         is_read = False
         try:
-            if call.append or step.has_start:
-                reply = yield from self._change(step, until)
+            if call.append or call.has_start:
+                reply = yield from self._change(step, call.has_start, until)
             else:
                 while any(other.has_start for other in self._under_way):
                     yield from self._settle_first(until)
@@ -113,7 +118,7 @@ class SessionCore:
                 self._drop(step)
                 plane.discard(request)
 
-    def _change(self, step: Step, until: float) -> Flow[pb.StepResponse]:
+    def _change(self, step: Step, has_start: bool, until: float) -> Flow[pb.StepResponse]:
         """Waits until the step may be sent, numbers and sends it, and settles it."""
         if self._waiting is not None:
             raise Busy(f"{MAX_UNDER_WAY} steps of this session are under way and one waits; await those first")
@@ -123,12 +128,12 @@ class SessionCore:
             self._give_up(lambda other: _is_superseded(other, step))
             while not self._may_follow(step):
                 yield from self._settle_first(until)
-            yield from self._learn_epochs(step, until)
+            if has_start:
+                yield from self._learn_epochs(step, until)
         finally:
             self._waiting = None
         self._under_way.append(step)
-        for part in step.request.sequences:
-            self._stamp(step, part)
+        self._stamp(step, step.parts)
         return (yield from self._settle(step, until))
 
     def _may_follow(self, step: Step) -> bool:
@@ -139,7 +144,7 @@ class SessionCore:
             return True
         has_start = any(other.has_start for other in (*self._under_way, step))
         has_failed = any(other.future is None or other.future.done() for other in self._under_way)
-        is_known = all(self._numbering.epoch(part.sequence) for part in step.request.sequences)
+        is_known = all(self._numbering.epoch(part.sequence) for part in step.parts)
         return is_known and not has_start and not has_failed and len(self._under_way) < MAX_UNDER_WAY
 
     def _settle_first(self, until: float) -> Flow[None]:
@@ -153,7 +158,7 @@ class SessionCore:
 
     def _settle(self, step: Step, until: float) -> Flow[pb.StepResponse]:
         """Sends a step, again where needed, until its outcome is known. Any of the session's flows may do it."""
-        for _ in range(4 + 2 * len(step.request.sequences)):
+        for _ in range(4 + 2 * len(step.parts)):
             try:
                 reply = yield from self._attempt(step, until)
             except MemstoreClientError as error:
@@ -187,7 +192,7 @@ class SessionCore:
             if part.epoch == self._numbering.epoch(part.sequence):
                 self._numbering.adopt(part.sequence, int(error.metadata["epoch"]))
                 self._core.stats.add("lost_epochs")
-            self._stamp(step, part)
+            self._stamp(step, (part,))
             return
         expected = int(error.metadata["expected_seq"])
         if part.seq - expected > MAX_UNDER_WAY:
@@ -213,7 +218,7 @@ class SessionCore:
 
         A start that names the epoch it ends cannot be done again by a copy that arrives late; without one it could.
         """
-        parts = step.request.sequences
+        parts = step.parts
         names = [part.sequence for part in parts if part.start_of_sequence and not self._numbering.epoch(part.sequence)]
         if not names:
             return
@@ -236,14 +241,11 @@ class SessionCore:
             for name in self.sequences:
                 self._numbering.adopt(name, self._numbering.epoch(name))
         step.request.writer = self._writer
-        for part in step.request.sequences:
-            self._stamp(step, part)
+        self._stamp(step, step.parts)
 
-    def _stamp(self, step: Step, part: pb.SequencePart) -> None:
-        """Numbers one part. What the server has just said not to exist need not be emptied."""
-        if part.start_of_sequence and not self._numbering.epoch(part.sequence):
-            part.start_of_sequence = False
-        step.seqs_before[part.sequence] = self._numbering.stamp(part, step.request.append)
+    def _stamp(self, step: Step, parts: Iterable[pb.SequencePart]) -> None:
+        """Numbers some parts of a step."""
+        step.seqs_before |= self._numbering.stamp(parts, step.request.append)
 
     def _collect(self) -> None:
         """Acknowledges what was answered while nobody waited."""
@@ -254,7 +256,8 @@ class SessionCore:
     def _acknowledge(self, step: Step, reply: pb.StepResponse) -> None:
         if step in self._under_way:
             self._under_way.remove(step)
-            self._numbering.acknowledge(step.request, reply.sequences)
+            step.results = tuple(reply.sequences)
+            self._numbering.acknowledge(step.parts, step.results)
             step.outcome.set_result(reply)
 
     def _may_forgo_hits(self, step: Step, error: MemstoreClientError) -> bool:
@@ -274,7 +277,7 @@ class SessionCore:
             return
         self._end(step, error)
         is_undone = is_certain or isinstance(error, InvalidRequest)
-        for part in step.request.sequences:
+        for part in step.parts:
             if isinstance(error, NotFound):
                 self._numbering.adopt(part.sequence, 0)
             elif isinstance(error, AlreadyExists | PositionExpired):
@@ -286,7 +289,7 @@ class SessionCore:
         """Ends those that have failed and are needless, where the epochs they name keep a late copy from being done."""
         for step in tuple(self._under_way):
             is_failed = step.future is None or step.future.done()
-            is_fenced = all(part.epoch for part in step.request.sequences)
+            is_fenced = all(part.epoch for part in step.parts)
             if is_failed and is_fenced and is_needless(step):
                 self._end(step, Late("given up: its sequences were emptied before it was known to be done"))
 
@@ -326,5 +329,5 @@ def _is_superseded(older: Step, newer: Step) -> bool:
 
     An older start is not: both would name the epoch that it ends, and be told apart by their rows alone.
     """
-    started = {part.sequence for part in newer.request.sequences if part.start_of_sequence}
-    return not older.has_start and started.issuperset(part.sequence for part in older.request.sequences)
+    started = {part.sequence for part in newer.parts if part.start_of_sequence}
+    return not older.has_start and started.issuperset(part.sequence for part in older.parts)

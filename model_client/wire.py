@@ -180,13 +180,8 @@ def tensor_of(
     message: pb.Tensor, buffer: bytes | bytearray | NDArray[np.uint8], offset: int, num_bytes: int, device: torch.device
 ) -> torch.Tensor:
     """The tensor that a message describes, whose elements are these bytes of a buffer. Raises Internal."""
-    dtype, shape = _FROM_WIRE.get(message.dtype), tuple(message.shape)
-    if dtype is None:
-        raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
-    count = math.prod(shape)
-    is_shape = min(shape, default=1) > 0 or _is_empty(shape)
-    if not is_shape or count * dtype.itemsize != num_bytes or offset < 0:
-        raise Internal(f"the reply has a tensor of {num_bytes} bytes at {offset} and shape {list(shape)}")
+    dtype, shape = element_format(message, offset, num_bytes)
+    count = num_bytes // dtype.itemsize
     if not count:
         return torch.empty(shape, dtype=dtype, device=device)
     try:
@@ -195,6 +190,17 @@ def tensor_of(
         return shaped if device.type == "cpu" else shaped.to(device)
     except ValueError as error:
         raise Internal(f"the reply has a tensor beyond its bytes: {num_bytes} at {offset}") from error
+
+
+def element_format(message: pb.Tensor, offset: int, num_bytes: int) -> tuple[torch.dtype, tuple[int, ...]]:
+    """dtype and shape of a tensor in a message, which fit so many bytes there. Raises Internal."""
+    dtype, shape = _FROM_WIRE.get(message.dtype), tuple(message.shape)
+    if dtype is None:
+        raise Internal(f"the reply has a tensor of unknown dtype {message.dtype}")
+    is_shape = min(shape, default=1) > 0 or _is_empty(shape)
+    if not is_shape or math.prod(shape) * dtype.itemsize != num_bytes or offset < 0:
+        raise Internal(f"the reply has a tensor of {num_bytes} bytes at {offset} and shape {list(shape)}")
+    return dtype, shape
 
 
 def _is_empty(shape: tuple[int, ...]) -> bool:

@@ -85,27 +85,18 @@ def decode_batch(request: StepLike, spec: MemorySpec, plane: Plane) -> StepBatch
 def _parts(sequences: Sequence[pb.SequencePart]) -> tuple[SequencePart, ...]:
     if not 1 <= len(sequences) <= limits.MAX_PARTS:
         raise InvalidRequest("sequences", f"{len(sequences)} sequences, 1 to {limits.MAX_PARTS:,} in a batch")
-    parts = tuple([_part(part, place) for place, part in enumerate(sequences)])
+    most, parts = limits.MAX_SEQUENCE_NAME, list[SequencePart]()
+    for part in sequences:
+        name, num_rows, seq = part.sequence, part.num_rows, part.seq
+        as_of = part.as_of if part.HasField("as_of") else None
+        if not (0 < len(name) <= most and name.isascii() and name.isprintable()):
+            sequence_name(name, f"sequences[{len(parts)}].sequence")
+        if num_rows < 0 or seq < 0 or (as_of is not None and as_of < 0):
+            raise InvalidRequest(f"sequences[{len(parts)}]", "num_rows, seq and as_of are 0 or more")
+        parts.append(SequencePart(name, num_rows, part.start_of_sequence, part.epoch, seq, as_of))
     if len({part.sequence for part in parts}) < len(parts):
         raise InvalidRequest("sequences", "a sequence stands in the batch twice")
-    return parts
-
-
-def _part(part: pb.SequencePart, place: int) -> SequencePart:
-    name, num_rows, seq = part.sequence, part.num_rows, part.seq
-    as_of = part.as_of if part.HasField("as_of") else None
-    if not fields.is_printable(name, 1, limits.MAX_SEQUENCE_NAME):
-        sequence_name(name, f"sequences[{place}].sequence")
-    if num_rows < 0 or seq < 0 or (as_of is not None and as_of < 0):
-        raise InvalidRequest(f"sequences[{place}]", "num_rows, seq and as_of are 0 or more")
-    return SequencePart(
-        sequence=name,
-        num_rows=num_rows,
-        start_of_sequence=part.start_of_sequence,
-        epoch=part.epoch,
-        seq=seq,
-        as_of=as_of,
-    )
+    return tuple(parts)
 
 
 def sequence_name(value: str, field: str) -> str:
@@ -180,14 +171,18 @@ def _is_within(keys: torch.Tensor, most: float) -> bool:
     Those of NaN come after those of infinity.
     """
     if keys.is_cuda:
-        low, high = torch.stack(torch.aminmax(keys)).tolist()
-        return bool(low >= -most and high <= most)  # false for NaN, which aminmax passes on
+        return largest(keys) <= most
     content = bytes_of(keys)
     if keys.element_size() == 2:
         bits: NDArray[Any] = np.frombuffer(content, np.int16) & 0x7FFF
     else:
         bits = np.frombuffer(content, np.int32) & 0x7FFFFFFF
     return int(bits.max()) <= _largest_bits(keys.dtype, most)
+
+
+def largest(keys: torch.Tensor) -> float:
+    """The largest magnitude of some elements, NaN where one is NaN: one kernel and one wait on a GPU."""
+    return float(torch.linalg.vector_norm(keys, float("inf")))
 
 
 @cache

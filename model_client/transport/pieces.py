@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from google.protobuf.message import DecodeError
 
 from memstore.v1 import memstore_pb2 as pb
 from model_client.errors import Internal
-from model_client.wire import InlinePlane, tensor_of
+from model_client.wire import InlinePlane, element_format, tensor_of
 
 if TYPE_CHECKING:
-    import torch
     from google.protobuf.message import Message
     from numpy.typing import NDArray
 
@@ -71,7 +72,8 @@ class Assembly:
 class PiecesPlane(InlinePlane):
     """Tensors as bytes inside the message, or beside it in the pieces that came with it.
 
-    Those of one answer that came in pieces lie in one buffer, which lives as long as one of them.
+    Those of one answer that came in pieces lie in one buffer, which lives as long as one of them. It crosses to another
+    device as a whole.
     """
 
     def __init__(self) -> None:
@@ -95,7 +97,9 @@ class PiecesPlane(InlinePlane):
         kept.num_unread -= 1
         if kept.num_unread == 0:
             del self._kept[region.region]
-        return tensor_of(message, kept.buffer, region.offset_bytes, region.length_bytes, device)
+        if device.type == "cpu":
+            return tensor_of(message, kept.buffer, region.offset_bytes, region.length_bytes, device)
+        return _slice(message, kept.on(device))
 
     def discard(self, message: Message) -> None:
         """Lets go of the pieces of an answer."""
@@ -107,10 +111,33 @@ class PiecesPlane(InlinePlane):
 class _Kept:
     buffer: NDArray[np.uint8]
     num_unread: int
+    crossed: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The buffer on another device, (bytes,) uint8."""
+        if self.crossed is None or self.crossed.device != device:
+            self.crossed = torch.from_numpy(self.buffer).to(device)  # waits: the buffer may be let go of then
+        return self.crossed
+
+
+def _slice(message: pb.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """The tensor whose elements are a slice of a buffer. Raises Internal."""
+    begin, num_bytes = message.region.offset_bytes, message.region.length_bytes
+    dtype, shape = element_format(message, begin, num_bytes)
+    if begin + num_bytes > len(buffer) or begin % dtype.itemsize:
+        raise Internal(f"the reply has a tensor beyond its bytes, or between its elements: {num_bytes} at {begin}")
+    return buffer[begin : begin + num_bytes].view(dtype).view(shape)
 
 
 def _buffer(num_bytes: int) -> NDArray[np.uint8]:
-    """Room for an answer: where it is large, on huge pages, if the system has some, as each page costs a fault."""
+    """Room for an answer, which a GPU that this process uses can read by itself.
+
+    Without one, a large answer is on huge pages, if the system has some, as each page costs a fault.
+    """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with suppress(RuntimeError):  # no such memory is left
+            pinned: NDArray[np.uint8] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+            return pinned
     if num_bytes < 2 * HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(num_bytes, np.uint8)
     size = num_bytes // HUGE_BYTES * HUGE_BYTES + 2 * HUGE_BYTES

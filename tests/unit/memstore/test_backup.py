@@ -121,6 +121,14 @@ def test_a_folder_without_durable_memories_is_no_silent_success(
     assert "no memory in it has rows on the disk" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("where", ["new", "memories/new", "memories/../new"])
+def test_a_backup_is_not_restored_into_itself(where: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(data.rglob("*"))
+    assert main(["restore", str(data), str(data / where)]) == 1
+    assert "lies in the backup" in capsys.readouterr().err
+    assert sorted(data.rglob("*")) == before
+
+
 def test_a_damaged_backup_is_not_restored_and_that_is_said(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

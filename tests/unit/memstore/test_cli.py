@@ -133,6 +133,20 @@ def test_a_token_is_read_from_its_file(
     assert "No such file" in said(capsys, "ls", "--token-file", str(tmp_path / "none"), code=1)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a b", b"one\ntwo\n", "\u00fc".encode(), b"a\0"], ids=repr)
+def test_what_cannot_be_a_token_is_said_and_not_sent(
+    content: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    assert f"{path}: not a token" in said(capsys, "ls", "--token-file", str(path), code=1)
+
+
+@pytest.mark.parametrize("arguments", [["describe", "a\udcff"], ["healthcheck", "--service", "\udcff"]])
+def test_bytes_that_are_no_text_are_wrong_usage(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "udcff' is not text" in said(capsys, *arguments, code=2)
+
+
 def test_the_server_says_the_version_of_the_package() -> None:
     package = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     assert package["project"]["version"] == VERSION

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memstore.errors import InvalidRequest
-from memstore.plane import DATA_TYPES, InlinePlane, ProcessPlane, tensor_bytes, tensors_of
+from memstore.plane import DATA_TYPES, InlinePlane, ProcessPlane, in_one_piece, tensor_bytes, tensors_of
 from memstore.v1 import memstore_pb2 as pb
 from tests.serving import step
 
@@ -142,3 +142,31 @@ def test_on_a_device_the_reader_sees_what_the_writers_stream_will_have_written(p
         plane.fill([first, second], [value, torch.arange(3, device="cuda")])
     assert plane.read(first, "value").min().item() == 50
     assert plane.read(second, "more").tolist() == [0, 1, 2]
+
+
+ROOM = torch.arange(4096, dtype=torch.int64).view(torch.uint8)
+PIECES = {
+    "views of one piece": [ROOM[256:320].view(torch.float32), ROOM[512:640].view(torch.int64).view(2, 8), ROOM[:0]],
+    "a piece that does not begin at a line": [ROOM[264:280].view(torch.int64), ROOM[300:333]],
+    "views with much between them": [ROOM[:8], ROOM[30_000:30_100]],
+    "a view that is not contiguous": [ROOM.view(torch.int32)[::2], ROOM[:8]],
+    "pieces of their own": [torch.arange(5), torch.ones(3, 2, dtype=torch.bfloat16), torch.empty(0, 4)],
+    "nothing": [torch.empty(0), torch.empty(2, 0, dtype=torch.int64)],
+}
+
+
+@pytest.mark.parametrize("tensors", PIECES.values(), ids=PIECES.keys())
+def test_tensors_cross_in_one_piece(tensors: list[torch.Tensor]) -> None:
+    made: list[torch.Tensor] = []
+
+    def make(size: int) -> torch.Tensor:
+        made.append(torch.full((size,), 7, dtype=torch.uint8))
+        return made[-1]
+
+    copies = in_one_piece(tensors, make)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(copy, tensor)
+        assert copy.untyped_storage().data_ptr() == made[0].untyped_storage().data_ptr()
+    assert len(made) == 1
+    assert made[0].nbytes <= 2 * sum(tensor.nbytes for tensor in tensors) + 64 * len(tensors)

@@ -17,6 +17,13 @@ def sent(seq: int, *, num_rows: int = 1, epoch: int = 0, start: bool = False) ->
     return SequencePart(sequence="s", num_rows=num_rows, seq=seq, epoch=epoch, start_of_sequence=start)
 
 
+def appended_to(num_rows: int) -> Sequence:
+    """A sequence of epoch 7 with rows of one append."""
+    sequence = Sequence(0, 7, num_rows)
+    sequence.remember("w", reply())
+    return sequence
+
+
 def test_places_are_given_lowest_first_and_given_again() -> None:
     table = SequenceTable(3)
     assert [table.create(name, 1).place for name in "abc"] == [0, 1, 2]
@@ -73,6 +80,33 @@ def test_the_writer_that_appended_longest_ago_is_forgotten() -> None:
     assert plan_part(sent(1), sequence, 10, writer="w0", fingerprint=5).is_replay
     with pytest.raises(SequenceGap):
         plan_part(sent(1), sequence, 10, writer="w1", fingerprint=5)
+
+
+def test_the_next_append_of_a_writer_goes_on_where_the_sequence_ends() -> None:
+    sequence = appended_to(4)
+    plan = plan_part(sent(1, epoch=7), sequence, 10, writer="w", fingerprint=5)
+    assert (plan.begin, plan.as_of, plan.first_position, plan.is_replay) == (0, 4, 4, False)
+    wrapped = plan_part(sent(1, epoch=7), sequence, 3, writer="w", fingerprint=5)
+    assert (wrapped.begin, wrapped.as_of) == (1, 4)
+
+
+def test_the_next_append_in_another_epoch_is_refused() -> None:
+    with pytest.raises(EpochChanged):
+        plan_part(sent(1, epoch=6), appended_to(4), 10, writer="w", fingerprint=5)
+
+
+def test_the_next_append_sees_no_more_than_it_asks_for() -> None:
+    earlier = SequencePart(sequence="a", num_rows=1, seq=1, epoch=7, as_of=2)
+    plan = plan_part(earlier, appended_to(4), 10, writer="w", fingerprint=5)
+    assert (plan.as_of, plan.first_position) == (2, 4)
+    later = SequencePart(sequence="a", num_rows=1, seq=1, epoch=7, as_of=5)
+    with pytest.raises(PositionExpired):
+        plan_part(later, appended_to(4), 10, writer="w", fingerprint=5)
+
+
+def test_a_start_is_number_0_of_its_epoch_whatever_would_be_next() -> None:
+    with pytest.raises(SequenceGap):
+        plan_part(sent(1, epoch=7, start=True), appended_to(4), 10, writer="w", fingerprint=5)
 
 
 @pytest.mark.parametrize(("num_rows", "fingerprint"), [(2, 5), (1, 6)])

@@ -144,6 +144,7 @@ def test_the_command_shows_token_and_line(capsys: pytest.CaptureFixture[str]) ->
         (["red", "--expires", "soon"], 2, "soon is not a time"),
         (["red", "--expires", "99999999999d"], 2, "memstore token: "),
         (["red", "--expires", "2001-01-01"], 2, "is past"),
+        (["red", "--expires", "9999-12-31T23:59:59-23:59"], 2, "--expires=9999-12-31T23:59:59-23:59"),
         (["red", "--add", "/none/tokens"], 1, "/none/tokens: No such file"),
     ],
 )

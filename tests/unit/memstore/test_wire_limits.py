@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -299,3 +300,13 @@ def test_of_32_bits_too(most: float) -> None:
     near = torch.stack([torch.nextafter(nearest, torch.tensor(0.0)), nearest, torch.nextafter(nearest, nearest * 2)])
     for value in (*near, *-near, torch.tensor(torch.nan), torch.tensor(torch.inf), torch.tensor(0.0)):
         assert batch._is_within(value[None], most) == (abs(value.item()) <= most)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -9.0])
+def test_the_largest_magnitude_is_no_number_where_an_element_is_none(dtype: torch.dtype, bad: float) -> None:
+    keys = torch.linspace(-4, 5, 600).to(dtype).view(1, 2, 300)
+    assert batch.largest(keys) == 5.0
+    keys[0, 1, 7] = bad
+    largest = batch.largest(keys)
+    assert math.isnan(largest) if math.isnan(bad) else largest == abs(bad)

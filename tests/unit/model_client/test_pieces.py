@@ -14,6 +14,8 @@ from model_client.errors import Internal
 from model_client.transport.pieces import HUGE_BYTES, MAX_ANSWER_BYTES, Answer, Assembly, PiecesPlane
 
 CPU = torch.device("cpu")
+ELSEWHERE = torch.device("meta")
+"""A device that is not the host, and is everywhere."""
 
 
 def piece(call_id: int, content: bytes, **fields: object) -> bytes:
@@ -60,6 +62,25 @@ def test_a_buffer_of_any_size_is_writable(size: int) -> None:
     assert answer.buffer.ctypes.data % 16 == 0
     assert int(answer.buffer.sum(dtype=np.int64)) == 7 * size
     answer.buffer.fill(0)
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+def test_with_a_gpu_answers_lie_in_memory_of_its_own_kind(is_left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Tensor] = []
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        if not is_left:
+            raise RuntimeError("out of memory")
+        made.append(torch.zeros(size, dtype=dtype))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    answer = Assembly().add(piece(5, b"abcd", pieces_bytes=4))
+    assert answer is not None and answer.buffer is not None
+    assert answer.buffer.tobytes() == b"abcd"
+    assert [each.tolist() for each in made] == [list(b"abcd")] * is_left
 
 
 def test_what_has_no_pieces_is_whole() -> None:
@@ -110,8 +131,26 @@ def test_an_answer_that_nobody_reads_is_let_go_of() -> None:
 @pytest.mark.parametrize(
     "bad", [a_slice(40, 16), a_slice(-4, 16), a_slice(0, 18), a_slice(0, 16, plane=pb.PLANE_SHM), a_slice(0, 16, 6)]
 )
-def test_a_slice_of_something_else_is_internal(bad: pb.Tensor) -> None:
+@pytest.mark.parametrize("device", [CPU, ELSEWHERE], ids=str)
+def test_a_slice_of_something_else_is_internal(bad: pb.Tensor, device: torch.device) -> None:
     plane = PiecesPlane()
     answer_of(plane)
     with pytest.raises(Internal):
-        plane.read(bad, CPU)
+        plane.read(bad, device)
+
+
+def test_an_answer_crosses_to_another_device_once() -> None:
+    plane = PiecesPlane()
+    hits = answer_of(plane).hits
+    read = [plane.read(each, ELSEWHERE) for each in (hits.row_splits, hits.positions, hits.index)]
+    assert [(each.dtype, each.shape, each.device) for each in read] == [(torch.int32, (4,), ELSEWHERE)] * 3
+    assert [each.storage_offset() for each in read] == [0, 4, 8]
+    assert {each.untyped_storage().nbytes() for each in read} == {48}
+
+
+def test_a_slice_between_elements_stays_on_the_host() -> None:
+    plane = PiecesPlane()
+    answer_of(plane)
+    assert plane.read(a_slice(2, 8), CPU).shape == (2,)
+    with pytest.raises(Internal, match="between its elements"):
+        plane.read(a_slice(2, 8), ELSEWHERE)

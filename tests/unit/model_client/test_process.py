@@ -102,3 +102,16 @@ def test_a_child_process_is_told_that_the_engine_is_not_there(
             client.info()
         client.close()
     assert client.info().device == "cpu", "closing in the child leaves the parent's engine alone"
+
+
+def test_counts_that_change_in_place_are_seen(client: MemoryClient) -> None:
+    session = client.session("m", ["a", "b"])
+    counts, starts = [1, 2], [False, False]
+    for _ in range(2):
+        session.append(torch.ones(3, 4), counts, payloads={"token": torch.ones(3, 1, dtype=torch.int64)})
+    counts[:] = 3, 0
+    starts[1] = True
+    step = session.append(
+        torch.ones(3, 4), counts, start_of_sequence=starts, payloads={"token": torch.ones(3, 1, dtype=torch.int64)}
+    )
+    assert [(each.first_position, each.num_appended) for each in step.sequences] == [(2, 3), (0, 0)]
