@@ -55,7 +55,8 @@ FOREIGN = {
     "prometheus_client": {"memstore/metrics.py"},
     "triton": {
         "memstore/gpu/launcher.py",
-        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "parts", "reply", "rows", "scan", "select")),
+        "memstore/gpu/list_launch.py",
+        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "lists", "parts", "reply", "rows", "scan", "select")),
     },
 }
 GRPC_OF_CLIENT = "model_client/transport/"
