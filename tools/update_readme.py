@@ -197,7 +197,16 @@ QUALITY_COLUMNS = {
         ("loss, LoRA only", "loss of a mention, LoRA only"),
         ("loss, ours", "with memory"),
     ),
-    "passkey": (("loss of its digits", "loss of its digits, nats a token"),),
+    "trials": (
+        ("books against LoRA only", "books, %"),
+        ("books, low end", "low, %"),
+        ("books, high end", "high, %"),
+        ("code against LoRA only", "code, %"),
+        ("code, low end", "low, % "),
+        ("code, high end", "high, % "),
+        ("steps a second", "steps/s"),
+    ),
+    "recall": (("tokens right", "tokens right, %"), ("answers right", "answers right, %"), ("loss", "nats a token")),
     "cost": (("time a token", "time a token, us"), ("bytes kept a token", "bytes kept a token")),
 }
 """Table of docs/quality.md -> figures of its result and how they are headed."""

@@ -49,9 +49,7 @@ def step_of(client: MemoryClient, name: str, *, layers: int, dim: int, device: s
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(ENTRIES, layers, dim, generator=generator).cumsum(dim=0)  # neighbours alike, as states are
     rows = torch.nn.functional.layer_norm(rows, (dim,)).transpose(0, 1).half().contiguous().to(device)
-    wanted = (
-        Retrieval(32, arrays=("key", "value"), scores=False) if layers > 1 else Retrieval(16, after=2, scores=False)
-    )
+    wanted = Retrieval(32, arrays=("key", "value"), scores=False) if layers > 1 else Retrieval(8, after=2, scores=False)
 
     def given(begin: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         part = rows[:, begin : begin + SEGMENT].contiguous()

@@ -124,8 +124,20 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of learning one")
+    parser.add_argument("--book-tokens", type=int, help="of each training book at most")
+    parser.add_argument("--code-tokens", type=int, help="of each training package at most")
+    parser.add_argument("--packages", type=Path, help="file that names the packages to train on; all, by default")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def chosen(documents: list[dict[str, str]], names: Path | None) -> list[dict[str, str]]:
+    """The documents that a file names, a line each, in its order; all of them without one."""
+    if names is None:
+        return documents
+    by_name = {document["id"]: document for document in documents}
+    lines = [line for line in names.read_text().splitlines() if line and not line.startswith("#")]
+    return [by_name[line] for line in lines]
 
 
 def main() -> int:
@@ -136,6 +148,7 @@ def main() -> int:
     for domain, split in SPLITS[:-1]:
         path = options.books / f"{split}.jsonl.xz" if domain == "books" else options.code / f"code-{split}.jsonl.xz"
         texts[domain, split] = list(read_documents(path))
+    texts["code", "train"] = chosen(texts["code", "train"], options.packages)
     train, probe = word_lists([document["text"] for document in texts["books", "train"]])
     (options.out / "words.json").write_text(json.dumps({"train": train, "probe": probe}))
     texts["docs", "test"] = documentation(options.docs)
@@ -147,9 +160,9 @@ def main() -> int:
     (options.out / "token_bytes.json").write_text(json.dumps(token_bytes(tokenizer)))
     for (domain, split), documents in texts.items():
         if documents:
-            num_tokens = write_split(
-                tokenizer, documents, options.out / f"{domain}-{split}", None if split == "train" else MAX_HELD_OUT
-            )
+            limits = {"books": options.book_tokens, "code": options.code_tokens}
+            most = limits[domain] if split == "train" else MAX_HELD_OUT
+            num_tokens = write_split(tokenizer, documents, options.out / f"{domain}-{split}", most)
             num_bytes = sum(len(document["text"].encode()) for document in documents)
             print(f"{domain}-{split}: {len(documents)} documents, {num_tokens} tokens, {num_bytes} bytes", flush=True)
     return 0
