@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import subprocess
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,6 +43,8 @@ OPTIONS = RetrieveOptions(top_k=16, window_after=1)
 MOST_ROWS_OF_NEUROCACHE = 600_000
 ROUNDS = 9
 WARM_UP = 3
+BUSY_CYCLES = 400_000
+"""Of the device's clock: some 200 microseconds, many times what the host needs to launch a graph."""
 OURS, ON_DEVICE = "memstore", "memstore, on the device"
 
 
@@ -98,14 +101,40 @@ def seconds_of(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def device_seconds_of(run: Callable[[], object], rounds: int = 25) -> float:
-    """Median seconds between two events around a CUDA graph of what `run` launches."""
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What `run` launches, as one CUDA graph."""
     run()
     torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    return graph
+
+
+def clock_mhz(run: Callable[[], object], seconds: float) -> float | None:
+    """The clock of the multiprocessors while they do what `run` launches, which takes `seconds`; None if not known."""
+    graph = captured(run)
+    for _ in range(int(1.0 / seconds)):  # nvidia-smi takes some tenths of a second
+        graph.replay()
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    query = ["nvidia-smi", gpu, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+        return float(said)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    finally:
+        torch.cuda.synchronize()
+
+
+def device_seconds_of(run: Callable[[], object], rounds: int = 25) -> float:
+    """Median seconds between two events around a CUDA graph of what `run` launches.
+
+    The device is kept busy until all of that is queued, so that what the host takes to launch it is no part of it.
+    """
+    graph, times = captured(run), []
     for number in range(rounds + WARM_UP):
+        torch.cuda._sleep(BUSY_CYCLES)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
@@ -140,9 +169,12 @@ def measure(case: Case, device: Ceilings, report: Report, *, has_rivals: bool) -
     queries = torch.randn(case.num_sequences, case.num_queries, DIM, device="cuda", dtype=torch.float16)
     floor = device.floor_s(case)
     report.add(str(case), "floor", floor * 1e6, "us")
-    on_device = device_seconds_of(our_kernels(rows, queries))
+    kernels = our_kernels(rows, queries)
+    on_device = device_seconds_of(kernels)
     report.add(str(case), ON_DEVICE, on_device * 1e6, "us", goal=case.goal_us)
     report.add(str(case), f"{ON_DEVICE} / floor", on_device / floor, "ratio", goal=case.goal)
+    if case in GOALS and (clock := clock_mhz(kernels, on_device)):
+        report.add(str(case), "clock of the multiprocessors", clock, "MHz", better="higher")
     functions = {OURS: our_step(rows, queries)} | (rivals(rows, queries) if has_rivals else {})
     seconds = seconds_of(functions)
     for name, value in seconds.items():
@@ -151,6 +183,15 @@ def measure(case: Case, device: Ceilings, report: Report, *, has_rivals: bool) -
     if has_rivals:
         best = min(value for name, value in seconds.items() if name not in (OURS, NAME))
         report.add(str(case), f"{OURS} / best rival", seconds[OURS] / best, "ratio", goal=1.0)
+
+
+def measure_again(device: Ceilings, report: Report) -> None:
+    """Adds the goals' cases of one query once more, on other memory and at another time: do they depend on that?"""
+    for case in (case for case in GOALS if case.num_queries == 1):
+        rows = torch.randn(case.num_sequences, case.capacity, DIM, device="cuda", dtype=torch.float16)
+        queries = torch.randn(case.num_sequences, 1, DIM, device="cuda", dtype=torch.float16)
+        again = device_seconds_of(our_kernels(rows, queries)) / device.floor_s(case)
+        report.add(str(case), f"{ON_DEVICE} / floor, at the end", again, "ratio")
 
 
 def our_step(rows: torch.Tensor, queries: torch.Tensor) -> Callable[[], object]:
@@ -314,6 +355,7 @@ def main() -> None:
     for case in cases:
         measure(case, device, report, has_rivals=not options.goals_only)
         torch.cuda.empty_cache()
+    measure_again(device, report)
     if not options.goals_only:
         print(draw(report))
     print(report.write())

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import faiss
 import torch
 
-from memstore.index.host_parts import CLUSTERING_ROUNDS, CODED_ROWS
-from memstore.index.settings import CHUNK_ROWS, SAMPLES_A_LIST
+from memstore.index.host_clustering import CLUSTERING_ROUNDS
+from memstore.index.settings import CHUNK_ROWS, CODED_ROWS, SAMPLES_A_LIST
 from memstore.types import IndexKind
 
 if TYPE_CHECKING:

@@ -27,18 +27,29 @@ SEGMENTS_A_TIME = {"cpu": 16, "cuda": 512}
 
 
 def many_states(num_rows: int, device: torch.device) -> torch.Tensor:
-    """The same, but where there is too little text its states come once more, each moved by a tenth of its length."""
+    """(num_rows, 256) float16, repeated where there is too little text for so many."""
+    return repeated(states_of_text(num_rows, device), num_rows)
+
+
+def states_of_text(most: int, device: torch.device) -> torch.Tensor:
+    """(n, 256) float16 in the order of the text: `most` of them, or as many as the text here has."""
     try:
-        return hidden_states(num_rows, device)
+        return hidden_states(most, device)
     except TooLittleText as error:
-        states = hidden_states(error.num_rows, device)
-    generator = torch.Generator(device).manual_seed(1)
-    filled = torch.empty(num_rows, DIM, dtype=states.dtype, device=device)
+        return hidden_states(error.num_rows, device)
+
+
+def repeated(states: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(num_rows, 256): states, and where they are too few once more, each moved by a tenth of its length."""
+    if num_rows <= len(states):
+        return states[:num_rows]
+    generator = torch.Generator(states.device).manual_seed(1)
+    filled = torch.empty(num_rows, DIM, dtype=states.dtype, device=states.device)
     for first in range(0, num_rows, len(states)):
         some = filled[first : first + len(states)]
         some.copy_(states[: len(some)])
         if first:
-            moves = torch.randn(some.shape, generator=generator, device=device)
+            moves = torch.randn(some.shape, generator=generator, device=states.device)
             some += MOVED * some.float().norm(dim=-1, keepdim=True) * moves / moves.norm(dim=-1, keepdim=True)
     return filled
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memstore.gpu.capturing import capturing
 from memstore.gpu.steady import INDEX, POSITIONS, ROW_SPLITS, SCORES, Kind, SteadySearch
 from memstore.types import Hits
 
@@ -74,8 +75,7 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         self._run(slab)  # what has to be compiled cannot be captured
         torch.cuda.current_stream(slab.device).synchronize()
-        # relaxed: a collected object of another index may give memory back meanwhile, which other modes forbid
-        with torch.cuda.graph(self._graph, capture_error_mode="relaxed"):
+        with capturing(self._graph, slab.device):
             self._run(slab)
 
     def retrieve(self, slab: Slab, batch: SearchBatch, groups: NDArray[np.int64]) -> Hits:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
 
 from memstore.gpu import launch
 from memstore.gpu.kernels.reply import reply_kernel
+from memstore.gpu.launcher import can_chain, start
+from memstore.gpu.tuning import power_of_two
 
 if TYPE_CHECKING:
     from memstore.gpu.launch import Asked, Located
@@ -36,9 +37,9 @@ class Shared(NamedTuple):
 def is_few(asked: Asked) -> bool:
     """Whether one kernel can make the reply to this, every ring of which has as many queries as the others."""
     sizes = asked.sizes
-    neighbours = triton.next_power_of_2(asked.top_k) * triton.next_power_of_2(asked.window)
-    is_alone = sizes.num_queries == sizes.num_rings <= MOST_RINGS and not asked.is_coded  # which chooses more leaves
-    return is_alone and 0 < neighbours <= MOST_NEIGHBOURS and launch.is_at_once(asked)
+    neighbours = power_of_two(asked.top_k) * power_of_two(asked.window)
+    is_alone = sizes.num_queries == sizes.num_rings <= MOST_RINGS
+    return is_alone and asked.window > 0 and neighbours <= MOST_NEIGHBOURS and launch.is_at_once(asked)
 
 
 def shared_for(asked: Asked) -> Shared:
@@ -57,8 +58,10 @@ def retrieve(
         launch.in_words(slab.array(names[0]), copies[names[0]]) if names else (located.cells, located.cells)
     )
     num_words = source[0].numel() if names else 0
-    window = triton.next_power_of_2(asked.window)
-    reply_kernel[(asked.sizes.num_queries,)](
+    window = power_of_two(asked.window)
+    start(
+        reply_kernel,
+        (asked.sizes.num_queries,),
         asked.tables.rings,
         asked.tables.query_rings,
         scored.chosen,
@@ -76,13 +79,14 @@ def retrieve(
         asked.top_k,
         asked.window_before,
         asked.window,
-        TOP=scored.top,
+        LEAVES=scored.num_leaves,
+        TOP=asked.top,
         WINDOW=window,
-        RINGS=max(triton.next_power_of_2(asked.sizes.num_rings), 2),
+        RINGS=max(power_of_two(asked.sizes.num_rings), 2),
         WORDS=num_words,
-        BLOCK_W=max(min(triton.next_power_of_2(max(num_words, 1)), _TILE // (scored.top * window)), 16),
+        BLOCK_W=max(min(power_of_two(num_words), _TILE // (asked.top * window)), 16),
         num_warps=4,
-        **launch.chaining(slab),
+        is_chained=can_chain(slab.device),
     )
     for name in names[1:]:
         launch.gather(slab, name, located, copies[name])

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
 
-from memstore.codes import BITS
-from memstore.gpu.coded import as_words, coded_queries, num_leaves, step_of, tile_of
-from memstore.gpu.kernels.coded import scan_codes_kernel
+from memstore.gpu.coded import num_leaves
 from memstore.gpu.kernels.rows import count_kernel, gather_kernel, locate_kernel
-from memstore.gpu.kernels.scan import scan_kernel
 from memstore.gpu.kernels.select import choose_kernel, finish_kernel, score_kernel
+from memstore.gpu.launcher import can_chain, start
+from memstore.gpu.maxima import LEAVES_OF_SUPER, METRICS, Maxima, Piece, maxima_of
 from memstore.gpu.rings import FANOUT, SUPER_SLOTS, WORDS_OF_SUPER, Block
-from memstore.types import Metric
+from memstore.gpu.tuning import ceil_div, power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from memstore.gpu.tuning import ScanShape
     from memstore.slab import Slab
 
-LEAVES_OF_SUPER = FANOUT * FANOUT
-METRICS = {Metric.INNER_PRODUCT: 0, Metric.L2: 1, Metric.COSINE: 2}
 COUNT_BLOCK, LOCATE_BLOCK, CHOOSE_BLOCK = 4096, 512, 256
 GATHER_BLOCK, GATHER_WIDTH = 4096, 256
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -56,6 +52,11 @@ class Asked:
     window: int = 0
     is_coded: bool = False
 
+    @property
+    def top(self) -> int:
+        """top_k, or the next power of two, as kernels count it."""
+        return max(power_of_two(self.top_k), 2)
+
 
 class Found(NamedTuple):
     """offsets: (Q, k) int32 from the first position that is seen, -1 for none; scores: (Q, k) float32, -inf there.
@@ -82,22 +83,6 @@ class Located:
     ticket: torch.Tensor
 
 
-class _Piece(NamedTuple):
-    """Some blocks and the queries that they hold."""
-
-    first_block: int
-    num_blocks: int
-    first_query: int
-    num_queries: int
-
-
-class _Maxima(NamedTuple):
-    """leaves, supers: (queries * num_supers * 64,) and (queries * num_supers,) float32."""
-
-    leaves: torch.Tensor
-    supers: torch.Tensor
-
-
 def num_supers_of(slab: Slab, ends: tuple[int, ...]) -> int:
     """Supers that have slots which anything was written to."""
     return max(-(-min(max(ends, default=0), slab.capacity) // SUPER_SLOTS), 1)
@@ -121,8 +106,8 @@ def located_for(asked: Asked) -> Located:
     return Located(
         row_splits=torch.empty(asked.sizes.num_rings + 1, dtype=torch.int64, device=device),
         index=index,
-        positions=torch.zeros(index.numel(), dtype=torch.int64, device=device),
-        cells=torch.zeros(index.numel(), dtype=torch.int64, device=device),
+        positions=torch.empty(index.numel(), dtype=torch.int64, device=device),
+        cells=torch.empty(index.numel(), dtype=torch.int64, device=device),
         ticket=torch.zeros(1, dtype=torch.int32, device=device),
     )
 
@@ -132,23 +117,25 @@ def search(slab: Slab, asked: Asked, found: Found, *, is_clearing: bool = False)
     if not asked.sizes.num_queries:
         return
     for piece in _pieces(asked):
-        maxima = _scan(slab, asked, piece, found.bitmap if is_clearing else None)
+        maxima = maxima_of(slab, asked, piece, found.bitmap if is_clearing else None)
         _select(slab, asked, piece, maxima, found)
 
 
 def score(slab: Slab, asked: Asked) -> Scored:
     """The first half of `search`, for few queries: the rows that the hits are among, and their scores."""
-    piece = _Piece(0, asked.sizes.num_blocks, 0, asked.sizes.num_queries)
-    return _scored(slab, asked, piece, _scan(slab, asked, piece, None))
+    piece = Piece(0, asked.sizes.num_blocks, 0, asked.sizes.num_queries)
+    return _scored(slab, asked, piece, maxima_of(slab, asked, piece, None))
 
 
 def locate(slab: Slab, asked: Asked, found: Found, located: Located) -> None:
     """Fills `located` from what was found."""
     num_words = asked.num_supers * WORDS_OF_SUPER
-    chained = chaining(slab)
+    is_chained = can_chain(slab.device)
     before_word = torch.empty_like(found.bitmap)
     counts = torch.empty_like(located.row_splits)
-    count_kernel[(asked.sizes.num_rings,)](
+    start(
+        count_kernel,
+        (asked.sizes.num_rings,),
         asked.tables.rings,
         found.bitmap,
         before_word,
@@ -159,11 +146,13 @@ def locate(slab: Slab, asked: Asked, found: Found, located: Located) -> None:
         num_words,
         BLOCK=COUNT_BLOCK,
         num_warps=8,
-        **chained,
+        is_chained=is_chained,
     )
     if not located.index.numel():
         return
-    locate_kernel[(triton.cdiv(located.index.numel(), LOCATE_BLOCK),)](
+    start(
+        locate_kernel,
+        (ceil_div(located.index.numel(), LOCATE_BLOCK),),
         asked.tables.rings,
         asked.tables.query_rings,
         found.offsets,
@@ -180,7 +169,7 @@ def locate(slab: Slab, asked: Asked, found: Found, located: Located) -> None:
         asked.window_before,
         asked.window,
         BLOCK=LOCATE_BLOCK,
-        **chained,
+        is_chained=is_chained,
     )
 
 
@@ -188,11 +177,13 @@ def gather(slab: Slab, name: str, located: Located, target: torch.Tensor) -> Non
     """Copies as many of the located rows as the reply has, at most as many as `target` has room for."""
     source, to = in_words(slab.array(name), target)
     num_words = source[0].numel()
-    width = min(triton.next_power_of_2(num_words), GATHER_WIDTH)
+    width = min(power_of_two(num_words), GATHER_WIDTH)
     num_rows = GATHER_BLOCK // width
     if not target.numel():
         return
-    gather_kernel[(triton.cdiv(len(target), num_rows),)](
+    start(
+        gather_kernel,
+        (ceil_div(len(target), num_rows),),
         source,
         located.cells,
         located.row_splits,
@@ -201,7 +192,7 @@ def gather(slab: Slab, name: str, located: Located, target: torch.Tensor) -> Non
         WORDS=num_words,
         BLOCK_R=num_rows,
         BLOCK_W=width,
-        **chaining(slab),
+        is_chained=can_chain(slab.device),
     )
 
 
@@ -211,95 +202,23 @@ def in_words(*arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple((array.flatten(1) if array.dim() > 1 else array).view(word) for array in arrays)
 
 
-def chaining(slab: Slab) -> dict[str, bool]:
-    """Kernels are begun while the one before them ends, where the GPU can do that: from Hopper on."""
-    is_able = torch.cuda.get_device_capability(slab.device) >= (9, 0)
-    return {"IS_CHAINED": is_able, "launch_pdl": is_able}
-
-
-def _scan(slab: Slab, asked: Asked, piece: _Piece, cleared: torch.Tensor | None) -> _Maxima:
-    """cleared: a bitmap that is to be 0 afterwards."""
-    size = piece.num_queries * asked.num_supers
-    maxima = torch.empty(size * (LEAVES_OF_SUPER + 1), device=slab.device)
-    leaves, supers = maxima.tensor_split((size * LEAVES_OF_SUPER,))
-    if asked.is_coded:
-        _scan_codes(slab, asked, piece, _Maxima(leaves, supers), cleared)
-        return _Maxima(leaves, supers)
-    shape = asked.shape
-    scan_kernel[(piece.num_blocks * triton.cdiv(asked.num_supers, shape.supers),)](
-        asked.queries,
-        slab.keys,
-        leaves if slab.norms is None else slab.norms,
-        asked.tables.blocks,
-        leaves,
-        supers,
-        asked.tables.query_rings if cleared is None else cleared,
-        piece.first_block,
-        piece.num_blocks,
-        asked.num_supers,
-        slab.capacity,
-        slab.num_cells,
-        piece.first_query,
-        DIM=slab.dim,
-        METRIC=METRICS[slab.metric],
-        PARTS=shape.parts,
-        BLOCK_Q=shape.queries,
-        BLOCK_N=shape.slots,
-        BLOCK_D=shape.dims,
-        STAGES=shape.stages,
-        SUPERS=shape.supers,
-        IS_CLEARING=cleared is not None,
-        num_warps=shape.warps,
-        **chaining(slab),
-    )
-    return _Maxima(leaves, supers)
-
-
-def _scan_codes(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, cleared: torch.Tensor | None) -> None:
-    """Fills the maxima by codes; see `_scan`."""
-    codes = as_words(slab)
-    words = codes.shape[-1]
-    rows_at_once, words_at_once = tile_of(words)
-    scan_codes_kernel[(piece.num_blocks * asked.num_supers,)](
-        *coded_queries(slab, asked.queries),
-        codes,
-        slab.terms,
-        asked.tables.blocks,
-        *maxima,
-        asked.tables.query_rings if cleared is None else cleared,
-        piece.first_block,
-        piece.num_blocks,
-        asked.num_supers,
-        slab.capacity,
-        slab.num_cells,
-        piece.first_query,
-        WORDS=words,
-        BITS=BITS[slab.first_pass],
-        STEP=step_of(slab),
-        BLOCK_N=rows_at_once,
-        BLOCK_W=words_at_once,
-        IS_CLEARING=cleared is not None,
-        HAS_DOT=slab.device.type == "cuda",
-        num_warps=4,
-        **chaining(slab),
-    )
-
-
 class Scored(NamedTuple):
-    """chosen: (queries, TOP) int32, the leaves of each query; scores: (queries, TOP * 8) float32, of their rows."""
+    """chosen: (queries, n) int32, the leaves of each query; scores: (queries, n * 8) float32, of their rows."""
 
     chosen: torch.Tensor
     scores: torch.Tensor
 
     @property
-    def top(self) -> int:
-        """Leaves of a query."""
+    def num_leaves(self) -> int:
+        """Of a query."""
         return self.chosen.shape[1]
 
 
-def _select(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, found: Found) -> None:
+def _select(slab: Slab, asked: Asked, piece: Piece, maxima: Maxima, found: Found) -> None:
     scored = _scored(slab, asked, piece, maxima)
-    finish_kernel[(piece.num_queries,)](
+    start(
+        finish_kernel,
+        (piece.num_queries,),
         asked.tables.rings,
         asked.tables.query_rings,
         scored.chosen,
@@ -313,22 +232,24 @@ def _select(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima, found: Fou
         asked.top_k,
         asked.window_before,
         asked.window,
-        TOP=scored.top,
-        num_warps=1 if scored.top <= 32 else 4,
-        **chaining(slab),
+        LEAVES=scored.num_leaves,
+        TOP=asked.top,
+        num_warps=1 if scored.num_leaves <= 32 else 4,
+        is_chained=can_chain(slab.device),
     )
 
 
-def _scored(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima) -> Scored:
+def _scored(slab: Slab, asked: Asked, piece: Piece, maxima: Maxima) -> Scored:
     """The leaves that the best rows are in, and what their rows score."""
-    num_queries, chained = piece.num_queries, chaining(slab)
-    num_chosen = num_leaves(slab, asked.top_k) if asked.is_coded else asked.top_k
-    top = max(triton.next_power_of_2(num_chosen), 2)
+    num_queries, is_chained = piece.num_queries, can_chain(slab.device)
+    top = power_of_two(num_leaves(slab, asked.top_k)) if asked.is_coded else asked.top
     chosen = torch.empty((num_queries, top), dtype=torch.int32, device=slab.device)
     scores = torch.empty((num_queries, top * FANOUT), device=slab.device)
     tables = (asked.tables.rings, asked.tables.query_rings)
-    block = max(min(triton.next_power_of_2(asked.num_supers), CHOOSE_BLOCK), top)
-    choose_kernel[(num_queries,)](
+    block = max(min(power_of_two(asked.num_supers), CHOOSE_BLOCK), top)
+    start(
+        choose_kernel,
+        (num_queries,),
         *tables,
         *maxima,
         chosen,
@@ -339,10 +260,12 @@ def _scored(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima) -> Scored:
         BLOCK_S=block,
         IS_ONE_BLOCK=asked.num_supers <= block,
         num_warps=1 if top <= 32 else 4,
-        **chained,
+        is_chained=is_chained,
     )
     each = min(top, 2 if num_queries <= FEW_QUERIES else 8)
-    score_kernel[(num_queries, top // each)](
+    start(
+        score_kernel,
+        (num_queries, top // each),
         asked.queries,
         slab.keys,
         maxima.leaves if slab.norms is None else slab.norms,
@@ -355,8 +278,8 @@ def _scored(slab: Slab, asked: Asked, piece: _Piece, maxima: _Maxima) -> Scored:
         METRIC=METRICS[slab.metric],
         TOP=top,
         LEAVES=each,
-        BLOCK_D=min(512 // each, max(triton.next_power_of_2(slab.dim), 16)),
-        **chained,
+        BLOCK_D=min(512 // each, max(power_of_two(slab.dim), 16)),
+        is_chained=is_chained,
     )
     return Scored(chosen, scores)
 
@@ -371,12 +294,12 @@ def _maxima_bytes(asked: Asked) -> int:
     return asked.num_supers * (LEAVES_OF_SUPER + 1) * 4
 
 
-def _pieces(asked: Asked) -> Iterator[_Piece]:
+def _pieces(asked: Asked) -> Iterator[Piece]:
     """What is done at a time, so that its maxima fit the scratch."""
     per_query = _maxima_bytes(asked)
     num_queries, num_blocks = asked.sizes.num_queries, asked.sizes.num_blocks
     if is_at_once(asked):
-        yield _Piece(0, num_blocks, 0, num_queries)
+        yield Piece(0, num_blocks, 0, num_queries)
         return
     firsts = [*asked.tables.blocks[:, Block.FIRST_QUERY].tolist(), num_queries]
     first = 0
@@ -384,5 +307,5 @@ def _pieces(asked: Asked) -> Iterator[_Piece]:
         end = first + 1
         while end < num_blocks and (firsts[end + 1] - firsts[first]) * per_query <= SCRATCH_BYTES:
             end += 1
-        yield _Piece(first, end - first, firsts[first], firsts[end] - firsts[first])
+        yield Piece(first, end - first, firsts[first], firsts[end] - firsts[first])
         first = end

@@ -10,7 +10,7 @@ import torch
 from memstore.gpu import launch
 from memstore.gpu.coded import reads_codes
 from memstore.gpu.decode import DecodeGraphs
-from memstore.gpu.launch import Asked, Located
+from memstore.gpu.launch import Asked, Found, Located
 from memstore.gpu.rings import tables
 from memstore.gpu.steady import GpuSteady, is_decode
 from memstore.gpu.tuning import scan_shape
@@ -36,10 +36,7 @@ class GpuRetriever:
         asked = _asked(slab, batch, groups, None)
         found = launch.found_for(asked)
         launch.search(slab, asked, found)
-        (begins,) = batch.per_query(np.array([batch.begins]))
-        shape = (*batch.queries.shape[:2], batch.top_k)
-        offsets = found.offsets.view(shape)
-        return torch.where(offsets < 0, -1, begins[0, :, None] + offsets), found.scores.view(shape)
+        return positions_of(batch, found)
 
     def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
         """See VectorIndex.retrieve."""
@@ -49,15 +46,7 @@ class GpuRetriever:
         found, located = launch.found_for(asked), launch.located_for(asked)
         launch.search(slab, asked, found)
         launch.locate(slab, asked, found, located)
-        num_rows = int(located.row_splits[-1])
-        shape = (*batch.queries.shape[:2], batch.top_k)
-        return Hits(
-            row_splits=located.row_splits,
-            positions=located.positions[:num_rows],
-            index=located.index.view(*shape, options.window),
-            scores=None if options.omit_scores else found.scores.view(shape),
-            arrays={name: _gathered(slab, name, located, num_rows) for name in options.arrays},
-        )
+        return hits_of(slab, batch, options, found, located)
 
     def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> GpuSteady | None:
         """See VectorIndex.steady."""
@@ -66,6 +55,27 @@ class GpuRetriever:
     def close(self) -> None:
         """Lets go of the graphs, and with them of what they work on."""
         self._graphs = DecodeGraphs()
+
+
+def hits_of(slab: Slab, batch: SearchBatch, options: RetrieveOptions, found: Found, located: Located) -> Hits:
+    """The reply to a batch, its rows gathered. Waits for the device, to learn how many there are."""
+    num_rows = int(located.row_splits[-1])
+    shape = (*batch.queries.shape[:2], batch.top_k)
+    return Hits(
+        row_splits=located.row_splits,
+        positions=located.positions[:num_rows],
+        index=located.index.view(*shape, options.window),
+        scores=None if options.omit_scores else found.scores.view(shape),
+        arrays={name: _gathered(slab, name, located, num_rows) for name in options.arrays},
+    )
+
+
+def positions_of(batch: SearchBatch, found: Found) -> tuple[torch.Tensor, torch.Tensor]:
+    """What VectorIndex.search gives."""
+    (begins,) = batch.per_query(np.array([batch.begins]))
+    shape = (*batch.queries.shape[:2], batch.top_k)
+    offsets = found.offsets.view(shape)
+    return torch.where(offsets < 0, -1, begins[0, :, None] + offsets), found.scores.view(shape)
 
 
 def _gathered(slab: Slab, name: str, located: Located, num_rows: int) -> torch.Tensor:

@@ -76,12 +76,16 @@ class TableSizes(NamedTuple):
 
 
 def tables(
-    slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], block: int
+    slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], block: int, *, are_runs: bool = False
 ) -> tuple[TableSizes, NDArray[np.int64]]:
-    """The tables of a batch, one behind the other. groups: (L, S), each ring's place in the reply."""
+    """The tables of a batch, one behind the other. groups: (L, S), each ring's place in the reply.
+
+    are_runs: what is seen of each ring lies in neighbouring slots, which are counted from the first one.
+    """
+    rings, order = rings_of(slab, batch, are_runs=are_runs), groups.reshape(-1)
+    if batch.counts and min(batch.counts) == max(batch.counts):
+        return _alike_tables(rings, batch.counts[0], order, block)
     counts = np.tile(np.array(batch.counts, np.int64), len(batch.layers))
-    rings = rings_of(slab, batch)
-    order = groups.reshape(-1)
     in_order = np.empty_like(rings)
     in_order[order] = rings
 
@@ -97,6 +101,26 @@ def tables(
 
     sizes = TableSizes(len(rings), len(blocks), int(counts.sum()))
     return sizes, np.concatenate((in_order.reshape(-1), blocks.reshape(-1), np.repeat(order, counts)))
+
+
+def _alike_tables(
+    rings: NDArray[np.int64], count: int, order: NDArray[np.int64], block: int
+) -> tuple[TableSizes, NDArray[np.int64]]:
+    """The same where rings have equally many queries, in a third of the time."""
+    num_rings = len(order)
+    before = np.arange(0, count, block)
+    sizes = TableSizes(num_rings, num_rings * len(before), num_rings * count)
+    flat = np.empty(sizes.size, np.int64)
+    end_of_rings = num_rings * len(Ring)
+    end_of_blocks = end_of_rings + sizes.num_blocks * len(Block)
+    flat[:end_of_rings].reshape(num_rings, -1)[order] = rings
+    blocks = flat[end_of_rings:end_of_blocks].reshape(num_rings, -1, len(Block))
+    blocks[:, :, : Block.FIRST_QUERY] = rings[:, None, : Ring.BEGIN]
+    blocks[:, :, Block.FIRST_QUERY] = np.arange(num_rings)[:, None] * count + before
+    blocks[:, :, Block.NUM_QUERIES] = count - before
+    blocks[:, :, Block.RING] = order[:, None]
+    flat[end_of_blocks:].reshape(num_rings, count)[:] = order[:, None]
+    return sizes, flat
 
 
 def alike_rings(sizes: TableSizes) -> torch.Tensor:
@@ -124,9 +148,9 @@ class AlikeRings:
         self._order = np.arange(sizes.num_rings)
         self._num_laid = 0
 
-    def lay(self, slab: Slab, batch: SearchBatch, order: NDArray[np.int64]) -> None:
-        """Lays the rings of a batch. order: the place of each in the reply."""
-        rings, num_rings = rings_of(slab, batch), len(order)
+    def lay(self, slab: Slab, batch: SearchBatch, order: NDArray[np.int64], *, are_runs: bool = False) -> None:
+        """Lays the rings of a batch. order: the place of each in the reply. are_runs: see `tables`."""
+        rings, num_rings = rings_of(slab, batch, are_runs=are_runs), len(order)
         self._rings[order] = rings
         self._blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
         if num_rings < self._num_laid:
@@ -139,8 +163,8 @@ class AlikeRings:
         self._num_laid = num_rings
 
 
-def rings_of(slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
-    """(L * S, 4), layer by layer: not yet in the order of the reply."""
+def rings_of(slab: Slab, batch: SearchBatch, *, are_runs: bool = False) -> NDArray[np.int64]:
+    """(L * S, 4), layer by layer: not yet in the order of the reply. are_runs: see `tables`."""
     seen = np.array((batch.places, batch.begins, batch.ends), np.int64)
     places, begins, ends = seen
     rings = np.empty((len(batch.layers), len(places), len(Ring)), np.int64)
@@ -148,4 +172,7 @@ def rings_of(slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
     rings[..., Ring.LAST_SLOT] = ring.slot_of(np.maximum(ends - 1, 0), slab.capacity)
     rings[..., Ring.NUM_SEEN] = np.maximum(ends - begins, 0)
     rings[..., Ring.BEGIN] = begins
+    if are_runs:
+        rings[..., Ring.FIRST_CELL] += ring.slot_of(begins, slab.capacity)
+        rings[..., Ring.LAST_SLOT] = ends - begins - 1
     return rings.reshape(-1, len(Ring))

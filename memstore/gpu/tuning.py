@@ -46,6 +46,18 @@ def scan_shape(dim: int, row_dtype: torch.dtype, query_dtype: torch.dtype, most_
         return ScanShape(16, 64, dims, 2, 1, 4, parts)
     if most_queries <= 64 or parts:
         return ScanShape(64, 64, dims, 2, 4, 4, parts)
-    if most_queries <= 128 or dim > WIDEST_DIM:
-        return ScanShape(128, 64, dims, 1 if dim <= WIDEST_DIM else 3, 4, 4, parts)
+    if dim > WIDEST_DIM:
+        return ScanShape(128, 64, dims, 3, 4, 4, parts)
+    if most_queries <= 128:
+        return ScanShape(128, 128, dims, 2, 4, 8, parts)
     return ScanShape(256, 64, dims, 2, 8, 8, parts)
+
+
+def power_of_two(number: int) -> int:
+    """The least one that is not below a number."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def ceil_div(number: int, of: int) -> int:
+    """How many pieces of a size hold a number."""
+    return -(-number // of)

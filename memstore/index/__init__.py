@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from memstore.errors import InvalidRequest
 from memstore.index.building import build_thread
 from memstore.index.device_parts import DeviceBuilder
 from memstore.index.exact import ExactIndex, prepare
 from memstore.index.faiss_flat import FaissFlatIndex
 from memstore.index.generations import GenerationIndex
 from memstore.index.host_parts import HostBuilder
-from memstore.index.settings import index_bytes
+from memstore.index.list_parts import ListBuilder
+from memstore.index.settings import has_lists, index_bytes, list_shape
 from memstore.types import IndexKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Executor
-
-    import torch
 
     from memstore.index.base import VectorIndex
     from memstore.index.generation import PartBuilder
@@ -32,14 +34,42 @@ INDEXES: dict[IndexKind, Callable[[], VectorIndex]] = {
 """Those that keep nothing between calls."""
 
 BUILDERS: dict[str, Callable[[MemorySpec, torch.device], PartBuilder]] = {"cpu": HostBuilder, "cuda": DeviceBuilder}
-"""What builds the generations of the others, by type of device."""
+"""What builds the generations of the others, by type of device; but for inverted lists of rows on a GPU."""
 
 
 def make_index(spec: MemorySpec, device: torch.device, executor: Executor) -> VectorIndex:
-    """The index of a memory. executor: where it builds. Raises InvalidRequest where it cannot be had here."""
+    """The index of a memory. executor: where it builds.
+
+    Raises InvalidRequest where it cannot be had here, and DeviceMemoryFull.
+    """
     if spec.index in INDEXES:
         return INDEXES[spec.index]()
+    if has_lists(spec, device):
+        return _list_index(spec, device, executor)
     builder = BUILDERS[device.type](spec, device)
     if isinstance(builder, DeviceBuilder) and index_bytes(spec, device):
         executor.submit(builder.prepare)  # what is slow at first is done before anybody waits for it
     return GenerationIndex(spec, builder, executor)
+
+
+def _list_index(spec: MemorySpec, device: torch.device, executor: Executor) -> GenerationIndex:
+    """Inverted lists of our own."""
+    builder = ListBuilder(spec, device)
+    if not index_bytes(spec, device):
+        return GenerationIndex(spec, builder, executor)
+    try:
+        from memstore.gpu.lists import ListRetriever
+    except ImportError as error:
+        raise InvalidRequest("spec.index", f"{spec.index.value} needs Triton, which is not here") from error
+    lists = ListRetriever(spec, list_shape(spec), device)
+    executor.submit(_warm, spec, device)
+    executor.submit(builder.prepare)
+    return GenerationIndex(spec, builder, executor, lists)
+
+
+def _warm(spec: MemorySpec, device: torch.device) -> None:
+    """In the build thread, before the first build: what retrievals need is compiled."""
+    from memstore.gpu.lists import warm
+
+    with torch.cuda.device(device):
+        warm(spec, list_shape(spec), device)

@@ -9,34 +9,73 @@ import logging
 import os
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from memstore import ring
+from memstore.index.base import ONE_THREAD
 from memstore.index.generation import Generation
-from memstore.index.settings import CHUNK_ROWS
+from memstore.index.settings import CHUNK_ROWS, HOST_CHUNK_ROWS
 from memstore.logs import trouble
 from memstore.slab import inverse_norms
 from memstore.types import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from memstore.gpu.listing import Lists
     from memstore.index.generation import Part, PartBuilder
     from memstore.slab import Slab
 
 NICENESS = 10
 """Of the build thread: beside busy threads it gets a tenth of a core, so that it comes to an end."""
 
+LONGEST_WAIT_S = 0.05
+"""Of a build for retrievals that follow one another without a gap, so that it comes to an end beside them."""
+
 _log = logging.getLogger(__name__)
 
 
-def build_thread() -> Executor:
+class Precedence:
+    """Retrievals go first: a build waits for the one that is under way before it begins its next piece."""
+
+    def __init__(self) -> None:
+        self._is_free = threading.Event()
+        self._is_free.set()
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """While the device's thread retrieves."""
+        self._is_free.clear()
+        try:
+            yield
+        finally:
+            self._is_free.set()
+
+    def wait(self) -> None:
+        """In the build thread, between two pieces."""
+        self._is_free.wait(LONGEST_WAIT_S)
+
+
+class BuildThread(ThreadPoolExecutor):
     """One thread, for all memories of a device. It begins with the first build."""
-    return ThreadPoolExecutor(1, thread_name_prefix="memstore-build", initializer=_give_way)
+
+    def __init__(self) -> None:
+        super().__init__(1, thread_name_prefix="memstore-build", initializer=_give_way)
+        self.precedence = Precedence()
+
+
+def build_thread() -> Executor:
+    """See BuildThread."""
+    return BuildThread()
+
+
+def precedence_of(executor: Executor) -> Precedence:
+    """Of the builds that it runs."""
+    return executor.precedence if isinstance(executor, BuildThread) else Precedence()
 
 
 def _give_way() -> None:
@@ -57,21 +96,41 @@ class StoredRows:
     first: int
     end: int
     is_cosine: bool
+    check: Callable[[], None]
+
+    @property
+    def _step(self) -> int:
+        """Rows that are read at a time; on the host as many as torch reads in this thread alone."""
+        is_on_host = self.keys.device.type == "cpu"
+        return max(ONE_THREAD // self.keys.shape[1], 1) if is_on_host else CHUNK_ROWS
+
+    @property
+    def _together(self) -> int:
+        """Rows of a chunk."""
+        return HOST_CHUNK_ROWS if self.keys.device.type == "cpu" else CHUNK_ROWS
 
     def __len__(self) -> int:
         return self.end - self.first
 
     def sample(self, num: int) -> torch.Tensor:
-        """Every n-th row."""
+        """Every n-th row, read piece by piece with a call of `check` in between."""
         step = max(len(self) // max(num, 1), 1)
         positions = torch.arange(self.first, self.end, step, device=self.keys.device)[:num]
-        return self._widened(self.keys.index_select(0, ring.slot_of(positions, len(self.keys))))
+        slots = ring.slot_of(positions, len(self.keys))
+        found = torch.empty((len(slots), self.keys.shape[1]), device=self.keys.device)
+        for some, target in zip(torch.split(slots, self._step), torch.split(found, self._step), strict=True):
+            self.check()
+            target.copy_(self._widened(self.keys.index_select(0, some)))
+        return found
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Run by run."""
         for run in ring.runs(self.first, self.end, len(self.keys)):
-            for rows in torch.split(self.keys[run.slot : run.slot + run.length], CHUNK_ROWS):
-                yield self._widened(rows)
+            for rows in torch.split(self.keys[run.slot : run.slot + run.length], self._together):
+                found = torch.empty(rows.shape, device=rows.device)
+                for some, target in zip(torch.split(rows, self._step), torch.split(found, self._step), strict=True):
+                    target.copy_(self._widened(some))
+                yield found
 
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
         wide = rows.float()
@@ -86,7 +145,13 @@ class Build:
     """
 
     def __init__(
-        self, builder: PartBuilder, slab: Slab, place: int, positions: tuple[int, int], after: Build | None
+        self,
+        builder: PartBuilder,
+        slab: Slab,
+        place: int,
+        positions: tuple[int, int],
+        after: Build | None,
+        precedence: Precedence,
     ) -> None:
         self.first, self.end = positions
         self.is_stopped = self.has_failed = False
@@ -94,8 +159,9 @@ class Build:
         self.seconds = 0.0
         self._builder = builder
         self._after = after
+        self._precedence = precedence
         is_cosine = slab.metric is Metric.COSINE
-        self._rows = [StoredRows(keys[place], self.first, self.end, is_cosine) for keys in slab.keys]
+        self._rows = [StoredRows(keys[place], self.first, self.end, is_cosine, self._check) for keys in slab.keys]
         self._written = torch.cuda.current_stream(slab.device).record_event() if slab.device.type == "cuda" else None
 
     def run(self) -> None:
@@ -115,12 +181,13 @@ class Build:
     def _build(self) -> None:
         if self._written is not None:
             self._written.synchronize()
-        parts: list[Part] = []
+        parts: list[Part | Lists] = []
         for rows in self._rows:
             self._check()
             parts.append(self._builder.build(rows, self._check))
         self.generation = Generation(self.first, self.end, tuple(parts))
 
     def _check(self) -> None:
+        self._precedence.wait()
         if self.is_stopped:
             raise BuildStopped

@@ -14,16 +14,16 @@ SCORES = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 
 def centres(points: torch.Tensor, num: int, rounds: int, is_l2: bool, check: Callable[[], None]) -> torch.Tensor:
-    """(groups, num, d) float32: centres of each group of points by themselves. Calls `check` between rounds.
+    """(groups, num, d) float32: centres of each group of points by themselves. Calls `check` between pieces.
 
     points: (groups, n, d) float32, n >= num. is_l2: by distance; else by inner product, with centres of length 1.
     """
     step = points.shape[1] // num
     found = points[:, : step * num : step].contiguous()
     for _ in range(rounds):
-        check()
         sums, counts = torch.zeros_like(found), torch.zeros_like(found[:, :, 0])
-        for some in _pieces(points, num):
+        for some in pieces(points, num):
+            check()
             nearest = nearest_centres(some, found, is_l2)
             sums.scatter_add_(1, nearest[:, :, None].expand_as(some), some)
             counts.scatter_add_(1, nearest, torch.ones_like(some[:, :, 0]))
@@ -34,13 +34,12 @@ def centres(points: torch.Tensor, num: int, rounds: int, is_l2: bool, check: Cal
 
 def nearest_centres(points: torch.Tensor, found: torch.Tensor, is_l2: bool) -> torch.Tensor:
     """(groups, n) int64: the centre that each point belongs to."""
-    scores = torch.bmm(points, found.mT)
     if is_l2:
-        scores.mul_(2).sub_(found.square().sum(-1)[:, None])
-    return scores.argmax(-1)
+        return torch.baddbmm(found.square().sum(-1)[:, None], points, found.mT, beta=-0.5).argmax(-1)
+    return torch.bmm(points, found.mT).argmax(-1)
 
 
-def _pieces(points: torch.Tensor, num: int) -> tuple[torch.Tensor, ...]:
-    """The points, so many at a time that their scores are few."""
+def pieces(points: torch.Tensor, num: int) -> tuple[torch.Tensor, ...]:
+    """The points, so many at a time that their scores with `num` centres are few."""
     step = max(SCORES[points.device.type] // (len(points) * num), 1)
     return torch.split(points, step, dim=1)

@@ -9,13 +9,14 @@ A generation never changes. The row of position p in it has the id p - first, wh
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
 
+    from memstore.gpu.listing import Lists
     from memstore.index.building import Build
 
 
@@ -34,8 +35,12 @@ class Part(Protocol):
 class RowSource(Protocol):
     """The rows of one layer of a generation, in float32, of length 1 where the metric is cosine; read while building.
 
-    A row whose position has left the ring since may be another one, or torn: nobody is shown it.
+    A row whose position has left the ring since may be another one, or torn: nobody is shown it. first: the position
+    of the first one.
     """
+
+    @property
+    def first(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -44,7 +49,7 @@ class RowSource(Protocol):
         ...
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """All of them in the order of positions, (at most CHUNK_ROWS, dim) at a time."""
+        """All of them in the order of positions, (n, dim) float32, at most CHUNK_ROWS at a time."""
         ...
 
 
@@ -59,7 +64,7 @@ class PartBuilder(Protocol):
 
     def candidates(self, top_k: int) -> int: ...
 
-    def build(self, rows: RowSource, check: Callable[[], None]) -> Part:
+    def build(self, rows: RowSource, check: Callable[[], None]) -> Part | Lists:
         """The index, ready for the device's thread. Calls `check`, which may raise, between pieces of bounded length.
 
         Raises MemoryError, torch.OutOfMemoryError or RuntimeError where there is no room, and has then given all back.
@@ -69,11 +74,11 @@ class PartBuilder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Positions [first, end) of one sequence, with a part a layer of the memory."""
+    """Positions [first, end) of one sequence, with a Part or Lists for each layer, unless kept elsewhere."""
 
     first: int
     end: int
-    parts: tuple[Part, ...]
+    parts: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +94,11 @@ class View:
 class Line:
     """The generations of one place, oldest first and without a gap, the builds that follow them, and what is live.
 
-    retry_at: the end of the live range from which a build is tried again, after one that failed.
+    retry_at: the end of the live range from which a build is tried again, after one that failed. keeps_dying: whether
+    a generation that is cut at its beginning only is seen to its end.
     """
 
+    keeps_dying: bool = False
     generations: list[Generation] = field(default_factory=list)
     builds: list[Build] = field(default_factory=list)
     begin: int = 0
@@ -105,12 +112,13 @@ class Line:
         return sum(end - begin for begin, end in (seen.front, seen.back))
 
     def view(self, begin: int, end: int, *, can_mask: bool) -> View:
-        """What of [begin, end) is found by which way: half a generation or less is scanned."""
+        """What of [begin, end) is found by which way: half a generation or less is scanned, unless it is kept."""
 
         def is_used(generation: Generation) -> bool:
             rows = generation.end - generation.first
             seen = min(end, generation.end) - max(begin, generation.first)
-            return seen == rows or (can_mask and 2 * seen > rows)
+            is_kept = self.keeps_dying and seen > 0 and generation.end <= end
+            return seen == rows or is_kept or (can_mask and 2 * seen > rows)
 
         used = tuple(generation for generation in self.generations if is_used(generation))
         if not used:

@@ -16,23 +16,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from memstore.index.building import Build
+from memstore.gpu.tuning import MOST_HITS
+from memstore.index.building import Build, precedence_of
 from memstore.index.exact import ExactIndex
-from memstore.index.generation import Line
+from memstore.index.generation import Generation, Line
 from memstore.index.nominating import Nominator
 from memstore.index.ranking import rank
-from memstore.index.settings import settings_of
+from memstore.index.settings import must_read_all, settings_of
 from memstore.index.staged import staged_retrieve
 from memstore.seams import SystemClock
 from memstore.types import IndexCounts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Executor, Future
 
     from numpy.typing import NDArray
 
+    from memstore.gpu.lists import ListRetriever, Ranges
     from memstore.index.base import Steady
-    from memstore.index.generation import Generation, PartBuilder, View
+    from memstore.index.generation import PartBuilder, View
     from memstore.seams import Clock
     from memstore.search import SearchBatch
     from memstore.slab import Slab
@@ -48,13 +51,23 @@ class GenerationIndex:
 
     is_told = True
 
-    def __init__(self, spec: MemorySpec, builder: PartBuilder, executor: Executor, clock: Clock | None = None) -> None:
-        """executor: runs builds one after the other."""
+    def __init__(
+        self,
+        spec: MemorySpec,
+        builder: PartBuilder,
+        executor: Executor,
+        lists: ListRetriever | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """executor: runs builds one after the other. lists: searches what the builder builds, if that is Lists."""
         self._rows = settings_of(spec).generation_rows
         self._num_layers = spec.num_layers
         self._builder = builder
         self._executor = executor
+        self._lists = lists
+        self._misses_lists = lists is not None and must_read_all(spec)
         self._clock = clock or SystemClock()
+        self._precedence = precedence_of(executor)
         self._exact = ExactIndex()
         self._nominator = Nominator()
         self._lines: dict[int, Line] = {}
@@ -66,11 +79,33 @@ class GenerationIndex:
         self._build_seconds = 0.0
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nominates from generations, scans the rest, ranks all."""
-        self._adopt()
-        views = self._views(batch)
-        if not any(view.generations for view in views):
-            return self._exact.search(slab, batch)
+        """Has generations nominate, scans the rest, ranks all."""
+        with self._precedence.asking():
+            self._adopt()
+            views = self._views(batch)
+            if not any(view.generations for view in views):
+                return self._exact.search(slab, batch)
+            found = self._in_lists(slab, batch, views) if self._lists else self._in_parts(slab, batch, views)
+            return found or self._exact.search(slab, batch)
+
+    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
+        """Stage by stage where generations nominate; where none is seen, as the exact index does it."""
+        with self._precedence.asking():
+            self._adopt()
+            views = self._views(batch)
+            if not any(view.generations for view in views):
+                return self._exact.retrieve(slab, batch, options, groups)
+            if self._lists is None:
+                return staged_retrieve(self, slab, batch, options, groups)
+            hits = None
+            if self._has_room(batch):
+                hits = self._lists.retrieve(slab, batch, self._ranges(views), options, groups)
+            return hits or self._exact.retrieve(slab, batch, options, groups)
+
+    def _in_parts(
+        self, slab: Slab, batch: SearchBatch, views: Sequence[View]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """None where too few are found."""
         found = [self._nominator.nominated(batch, views, self._builder.candidates(batch.top_k))]
         for ranges in ([view.front for view in views], [view.back for view in views]):
             begins, ends = zip(*ranges, strict=True)
@@ -78,16 +113,38 @@ class GenerationIndex:
                 found.append(self._exact.search(slab, replace(batch, begins=begins, ends=ends))[0])
         positions, scores = rank(slab, batch, torch.cat(found, -1))
         positions, scores = positions[..., : batch.top_k], scores[..., : batch.top_k]
-        if _are_too_few(batch, positions):
-            return self._exact.search(slab, batch)
-        return positions, scores
+        return None if _are_too_few(batch, positions) else (positions, scores)
 
-    def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
-        """Searches, and stage by stage does the rest; as the exact index does it where no generation is seen."""
-        self._adopt()
-        if any(view.generations for view in self._views(batch)):
-            return staged_retrieve(self, slab, batch, options, groups)
-        return self._exact.retrieve(slab, batch, options, groups)
+    def _in_lists(
+        self, slab: Slab, batch: SearchBatch, views: Sequence[View]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """None where too few are found."""
+        if self._lists is None or not self._has_room(batch):
+            return None
+        return self._lists.search(slab, batch, self._ranges(views))
+
+    def _has_room(self, batch: SearchBatch) -> bool:
+        """Whether kernels have room for as many hits, and as many lists as are asked for."""
+        return batch.top_k <= MOST_HITS and not self._misses_lists
+
+    def _ranges(self, views: Sequence[View]) -> Ranges:
+        """Views as numbers."""
+        from memstore.gpu.lists import Ranges
+
+        numbers = [
+            (self._number(view.generations[0]), self._number(view.generations[-1]) + 1) if view.generations else (0, 0)
+            for view in views
+        ]
+        scanned = np.array([(view.front, view.back) for view in views]).swapaxes(0, 1)
+        return Ranges(np.array(numbers), tuple(scanned))
+
+    def _line(self) -> Line:
+        """Nothing yet."""
+        return Line(keeps_dying=self._lists is not None)
+
+    def _number(self, generation: Generation) -> int:
+        """Which of the spans that positions are cut into it lies in."""
+        return (generation.end - 1) // self._rows
 
     def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
         """Generations come and go."""
@@ -96,28 +153,32 @@ class GenerationIndex:
     def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
         """Drops what is dead, and begins to build what is full."""
         self._adopt()
-        line = self._lines.setdefault(place, Line())
+        line = self._lines.setdefault(place, self._line())
         line.begin, line.end = begin, end
         self._bury(line.drop_dead())
         while not self._is_closed and end >= line.retry_at and (positions := line.next_range(self._rows)) is not None:
             after = line.builds[-1] if line.builds else None
-            build = Build(self._builder, slab, place, positions, after)
+            build = Build(self._builder, slab, place, positions, after, self._precedence)
             if not self._start(build):
                 return
             line.builds.append(build)
 
     def forgotten(self, place: int) -> None:
         """Stops builds of the place, and drops its generations."""
-        line = self._lines.pop(place, Line())
+        line = self._lines.pop(place, self._line())
         for build in line.builds:
             build.is_stopped = True
         self._bury(line.generations)
 
     def forked(self, slab: Slab, source: int, target: int, begin: int, end: int) -> None:
         """The target has the generations of the source that it sees to their end: they never change."""
-        line = self._lines.get(source, Line())
+        line = self._lines.get(source, self._line())
         shared = [generation for generation in line.generations if begin < generation.end <= end]
-        self._lines[target] = Line(generations=shared)
+        line = self._lines[target] = self._line()
+        line.generations = shared
+        if self._lists is not None:
+            for generation in shared:
+                self._lists.copy(source, target, self._number(generation))
         self.appended(slab, target, begin, end)
 
     def counts(self) -> IndexCounts:
@@ -148,12 +209,14 @@ class GenerationIndex:
         wait([future for future in futures if not future.cancel()])
         self._under_way, self._done, self._remains = [], deque(), []
         self._exact.close()
+        if self._lists is not None:
+            self._lists.free()
 
     def _views(self, batch: SearchBatch) -> list[View]:
         """What each sequence of a batch sees."""
         ranges = zip(batch.places, batch.begins, batch.ends, strict=True)
         return [
-            self._lines.get(place, Line()).view(begin, end, can_mask=self._builder.can_mask)
+            self._lines.get(place, self._line()).view(begin, end, can_mask=self._builder.can_mask)
             for place, begin, end in ranges
         ]
 
@@ -179,7 +242,7 @@ class GenerationIndex:
             self._under_way = [(build, future) for build, future in self._under_way if build is not done]
             self._build_seconds += done.seconds
             generation, done.generation = done.generation, None
-            line = next((line for line in self._lines.values() if done in line.builds), None)
+            place, line = next(((at, line) for at, line in self._lines.items() if done in line.builds), (-1, None))
             if line is not None:
                 line.builds.remove(done)
             if done.has_failed:
@@ -191,7 +254,14 @@ class GenerationIndex:
                 if line is None or done.is_stopped:
                     self._bury([generation])
                 else:
-                    line.generations.append(generation)
+                    line.generations.append(self._kept(place, generation))
+
+    def _kept(self, place: int, generation: Generation) -> Generation:
+        """What of a generation its line has: lists are put where they are searched."""
+        if self._lists is None:
+            return generation
+        self._lists.put(place, self._number(generation), generation.parts)
+        return replace(generation, parts=())
 
     def _bury(self, generations: list[Generation]) -> None:
         """Has the build thread let go of them: on a GPU that waits for all that is under way there."""

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from memstore.errors import InvalidRequest
-from memstore.index.settings import SAMPLES_A_LIST, settings_of
+from memstore.index.host_clustering import clustered, flat, slices
+from memstore.index.settings import CODED_ROWS, SAMPLES_A_LIST, settings_of
 from memstore.types import IndexKind, Metric
 
 if TYPE_CHECKING:
@@ -21,14 +22,11 @@ if TYPE_CHECKING:
     from memstore.index.generation import RowSource
     from memstore.types import MemorySpec
 
-CLUSTERING_ROUNDS = 8
-"""After so many rounds of k-means the lists hardly change."""
+GRAPH_ROWS = 16
+"""Rows that a graph takes in at a time: some milliseconds of one thread."""
 
-CODED_ROWS = 8_192
-"""Rows that product codes are trained with: 32 for each of the 256 values of a code."""
-
-GRAPH_ROWS = 1024
-"""Rows that a graph takes in between two looks at whether it is still wanted."""
+ADDED_ROWS = 128
+"""Rows that lists take in at a time: it takes a millisecond or two to make product codes of them."""
 
 CORES_A_BUILD = 8
 """One core in so many is a build's."""
@@ -112,22 +110,26 @@ class HostBuilder:
     def _lists(self, rows: RowSource, check: Callable[[], None]) -> HostPart:
         faiss, settings = self._faiss, self._settings
         centres = self._centres(rows, check)
-        check()
         index = self._empty_lists(centres)
-        if not index.is_trained:
-            index.train(rows.sample(CODED_ROWS).numpy())
-        assigned = []
-        for chunk in rows.chunks():
-            check()
-            assigned.append(centres.search(chunk.numpy(), 1)[1][:, 0])
-        _reserve(faiss, index, assigned)
+        if self._spec.index is IndexKind.FAISS_IVF_PQ:
+            faiss.copy_array_to_vector(self._codes(rows, check).ravel(), index.pq.centroids)
+        index.is_trained = True
+        lists = np.empty(len(rows), np.int64)
         first = 0
-        for chunk, lists in zip(rows.chunks(), assigned, strict=True):
-            check()
-            ids = np.arange(first, first + len(chunk))
-            arrays = (chunk.numpy(), ids, lists)
-            index.add_core(len(chunk), *map(faiss.swig_ptr, arrays))
-            first += len(chunk)
+        for chunk in rows.chunks():
+            for some in slices(chunk.numpy(), settings.nlist):
+                check()
+                lists[first : first + len(some)] = centres.search(some, 1)[1][:, 0]
+                first += len(some)
+        _reserve(faiss, index, lists)
+        first = 0
+        for chunk in rows.chunks():
+            for piece in torch.split(chunk, ADDED_ROWS):
+                check()
+                end = first + len(piece)
+                arrays = (piece.numpy(), np.arange(first, end), lists[first:end])
+                index.add_core(len(piece), *map(faiss.swig_ptr, arrays))
+                first = end
 
         def params(num: int, selector: Any) -> Any:
             del num
@@ -136,26 +138,25 @@ class HostBuilder:
         return HostPart(index, self._sign, params)
 
     def _centres(self, rows: RowSource, check: Callable[[], None]) -> Any:
-        """A flat index of the centres of the lists, by k-means over a sample."""
-        faiss, nlist = self._faiss, self._settings.nlist
-        sample = rows.sample(nlist * SAMPLES_A_LIST).numpy()
-        clustering = faiss.Clustering(self._spec.dim, nlist)
-        clustering.niter = 1  # a round at a time, each begins with the centres of the one before
-        clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(sample)
-        clustering.spherical = self._spec.metric is not Metric.L2
-        centres = faiss.IndexFlat(self._spec.dim, self._metric)
-        for _ in range(CLUSTERING_ROUNDS):
-            check()
-            clustering.train(sample, centres)
-        return centres
+        """A flat index of the centres of the lists, learnt from a sample."""
+        nlist = min(self._settings.nlist, len(rows))
+        sample = rows.sample(self._settings.nlist * SAMPLES_A_LIST).numpy()
+        return flat(self._faiss, clustered(self._faiss, sample, nlist, self._metric, check), self._metric)
+
+    def _codes(self, rows: RowSource, check: Callable[[], None]) -> NDArray[np.float32]:
+        """(pq_m, 2^pq_bits, width): the values of product codes, learnt from a sample."""
+        settings = self._settings
+        sample = rows.sample(CODED_ROWS).numpy()
+        groups = sample.reshape(len(sample), settings.pq_m, -1).swapaxes(0, 1).copy()
+        num = 1 << settings.pq_bits
+        return np.stack([clustered(self._faiss, group, num, self._faiss.METRIC_L2, check) for group in groups])
 
     def _empty_lists(self, centres: Any) -> Any:
         faiss, settings = self._faiss, self._settings
-        shape = (centres, self._spec.dim, settings.nlist)
+        shape = (centres, self._spec.dim, centres.ntotal)
         if self._spec.index is IndexKind.FAISS_IVF_PQ:
             index = faiss.IndexIVFPQ(*shape, settings.pq_m, settings.pq_bits, self._metric)
             index.by_residual = False  # so that one table of distances serves all lists
-            index.pq.cp.min_points_per_centroid, index.pq.cp.niter = 1, CLUSTERING_ROUNDS
         elif self._stored is None:
             index = faiss.IndexIVFFlat(*shape, self._metric)
         else:
@@ -163,10 +164,10 @@ class HostBuilder:
         return index
 
 
-def _reserve(faiss: Any, index: Any, assigned: list[NDArray[np.int64]]) -> None:
+def _reserve(faiss: Any, index: Any, assigned: NDArray[np.int64]) -> None:
     """Makes every list as long as it will be, and empty: lists that grow take up to twice the room."""
     lists = faiss.downcast_InvertedLists(index.invlists)
-    for number, length in enumerate(np.bincount(np.concatenate(assigned), minlength=index.nlist).tolist()):
+    for number, length in enumerate(np.bincount(assigned, minlength=index.nlist).tolist()):
         lists.resize(number, length)
         lists.resize(number, 0)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from memstore.types import IndexKind, IndexSettings
+from memstore.gpu.listing import ListShape
+from memstore.types import IndexKind, IndexSettings, Metric
 
 if TYPE_CHECKING:
     from memstore.types import MemorySpec
@@ -24,19 +25,37 @@ SAMPLES_A_LIST = 64
 """Rows that the centre of a list is trained with, on average: FAISS asks for 39 at least."""
 
 CHUNK_ROWS = 16_384
-"""Rows that a build takes in at a time."""
+"""Rows that a build takes in at a time, on a GPU."""
 
-CODED_ROWS = 65_536
-"""Rows that product codes are trained with on a GPU: 256 for each value of a code. On the host it is an eighth."""
+HOST_CHUNK_ROWS = 512
+"""And on the host: to find the list of each takes two to four milliseconds."""
+
+CODED_ROWS = 8_192
+"""Rows that product codes are trained with: 32 for each of the 256 values of a code."""
 
 SCORE_BYTES = 256 << 20
 """What torch takes on a GPU to compare rows with centres."""
 
-DEVICE_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
-"""The numbers of codes a row that FAISS has kernels for; on the host any will do."""
+USUAL_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+"""The numbers of codes a row among which one is chosen when nobody says how many."""
 
 ENGINE_BYTES = 192 << 20
-"""What FAISS takes for each generation on a GPU beside its rows: cuBLAS, streams and working memory."""
+"""What FAISS takes for each graph on a GPU beside its rows: cuBLAS, streams and working memory."""
+
+SAMPLES_A_CENTRE = 32
+"""Rows that the centre of a list on a GPU is learnt from, on average."""
+
+LIST_ROWS = 256
+"""Rows of a list on a GPU at most."""
+
+CENTRE_ROWS = 128
+"""Rows that one of its centres has, on average, or fewer."""
+
+FAR_AWAY = 6e4
+"""What the elements of a centre are that no query is near to: a number that every dtype has."""
+
+MOST_LISTS = 128
+"""Lists that are read for a query on a GPU at most, of all generations together."""
 
 _LEAST_GENERATION, _MOST_GENERATION = 16_384, 4_194_304
 _GENERATIONS = 8
@@ -64,6 +83,39 @@ def filled_in(kind: IndexKind, given: IndexSettings, capacity: int, dim: int) ->
     return replace(chosen, pq_m=given.pq_m or _codes(dim), pq_bits=given.pq_bits or 8)
 
 
+def has_lists(spec: MemorySpec, device: torch.device) -> bool:
+    """Whether generations are inverted lists of our own, see gpu/lists.py.
+
+    Product codes are of no use there: they take memory beside the rows, and the few rows that are read are soon read.
+    """
+    return device.type == "cuda" and spec.index in (IndexKind.FAISS_IVF_FLAT, IndexKind.FAISS_IVF_PQ)
+
+
+def list_shape(spec: MemorySpec) -> ListShape:
+    """What lists on a GPU are like: a centre for every 128 rows, at least.
+
+    As large a share of the rows is looked at as the settings say, as long as that is no more than MOST_LISTS have.
+    """
+    settings = settings_of(spec)
+    rows = settings.generation_rows
+    shape = ListShape(
+        span=rows,
+        num_centres=min(max(settings.nlist, rows // CENTRE_ROWS), max(rows // 2, 1)),
+        width=LIST_ROWS,
+        num_chosen=MOST_LISTS,
+        num_generations=-(-spec.capacity // rows),
+        nowhere=FAR_AWAY if spec.metric is Metric.L2 else 0.0,
+    )
+    probed = -(-settings.nprobe * shape.num_together * shape.num_generations // settings.nlist)
+    return replace(shape, num_chosen=min(probed, MOST_LISTS))
+
+
+def must_read_all(spec: MemorySpec) -> bool:
+    """Whether every list shall be read, and these are more than can be: then everything is scanned."""
+    settings, shape = settings_of(spec), list_shape(spec)
+    return settings.nprobe >= settings.nlist and shape.num_chosen < shape.num_together * shape.num_generations
+
+
 def index_bytes(spec: MemorySpec, device: torch.device) -> int:
     """Bytes that the index of a memory may take at most: every generation that can be live, and one being built."""
     if spec.index not in SETTINGS:
@@ -71,25 +123,36 @@ def index_bytes(spec: MemorySpec, device: torch.device) -> int:
     settings = settings_of(spec)
     if settings.generation_rows > spec.capacity:
         return 0
+    if has_lists(spec, device):
+        return _lists_bytes(spec)
     num_generations = -(-spec.capacity // settings.generation_rows) * spec.max_sequences
     each = _part_bytes(spec, settings, device.type == "cuda") * spec.num_layers
     return num_generations * each + _build_bytes(spec, settings, device)
 
 
+def _lists_bytes(spec: MemorySpec) -> int:
+    """Bytes of all lists, of those being built, and of working memory of a build."""
+    shape = list_shape(spec)
+    each = spec.dim * spec.dtype.itemsize + 4 + 4 * shape.width
+    generations = shape.num_generations * spec.max_sequences + 2
+    sample = 2 * 4 * spec.dim * SAMPLES_A_CENTRE * shape.num_centres
+    chunk = 2 * 4 * spec.dim * (CHUNK_ROWS + shape.num_centres)
+    return generations * spec.num_layers * shape.num_together * each + sample + chunk + 64 * shape.span + SCORE_BYTES
+
+
 def _part_bytes(spec: MemorySpec, settings: IndexSettings, is_on_gpu: bool) -> int:
     """Bytes of the index of one generation in one layer. What grows while it is built may take twice its size."""
     rows, row_bytes = settings.generation_rows, spec.dim * spec.dtype.itemsize
-    engine = 0
-    if is_on_gpu:
-        row_bytes = spec.dim * (2 if spec.dtype == torch.float16 else 4)
-        engine = ENGINE_BYTES
     if spec.index is IndexKind.FAISS_CAGRA:
+        engine = ENGINE_BYTES if is_on_gpu else 0
+        if is_on_gpu and spec.dtype != torch.float16:
+            row_bytes = spec.dim * 4
         return engine + 2 * rows * (row_bytes + 6 * settings.graph_degree + 32)
-    fixed = engine + settings.nlist * (4 * spec.dim + _LIST_BYTES)
+    fixed = settings.nlist * (4 * spec.dim + _LIST_BYTES)
     if spec.index is IndexKind.FAISS_IVF_PQ:
         row_bytes = -(-settings.pq_m * settings.pq_bits // 8)
         fixed += 4 * spec.dim << settings.pq_bits
-    return fixed + rows * (row_bytes + 8) * (2 if is_on_gpu else 1)
+    return fixed + rows * (row_bytes + 8)
 
 
 def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device) -> int:
@@ -99,7 +162,7 @@ def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device
     if spec.index is IndexKind.FAISS_CAGRA:
         return chunk + (rows * 32 * settings.graph_degree if device.type == "cuda" else 0)
     sample = min(rows, max(settings.nlist * SAMPLES_A_LIST, CODED_ROWS))
-    return chunk + 16 * rows + 12 * sample * spec.dim + (SCORE_BYTES if device.type == "cuda" else 0)
+    return chunk + 16 * rows + 12 * sample * spec.dim
 
 
 def _power_of_two(number: int) -> int:
@@ -107,5 +170,5 @@ def _power_of_two(number: int) -> int:
 
 
 def _codes(dim: int) -> int:
-    """The largest number of codes that divides a row evenly, at most one for eight elements, that a GPU can have."""
-    return max(codes for codes in DEVICE_CODES if codes <= max(dim // 8, 1) and dim % codes == 0)
+    """The largest usual number of codes that divides a row evenly, at most one for eight elements."""
+    return max(codes for codes in USUAL_CODES if codes <= max(dim // 8, 1) and dim % codes == 0)

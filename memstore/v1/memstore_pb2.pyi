@@ -296,13 +296,17 @@ class IndexSettings(_message.Message):
     of its rows.
     """
     nprobe: _builtins.int
-    """FAISS_IVF_FLAT, FAISS_IVF_PQ: lists searched for a query, 1 to 2,048 and at most nlist. Default nlist / 16."""
+    """FAISS_IVF_FLAT, FAISS_IVF_PQ: lists searched for a query, 1 to 2,048 and at most nlist. Default nlist / 16. On a GPU
+    128 lists of all generations are searched at most; with nlist of them everything is scanned where those are more.
+    """
     pq_m: _builtins.int
-    """FAISS_IVF_PQ: codes of a row, 1 to 256, a divisor of dim; on a GPU one of 1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40,
-    48, 56, 64 and 96. Default about one for eight elements.
+    """FAISS_IVF_PQ: codes of a row, 1 to 256, a divisor of dim. Default about one for eight elements. Without an effect on
+    a GPU, where rows are scored as they are.
     """
     pq_bits: _builtins.int
-    """FAISS_IVF_PQ: bits of a code, 4 to 8; 2^pq_bits is at most half of generation_rows. On a GPU only 8. Default 8."""
+    """FAISS_IVF_PQ: bits of a code, 4 to 8; 2^pq_bits is at most half of generation_rows. Default 8. Without an
+    effect on a GPU.
+    """
     graph_degree: _builtins.int
     """FAISS_CAGRA: links of a row, 4 to 128, even, at most a quarter of generation_rows. Default 64."""
     itopk: _builtins.int

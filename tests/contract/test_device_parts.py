@@ -8,12 +8,11 @@ import itertools
 import pytest
 import torch
 
-from memstore.errors import InvalidRequest, MemstoreError
-from memstore.index import make_index
-from memstore.index.building import build_thread
+from memstore.errors import MemstoreError
+from memstore.index import list_parts
 from memstore.index.device_parts import DeviceBuilder
 from memstore.memory import Memory
-from memstore.types import IndexCounts, IndexKind, IndexSettings, MemorySpec, RetrieveOptions, SequencePart, StepBatch
+from memstore.types import IndexCounts, IndexKind, MemorySpec, RetrieveOptions, SequencePart, StepBatch
 from tests.building import KINDS
 from tests.contract.test_large_index import DIM, kin, spec_of
 
@@ -110,22 +109,18 @@ def test_a_dropped_memory_gives_back_what_generations_took(kind: IndexKind, gpu:
     assert left[2] >= left[1] - (32 << 20)  # the first one loaded kernels
 
 
-def test_no_memory_for_a_build_leaves_the_rows_in_the_tail(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
+def test_no_memory_for_a_build_leaves_the_rows_in_the_tail(
+    kind: IndexKind, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(DeviceBuilder, "_lists", no_room)
-    text = Text(spec_of(IndexKind.FAISS_IVF_FLAT), gpu)
+    monkeypatch.setattr(DeviceBuilder, "_graph", no_room)
+    monkeypatch.setattr(list_parts, "centres", no_room)
+    text = Text(spec_of(kind), gpu)
     text.append(8192)
     while text.counts.builds_under_way:
         pass
     assert text.recall() == 1.0
     assert (text.counts.builds_put_off, text.counts.num_generations) == (4, 0)
-
-
-@pytest.mark.parametrize(("setting", "value"), [("pq_m", 6), ("pq_bits", 4)])
-def test_codes_that_a_gpu_cannot_have_are_refused(gpu: torch.device, setting: str, value: int) -> None:
-    settings = IndexSettings(**{"generation_rows": 2048, setting: value})
-    spec = MemorySpec(name="m", dim=48, capacity=8192, index=IndexKind.FAISS_IVF_PQ, index_settings=settings)
-    with build_thread() as builds, pytest.raises(InvalidRequest, match=setting):
-        make_index(spec, gpu, builds)

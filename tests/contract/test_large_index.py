@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from memstore.index import BUILDERS, INDEXES
+from memstore.index import INDEXES, make_index
 from memstore.index.generations import GenerationIndex
 from memstore.slab import Slab
 from memstore.types import IndexKind, IndexSettings, MemorySpec, Metric
@@ -55,11 +55,10 @@ class Filled:
     """A full slab of one place, wrapped at position 1,000, and an index that has built all it can."""
 
     def __init__(self, spec: MemorySpec, device: torch.device) -> None:
-        if device.type not in BUILDERS:
-            pytest.skip(f"no builder for {device}")
         self.slab = Slab(spec, device)
         builds = HeldBuilds()
-        self.index = GenerationIndex(spec, BUILDERS[device.type](spec, device), builds)
+        self.index = make_index(spec, device, builds)
+        assert isinstance(self.index, GenerationIndex)
         rows = kin(2 * CAPACITY).view(2, CAPACITY, DIM).to(device)
         self.slab.write(self.slab.stage(rows, {}), self.slab.in_all_layers(torch.arange(CAPACITY, device=device)))
         self.index.appended(self.slab, 0, 0, CAPACITY)

@@ -54,9 +54,9 @@ FOREIGN = {
     },
     "prometheus_client": {"memstore/metrics.py"},
     "triton": {
-        "memstore/gpu/few.py",
-        "memstore/gpu/launch.py",
-        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "parts", "reply", "rows", "scan", "select")),
+        "memstore/gpu/launcher.py",
+        "memstore/gpu/list_launch.py",
+        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "lists", "parts", "reply", "rows", "scan", "select")),
     },
 }
 GRPC_OF_CLIENT = "model_client/transport/"

@@ -16,7 +16,9 @@ from memstore.gpu.kernels.parts import (
     WORDS_OF_SUPER,
     await_kernel_before,
     has_seen,
+    is_all_seen,
     is_seen,
+    number_of_bits,
     seen_slots,
 )
 
@@ -37,19 +39,66 @@ def _with_four(total, codes, numbers, HAS_DOT: tl.constexpr):
 
 
 @triton.jit
-def _products(codes, numbers, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_W: tl.constexpr, HAS_DOT: tl.constexpr):
-    """Inner products of codes with the numbers of a query, (n,) int32. codes: (n, 1) pointers; numbers: a pointer."""
-    total = tl.zeros([codes.shape[0], BLOCK_W], tl.int32)
+def _products(
+    codes, rows, numbers, WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_W: tl.constexpr, HAS_DOT: tl.constexpr
+):
+    """Inner products of codes with the numbers of a query, int32 in the shape of `rows`, (8, tiles, 8).
+
+    codes: a pointer to those of row 0; numbers: a pointer.
+    """
+    shape: tl.constexpr = [rows.shape[0], rows.shape[1], rows.shape[2], BLOCK_W]
+    total = tl.zeros(shape, tl.int32)
     for first in tl.static_range(0, WORDS, BLOCK_W):
         places = first + tl.arange(0, BLOCK_W)
-        some = tl.load(codes + places[None, :], (places < WORDS)[None, :], 0)
+        some = tl.load(
+            codes + rows[:, :, :, None] * WORDS + places[None, None, None, :], (places < WORDS)[None, None, None, :], 0
+        )
         for part in tl.static_range(8 // BITS):
             asked = tl.load(numbers + part * WORDS + places, places < WORDS, 0)
             kept = some
             if BITS < 8:
                 kept = (some >> (part * BITS)) & (((1 << BITS) - 1) * 0x01010101)
-            total = _with_four(total, kept, tl.broadcast_to(asked[None, :], [codes.shape[0], BLOCK_W]), HAS_DOT)
-    return tl.sum(total, 1)
+            total = _with_four(total, kept, tl.broadcast_to(asked[None, None, None, :], shape), HAS_DOT)
+    return tl.sum(total, 3)
+
+
+@triton.jit
+def _hadamard(rows, columns):
+    """Of a matrix of 1 and -1, the elements in these rows and columns, float32."""
+    return 1.0 - 2.0 * (number_of_bits(rows & columns) & 1).to(tl.float32)
+
+
+@triton.jit
+def number_kernel(
+    queries,
+    signs,
+    numbers,
+    scales,
+    ZERO: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    FACTOR: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+):
+    """The numbers of one query, -127 to 127, zeros behind the last, and its scales; see scan_codes_kernel.
+
+    queries: (Q, LEFT * RIGHT), powers of two; signs: as many float32; numbers: (Q, WIDTH) int8.
+    FACTOR: 1 / the root of their number.
+    """
+    await_kernel_before(IS_CHAINED)
+    query = tl.program_id(0).to(tl.int64)
+    left, right = tl.arange(0, LEFT), tl.arange(0, RIGHT)
+    places = left[:, None] * RIGHT + right[None, :]
+    some = tl.load(queries + query * (LEFT * RIGHT) + places).to(tl.float32) * tl.load(signs + places) * FACTOR
+    half = tl.sum(_hadamard(left[:, None, None], left[None, :, None]) * some[None, :, :], 1)
+    turned = tl.sum(half[:, :, None] * _hadamard(right[None, :, None], right[None, None, :]), 1)
+    scale = tl.max(tl.max(tl.abs(turned), 1), 0) / 127
+    nearest = tl.floor(turned / tl.where(scale > 0, scale, 1.0) + 0.5)
+    nearest = tl.minimum(tl.maximum(nearest, -127.0), 127.0)
+    tl.store(numbers + query * WIDTH + places, nearest.to(tl.int8))
+    tl.store(scales + query * 2, scale)
+    tl.store(scales + query * 2 + 1, tl.sum(tl.sum(nearest, 1), 0) * ZERO)
 
 
 @triton.jit(do_not_specialize=("first_block", "num_blocks", "num_supers", "capacity", "num_cells", "first_kept"))
@@ -71,7 +120,7 @@ def scan_codes_kernel(
     WORDS: tl.constexpr,
     BITS: tl.constexpr,
     STEP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_W: tl.constexpr,
     IS_CLEARING: tl.constexpr,
     IS_CHAINED: tl.constexpr,
@@ -94,24 +143,30 @@ def scan_codes_kernel(
     first_slot = number * SUPER_SLOTS
     if has_seen(first_slot, first_slot + SUPER_SLOTS, low, last, high, capacity):
         first_query = tl.load(block + BLOCK_QUERY)
-        columns = tl.arange(0, BLOCK_N)
+        inner = tl.arange(0, FANOUT)
+        tiles = tl.arange(0, TILES)
+        rows = inner[:, None, None] + (tiles * (FANOUT * FANOUT))[None, :, None] + inner[None, None, :] * FANOUT
+        pairs = tl.arange(0, 2)
         for query in range(first_query, first_query + tl.load(block + BLOCK_QUERIES)):
             asked = numbers + query * (WORDS * (8 // BITS))
             scale, shift = tl.load(scales + query * 2), tl.load(scales + query * 2 + 1)
             kept = (query - first_kept).to(tl.int64)
-            best = tl.full([FANOUT], float("-inf"), tl.float32)
-            for slot in tl.static_range(0, SUPER_SLOTS, BLOCK_N):
-                slots = first_slot + slot + columns
-                cells = tl.minimum(first_cell + slots, num_cells - 1)
-                products = _products((codes + cells * WORDS)[:, None], asked, WORDS, BITS, BLOCK_W, HAS_DOT)
-                factor = tl.load(terms + cells * NUM_TERMS)
-                scores = factor * (scale * ((STEP * products).to(tl.float32) - shift))
-                scores -= tl.load(terms + cells * NUM_TERMS + 1)
-                is_slot = is_seen(slots, low, last, high, capacity) & (scores == scores)
-                scores = tl.where(is_slot, scores, float("-inf"))
-                leaf = tl.max(tl.reshape(scores, [BLOCK_N // (FANOUT * FANOUT), FANOUT, FANOUT]), 1)
-                best = tl.maximum(best, tl.max(leaf, 0))
-                places = (first_slot + slot) // FANOUT + tl.arange(0, BLOCK_N // FANOUT)
-                leaf_of = leaves + kept * (num_supers * (FANOUT * FANOUT))
-                tl.store(leaf_of + places, tl.reshape(leaf, [BLOCK_N // FANOUT]))
-            tl.store(supers + kept * num_supers + number, tl.max(best))
+            leaf_of = leaves + kept * (num_supers * (FANOUT * FANOUT)) + first_slot // FANOUT
+            best = tl.full([FANOUT, TILES], float("-inf"), tl.float32)
+            for slot in range(0, SUPER_SLOTS, TILES * FANOUT * FANOUT):
+                cell = first_cell + first_slot + slot
+                left = tl.minimum(num_cells - 1 - cell, SUPER_SLOTS).to(tl.int32)
+                near = tl.minimum(rows, left)
+                both = tl.load(terms + cell * NUM_TERMS + near[:, :, :, None] * NUM_TERMS + pairs[None, None, None, :])
+                products = _products(codes + cell * WORDS, near, asked, WORDS, BITS, BLOCK_W, HAS_DOT)
+                factor, offset = tl.split(both)
+                scores = factor * (scale * ((STEP * products).to(tl.float32) - shift)) - offset
+                end = first_slot + slot + TILES * FANOUT * FANOUT
+                if not is_all_seen(first_slot + slot, end, low, last, high, capacity):
+                    is_slot = is_seen(first_slot + slot + rows, low, last, high, capacity)
+                    scores = tl.where(is_slot, scores, float("-inf"))
+                leaf = tl.max(scores, 2)
+                best = tl.maximum(best, leaf)
+                places = inner[:, None] + (tiles * FANOUT)[None, :]
+                tl.store(leaf_of + slot // FANOUT + places, leaf)
+            tl.store(supers + kept * num_supers + number, tl.max(tl.max(best, 1), 0))

@@ -29,7 +29,10 @@ BLOCK_RING = tl.constexpr(int(Block.RING))
 
 @triton.jit
 def await_kernel_before(IS_CHAINED: tl.constexpr):
-    """A chained kernel is begun while the one before it ends, and waits here for what that one writes."""
+    """A chained kernel is begun while the one before it ends, and waits here for what that one writes.
+
+    That one has waited for the one before it by then: so tables, which are there before the first, are read sooner.
+    """
     if IS_CHAINED:
         gdc_wait()
         gdc_launch_dependents()
@@ -59,6 +62,16 @@ def has_seen(first, end, low, last, high, capacity):
 def is_all_seen(first, end, low, last, high, capacity):
     """Whether all of the slots [first, end) are seen."""
     return ((first >= low) & (end <= last + 1)) | ((first >= high) & (end <= capacity))
+
+
+@triton.jit
+def has_seen_slots(leaves, low, last, high, capacity):
+    """Whether any slot of each leaf is seen: by the first that is not below each of the two ranges."""
+    first = (leaves // FANOUT) * (FANOUT * FANOUT) + leaves % FANOUT
+    beyond = first + FANOUT * FANOUT
+    older = first + tl.maximum((low - first + FANOUT - 1) & -FANOUT, 0)
+    newer = first + tl.maximum((high - first + FANOUT - 1) & -FANOUT, 0)
+    return ((older <= last) & (older < beyond)) | ((newer < capacity) & (newer < beyond))
 
 
 @triton.jit

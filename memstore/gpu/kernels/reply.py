@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memstore.gpu.kernels.parts import BEGIN, FIRST_CELL, LAST_SLOT, NUM_SEEN, RING_COLUMNS, await_kernel_before
+from memstore.gpu.kernels.parts import (
+    BEGIN,
+    FANOUT,
+    FIRST_CELL,
+    NUM_SEEN,
+    RING_COLUMNS,
+    await_kernel_before,
+    seen_slots,
+)
 from memstore.gpu.kernels.select import hits_of
 
 BEYOND = tl.constexpr(0x7FFFFFFF)
@@ -61,6 +69,7 @@ def reply_kernel(
     top_k,
     before,
     window,
+    LEAVES: tl.constexpr,
     TOP: tl.constexpr,
     WINDOW: tl.constexpr,
     RINGS: tl.constexpr,
@@ -73,12 +82,18 @@ def reply_kernel(
     WINDOW, RINGS: powers of two that are not below `window` and `num_rings`. source, target: WORDS integers a row; with
     WORDS = 0 no rows are copied.
     """
-    await_kernel_before(IS_CHAINED)
     query = tl.program_id(0).to(tl.int64)
     number = tl.load(query_rings + query)
     ring = rings + number * RING_COLUMNS
-    num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
-    hit, best = hits_of(ring, chosen + query * TOP, row_scores + query * (8 * TOP), capacity, top_k, TOP)
+    low, last, high = seen_slots(ring, capacity)
+    num_seen, begin, first_cell = (
+        tl.load(ring + NUM_SEEN).to(tl.int32),
+        tl.load(ring + BEGIN),
+        tl.load(ring + FIRST_CELL),
+    )
+    await_kernel_before(IS_CHAINED)
+    leaves_of, scores_of = chosen + query * LEAVES, row_scores + query * (LEAVES * FANOUT)
+    hit, best = hits_of(low, last, high, num_seen, leaves_of, scores_of, capacity, top_k, LEAVES, TOP)
     ranks, places = tl.arange(0, TOP), tl.arange(0, WINDOW)
     tl.store(scores + query * top_k + ranks, best, ranks < top_k)
 
@@ -96,9 +111,9 @@ def reply_kernel(
     at = tl.arange(0, TOP * WINDOW)
     asked = query * top_k * window + (at // WINDOW) * window + at % WINDOW
     tl.store(index + asked, tl.where(near >= 0, row, -1).to(tl.int32), (at // WINDOW < top_k) & (at % WINDOW < window))
-    tl.store(positions + row, tl.load(ring + BEGIN) + near, is_first)
-    slot = tl.load(ring + LAST_SLOT) - (num_seen - 1 - near)
-    cell = tl.load(ring + FIRST_CELL) + tl.where(slot < 0, slot + capacity, slot)
+    tl.store(positions + row, begin + near, is_first)
+    slot = last - (num_seen - 1 - near)
+    cell = first_cell + tl.where(slot < 0, slot + capacity, slot)
     tl.store(cells + row, cell, is_first)
     if WORDS > 0:
         for first in range(0, WORDS, BLOCK_W):

@@ -16,6 +16,7 @@ from memstore.gpu.kernels.parts import (
     WORDS_OF_SUPER,
     await_kernel_before,
     has_seen,
+    has_seen_slots,
     is_seen,
     seen_slots,
     slots_of,
@@ -39,18 +40,27 @@ def _ordered(scores, is_there):
 def _place_of_best(ordered, TOP: tl.constexpr):
     """A place in [0, TOP) for each of the TOP best, -1 for the others; the first ones, where some are equal.
 
-    A bar that just TOP of them reach, or the TOP-th best itself, is found by halving; 0 where not so many are there.
+    A bar that just TOP of them reach, or the TOP-th best itself, is found by quartering; 0 where not so many are there.
     """
     is_there = ordered > 0
     num_reaching = tl.sum(is_there.to(tl.int32))
     least = tl.min(tl.where(is_there, ordered, 0xFFFFFFFF))
     bar, beyond = tl.where(num_reaching >= TOP, least, 0), tl.max(ordered) + 1
     while (num_reaching > TOP) & (beyond - bar > 1):  # at least TOP reach `bar`, fewer reach `beyond`
-        trial = bar + (beyond - bar) // 2
-        num_tried = tl.sum((ordered >= trial).to(tl.int32))
-        bar = tl.where(num_tried >= TOP, trial, bar)
-        beyond = tl.where(num_tried >= TOP, beyond, trial)
-        num_reaching = tl.where(num_tried >= TOP, num_tried, num_reaching)
+        part = tl.maximum((beyond - bar) // 4, 1)
+        first = bar + part
+        second = tl.minimum(first + part, beyond)
+        third = tl.minimum(second + part, beyond)
+        both = tl.sum(((ordered >= first).to(tl.int32) << 16) + (ordered >= second).to(tl.int32))
+        num_first, num_second, num_third = both >> 16, both & 0xFFFF, tl.sum((ordered >= third).to(tl.int32))
+        if num_second >= TOP:
+            is_far = num_third >= TOP
+            bar, beyond = tl.where(is_far, third, second), tl.where(is_far, beyond, third)
+            num_reaching = tl.where(is_far, num_third, num_second)
+        else:
+            is_far = num_first >= TOP
+            bar, beyond = tl.where(is_far, first, bar), tl.where(is_far, second, first)
+            num_reaching = tl.where(is_far, num_first, num_reaching)
     is_better, is_equal = (ordered > bar).to(tl.int32), (ordered == bar).to(tl.int32)
     counted = tl.cumsum((is_better << 16) + is_equal)  # both in one pass, as neither reaches 2^16
     place = tl.where(is_better > 0, counted >> 16, tl.sum(is_better) + (counted & 0xFFFF)) - 1
@@ -83,9 +93,9 @@ def choose_kernel(
     IS_CHAINED: tl.constexpr,
 ):
     """The leaves that one query's best rows are in. chosen: (queries, TOP) int32, -1 for none."""
-    await_kernel_before(IS_CHAINED)
     kept = tl.program_id(0).to(tl.int64)
     low, last, high = seen_slots(rings + tl.load(query_rings + kept + first_kept) * RING_COLUMNS, capacity)
+    await_kernel_before(IS_CHAINED)
     room = chosen + kept * TOP
     super_of, leaf_of = supers + kept * num_supers, leaves + kept * num_supers * (FANOUT * FANOUT)
 
@@ -110,11 +120,7 @@ def choose_kernel(
     best = _chosen(tl.max(maxima, 1), tiles, is_there, room, TOP)
 
     numbers = tl.reshape(best[:, None] * FANOUT + children[None, :], [TOP * FANOUT])
-    first = (numbers // FANOUT) * (FANOUT * FANOUT) + numbers % FANOUT
-    is_any = numbers < 0
-    for at in tl.static_range(8):
-        is_any = is_any | is_seen(first + at * FANOUT, low, last, high, capacity)
-    is_there = (numbers >= 0) & is_any
+    is_there = (numbers >= 0) & has_seen_slots(numbers, low, last, high, capacity)
     _chosen(tl.load(leaf_of + numbers, is_there, 0.0), numbers, is_there, room, TOP)
 
 
@@ -140,11 +146,11 @@ def score_kernel(
 
     Where no leaf was chosen, and of rows that are not seen, it is that of another row.
     """
-    await_kernel_before(IS_CHAINED)
     kept = tl.program_id(0).to(tl.int64)
     query = kept + first_kept
-    leaves = tl.load(chosen + kept * TOP + tl.program_id(1) * LEAVES + tl.arange(0, LEAVES))
     first_cell = tl.load(rings + tl.load(query_rings + query) * RING_COLUMNS + FIRST_CELL)
+    await_kernel_before(IS_CHAINED)
+    leaves = tl.load(chosen + kept * TOP + tl.program_id(1) * LEAVES + tl.arange(0, LEAVES))
     cells = tl.minimum(first_cell + tl.maximum(slots_of(leaves), 0), num_cells - 1)
     total = tl.zeros([LEAVES * FANOUT], tl.float32)
     length = 0.0
@@ -165,25 +171,23 @@ def score_kernel(
 
 
 @triton.jit
-def hits_of(ring, leaves_of, scores_of, capacity, top_k, TOP: tl.constexpr):
+def hits_of(low, last, high, num_seen, leaves_of, scores_of, capacity, top_k, LEAVES: tl.constexpr, TOP: tl.constexpr):
     """The offsets (TOP,) int32 of a query's hits, best first, -1 for none, and their float32 scores, -inf there.
 
-    leaves_of: the TOP leaves that were chosen; scores_of: the scores of their rows.
+    leaves_of: the LEAVES that were chosen; scores_of: the scores of their rows. TOP: a power of two, at least top_k.
     """
-    low, last, high = seen_slots(ring, capacity)
-    num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
-    leaves = tl.load(leaves_of + tl.arange(0, TOP))
+    leaves = tl.load(leaves_of + tl.arange(0, LEAVES))
     slots = slots_of(leaves)
-    is_leaf = tl.reshape(tl.broadcast_to((leaves >= 0)[:, None], [TOP, FANOUT]), [TOP * FANOUT])
+    is_leaf = tl.reshape(tl.broadcast_to((leaves >= 0)[:, None], [LEAVES, FANOUT]), [LEAVES * FANOUT])
     is_row = is_leaf & is_seen(slots, low, last, high, capacity)
     back = last - slots
     offset = num_seen - 1 - tl.where(back < 0, back + capacity, back)
-    found = tl.load(scores_of + tl.arange(0, TOP * FANOUT))
-    order = (BEYOND_OFFSETS - tl.where(is_row, offset, 0)).to(tl.uint64)
+    found = tl.load(scores_of + tl.arange(0, LEAVES * FANOUT))
+    order = (tl.where(is_row, offset, 0) ^ BEYOND_OFFSETS).to(tl.uint64)
     both = tl.where(is_row, (_ordered(found, is_row).to(tl.uint64) << 32) | order, 0)
     hits = tl.topk(both.to(tl.int64, bitcast=True) ^ (-(1 << 63)), TOP) ^ (-(1 << 63))
     is_hit = (hits != 0) & (tl.arange(0, TOP) < top_k)
-    hit = tl.where(is_hit, BEYOND_OFFSETS - (hits & BEYOND_OFFSETS).to(tl.int32), -1)
+    hit = tl.where(is_hit, (hits & BEYOND_OFFSETS).to(tl.int32) ^ BEYOND_OFFSETS, -1)
     bits = ((hits >> 32) ^ 0x80000000).to(tl.int32)
     best = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     return hit, tl.where(is_hit, best, float("-inf"))
@@ -204,6 +208,7 @@ def finish_kernel(
     top_k,
     before,
     window,
+    LEAVES: tl.constexpr,
     TOP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
@@ -211,15 +216,17 @@ def finish_kernel(
 
     offsets: (Q, top_k) int32 from the first position that is seen, -1 for none; scores: (Q, top_k) float32, -inf there.
     bitmap: (R, num_supers * 16) int32; the bit of each offset that is within the window of a hit is set.
-    TOP: top_k, or the next power of two.
+    LEAVES: how many were chosen. TOP: top_k, or the next power of two.
     """
-    await_kernel_before(IS_CHAINED)
     kept = tl.program_id(0).to(tl.int64)
     query = kept + first_kept
     number = tl.load(query_rings + query)
     ring = rings + number * RING_COLUMNS
+    low, last, high = seen_slots(ring, capacity)
     num_seen = tl.load(ring + NUM_SEEN).to(tl.int32)
-    hit, best = hits_of(ring, chosen + kept * TOP, row_scores + kept * (TOP * FANOUT), capacity, top_k, TOP)
+    await_kernel_before(IS_CHAINED)
+    leaves_of, scores_of = chosen + kept * LEAVES, row_scores + kept * (LEAVES * FANOUT)
+    hit, best = hits_of(low, last, high, num_seen, leaves_of, scores_of, capacity, top_k, LEAVES, TOP)
     ranks, is_hit = tl.arange(0, TOP), hit >= 0
     tl.store(offsets + query * top_k + ranks, hit, ranks < top_k)
     tl.store(scores + query * top_k + ranks, best, ranks < top_k)

@@ -79,11 +79,14 @@ def test_every_number_of_hits(top_k: int, counts: tuple[int, ...]) -> None:
     check(slab, asked(slab, counts, top_k=top_k), options, ExactIndex())
 
 
+@pytest.mark.parametrize("first_pass", [FirstPass.ROWS, FirstPass.INT4], ids=lambda kind: kind.value)
 @pytest.mark.parametrize("arrays", [(), (KEY,), ("value", KEY)])
 @pytest.mark.parametrize("num_sequences", [1, 2, 64, 65])
-def test_one_query_of_each_of_few_rings_or_more(num_sequences: int, arrays: tuple[str, ...]) -> None:
+def test_one_query_of_each_of_few_rings_or_more(
+    num_sequences: int, arrays: tuple[str, ...], first_pass: FirstPass
+) -> None:
     """Up to 128 rings one kernel makes the reply, whose programs tell one another where they begin, step after step."""
-    slab, index = filled(max_sequences=num_sequences, capacity=90), ExactIndex()
+    slab, index = filled(max_sequences=num_sequences, capacity=90, first_pass=first_pass), ExactIndex()
     options = RetrieveOptions(top_k=16, window_before=1, window_after=1, arrays=arrays)
     for number in range(20):
         ends = np.random.default_rng(number).integers(0, 500, num_sequences)
@@ -196,7 +199,7 @@ CODED = [FirstPass.INT8, FirstPass.INT4, FirstPass.INT2]
 
 @pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)
 @pytest.mark.parametrize("first_pass", CODED, ids=lambda kind: kind.value)
-@pytest.mark.parametrize("dim", [48, 64, 512, 1040, 2048])
+@pytest.mark.parametrize("dim", [48, 64, 128, 256, 512, 1040, 2048])
 def test_what_codes_nominate_is_scored_by_its_row(metric: Metric, first_pass: FirstPass, dim: int) -> None:
     """So few rows that all are nominated: what is found is what is found without codes."""
     exact = filled(dim=dim, metric=metric)

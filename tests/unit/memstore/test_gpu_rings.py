@@ -48,9 +48,30 @@ def test_rings_stand_in_the_order_of_the_reply_and_blocks_in_that_of_the_queries
         assert block[: Ring.BEGIN].tolist() == of.rings[block[Block.RING], : Ring.BEGIN].tolist()
 
 
-def test_a_batch_without_queries_has_no_blocks() -> None:
-    sizes, flat = tables(Slab(SPEC, torch.device("cpu")), batch((0, 0)), np.array([[0, 1], [2, 3]]), block=16)
-    assert sizes == (4, 0, 0)
+@pytest.mark.parametrize(("count", "block"), [(1, 16), (5, 2), (4, 2), (300, 256)])
+def test_rings_with_equally_many_queries(count: int, block: int) -> None:
+    slab = Slab(SPEC, torch.device("cpu"))
+    groups = np.array([[5, 0, 3], [1, 2, 4]])
+    sizes, flat = tables(slab, batch((count,) * 3), groups, block)
+    of = sizes.split(torch.from_numpy(flat))
+    order, before = [5, 0, 3, 1, 2, 4], list(range(0, count, block))
+    assert sizes == (6, 6 * len(before), 6 * count)
+    assert of.query_rings.tolist() == [ring for ring in order for _ in range(count)]
+    assert of.blocks[:, Block.RING].tolist() == [ring for ring in order for _ in before]
+    assert of.blocks[:, Block.FIRST_QUERY].tolist() == [at * count + first for at in range(6) for first in before]
+    assert of.blocks[:, Block.NUM_QUERIES].tolist() == [count - first for first in before] * 6
+    first_cells = slab.first_cells((1, 0), (3, 0, 2)).reshape(-1)
+    for at, ring in enumerate(order):
+        assert of.rings[ring].tolist() == [first_cells[at], *[(0, 0, 0), (49, 100, 50), (19, 10, 10)][at % 3]]
+    for row in of.blocks:
+        assert row[: Ring.BEGIN].tolist() == of.rings[row[Block.RING], : Ring.BEGIN].tolist()
+
+
+@pytest.mark.parametrize("counts", [(0, 0), ()])
+def test_a_batch_without_queries_has_no_blocks(counts: tuple[int, ...]) -> None:
+    groups = np.arange(2 * len(counts)).reshape(2, -1)
+    sizes, flat = tables(Slab(SPEC, torch.device("cpu")), batch(counts), groups, block=16)
+    assert sizes == (groups.size, 0, 0)
     assert len(flat) == sizes.size
 
 

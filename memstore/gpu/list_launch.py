@@ -1,0 +1,153 @@
+"""The search of inverted lists as kernel launches: lists chosen by their centres, their rows, and what is scanned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from memstore.gpu import launch
+from memstore.gpu.kernels.lists import finish_lists_kernel, score_lists_kernel
+from memstore.gpu.rings import FANOUT, Ring
+from memstore.types import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memstore.gpu.launch import Asked, Found
+    from memstore.gpu.listing import ListShape
+    from memstore.slab import Slab
+
+METRICS = {Metric.INNER_PRODUCT: 0, Metric.L2: 1, Metric.COSINE: 2}
+"""As kernels know them."""
+
+SCRATCH_BYTES = 1 << 30
+"""What the scores of rows in lists may take, or those of one query where they are more."""
+
+FEW_QUERIES = 16
+"""Up to so many, rows of a list are read 16 at a time, else 32."""
+
+MANY_LEAVES = 2048
+"""Of a query, from which on twice as many threads look for the best."""
+
+MOST_DIMS = 256
+"""Of a row, that are read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListStore:
+    """Lists of all places. centres: a slab of rings of lists; rows: (its cells, width) int32, see listing.py."""
+
+    shape: ListShape
+    centres: Slab
+    rows: torch.Tensor
+
+
+def search(
+    slab: Slab, store: ListStore, asked: Asked, lists: Asked, scanned: Sequence[Asked], found: Found
+) -> torch.Tensor:
+    """Fills `found`; gives (1,) int32: queries with fewer hits than there are rows to be seen.
+
+    lists: the search for the centres; scanned: the searches of what is in no list.
+    """
+    chosen = launch.found_for(lists)
+    launch.search(store.centres, lists, chosen)
+    others = [_scanned(slab, asked, other) for other in scanned]
+    num_short = torch.zeros(1, dtype=torch.int32, device=slab.device)
+    each = store.shape.num_chosen * store.shape.width * 4 * (FANOUT + 1) // FANOUT
+    step = max(SCRATCH_BYTES // each, 1)
+    for first in range(0, asked.sizes.num_queries, step):
+        piece = slice(first, min(first + step, asked.sizes.num_queries))
+        _finish(slab, store, asked, (lists, chosen), piece, _joined(others), (found, num_short))
+    return num_short
+
+
+@lru_cache(maxsize=16)
+def _chained(device: torch.device) -> dict[str, bool]:
+    """Kernels are begun while the one before them ends, where the GPU can do that: from Hopper on."""
+    is_able = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"IS_CHAINED": is_able, "launch_pdl": is_able}
+
+
+def _scanned(slab: Slab, asked: Asked, other: Asked) -> Found:
+    """Hits among positions that are scanned, their offsets from the first position that the batch sees."""
+    found = launch.found_for(other)
+    launch.search(slab, other, found)
+    apart = other.tables.rings[:, Ring.BEGIN] - asked.tables.rings[:, Ring.BEGIN]
+    offsets = found.offsets + apart.int()[asked.tables.query_rings][:, None]
+    return found._replace(offsets=torch.where(found.offsets < 0, -1, offsets))
+
+
+def _joined(some: Sequence[Found]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """All hits of each query."""
+    if len(some) < 2:
+        return (some[0].offsets, some[0].scores) if some else None
+    return torch.cat([found.offsets for found in some], 1), torch.cat([found.scores for found in some], 1)
+
+
+def _finish(
+    slab: Slab,
+    store: ListStore,
+    asked: Asked,
+    chosen: tuple[Asked, Found],
+    piece: slice,
+    others: tuple[torch.Tensor, torch.Tensor] | None,
+    into: tuple[Found, torch.Tensor],
+) -> None:
+    """The hits of some queries."""
+    shape, num_queries = store.shape, piece.stop - piece.start
+    found, num_short = into
+    leaves = shape.num_chosen * shape.width // FANOUT
+    scores = torch.empty((num_queries, leaves * FANOUT), device=slab.device)
+    maxima = torch.empty((num_queries, leaves), device=slab.device)
+    lists = (asked.tables.rings, asked.tables.query_rings, chosen[0].tables.rings, chosen[1].offsets, store.rows)
+    counts = (store.centres.capacity, shape.num_together, shape.span)
+    score_lists_kernel[(num_queries, shape.num_chosen)](
+        asked.queries,
+        slab.keys,
+        scores if slab.norms is None else slab.norms,
+        *lists,
+        scores,
+        maxima,
+        *counts,
+        slab.capacity,
+        shape.num_chosen,
+        piece.start,
+        DIM=slab.dim,
+        METRIC=METRICS[slab.metric],
+        WIDTH=shape.width,
+        BLOCK_N=16 if asked.sizes.num_queries <= FEW_QUERIES else 32,
+        BLOCK_D=min(MOST_DIMS, max(triton.next_power_of_2(slab.dim), 16)),
+        num_warps=4,
+        **_chained(slab.device),
+    )
+    top = max(triton.next_power_of_2(asked.top_k), 2)
+    num_others = 0 if others is None else others[0].shape[1]
+    finish_lists_kernel[(num_queries,)](
+        *lists,
+        scores,
+        maxima,
+        torch.empty((num_queries, top), dtype=torch.int32, device=slab.device),
+        *((found.offsets, found.scores) if others is None else others),
+        found.offsets,
+        found.scores,
+        found.bitmap,
+        num_short,
+        *counts,
+        shape.num_chosen,
+        num_others,
+        found.bitmap.shape[1],
+        piece.start,
+        asked.top_k,
+        asked.window_before,
+        asked.window,
+        WIDTH=shape.width,
+        LEAVES=max(triton.next_power_of_2(leaves), top),
+        OTHERS=max(triton.next_power_of_2(num_others), top) if num_others else 0,
+        TOP=top,
+        num_warps=8 if leaves > MANY_LEAVES else 4,
+        **_chained(slab.device),
+    )

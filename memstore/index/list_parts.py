@@ -1,0 +1,103 @@
+"""Parts on a GPU: inverted lists, learnt by k-means in torch, piece by piece, so that others get their turn.
+
+Nothing of them is FAISS's, whose lists take memory of the device one by one and give it back so, each time waiting for
+all that is under way there.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from memstore.gpu.listing import listed
+from memstore.index.clustering import centres, nearest_centres, pieces
+from memstore.index.settings import SAMPLES_A_CENTRE, list_shape
+from memstore.types import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from memstore.gpu.listing import Lists, ListShape
+    from memstore.index.generation import RowSource
+    from memstore.types import MemorySpec
+
+CLUSTERING_ROUNDS = 10
+"""After so many rounds of k-means the lists hardly change."""
+
+
+class ListBuilder:
+    """See PartBuilder; its parts are Lists, which a ListRetriever searches. On any device."""
+
+    can_mask = True
+
+    def __init__(self, spec: MemorySpec, device: torch.device) -> None:
+        self._shape = list_shape(spec)
+        self._dim = spec.dim
+        self._device = device
+        self._is_l2 = spec.metric is Metric.L2
+        self._stream: torch.cuda.Stream | None = None
+
+    def candidates(self, top_k: int) -> int:
+        """Rows are scored as they are."""
+        return top_k
+
+    def prepare(self) -> None:
+        """Builds lists of random rows, so that every kernel is loaded and the working memory is there."""
+        self.build(_Random(self._device, self._dim, self._shape), lambda: None)
+
+    def build(self, rows: RowSource, check: Callable[[], None]) -> Lists:
+        """On a stream of its own, which is never far ahead of the device."""
+        shape = self._shape
+
+        def wait() -> None:
+            if self._stream is not None:
+                self._stream.synchronize()
+            check()
+
+        with self._on_stream(), torch.no_grad():
+            num = min(shape.num_centres, len(rows))
+            found = centres(rows.sample(num * SAMPLES_A_CENTRE)[None], num, CLUSTERING_ROUNDS, self._is_l2, wait)
+            assigned = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+            first = 0
+            for chunk in rows.chunks():
+                for some in pieces(chunk[None], num):
+                    wait()
+                    assigned[first : first + some.shape[1]] = nearest_centres(some, found, self._is_l2)[0]
+                    first += some.shape[1]
+            wait()
+            lists = listed(found[0], assigned, rows.first % shape.span, shape)
+            wait()
+            return lists
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """Of the lowest priority there is; the same one always, as torch keeps memory for each."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device, priority=0)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._stream)
+
+
+class _Random:
+    """Rows for a first build, of which nothing is kept."""
+
+    first = 0
+
+    def __init__(self, device: torch.device, dim: int, shape: ListShape) -> None:
+        self._rows = torch.randn(min(shape.span, 4 * shape.num_centres), dim, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # they are read on another stream
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sample(self, num: int) -> torch.Tensor:
+        """The first ones."""
+        return self._rows[:num]
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """All at once."""
+        yield self._rows
