@@ -4,7 +4,8 @@ The model is Llama-shaped, with a billion parameters on a GPU and a toy's on the
 time that counts. Its sequences have full memories. Each token of each sequence is looked up at the retrieval layer,
 while the layers up to the cache attention run. Two forms are measured: the default one, where all layers above the
 retrieval layer attend, and one where a single layer attends and half of the model lies between it and the retrieval.
-The bare model, the model with a memory in its process, and with that of a server on this host come in turn.
+The bare model and the model with a memory, in its process and then of a server on this host, come in turn; shares are
+medians over the rounds. What a loop of passes records at its beginning is done before the time is taken.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -25,11 +27,6 @@ from integration.config import DTYPES
 from integration.demo.server import running_server
 from model_client import MemoryClient
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from integration.attach import AttachedMemory
-
 BARE = "no memory"
 LEAST_SHARE = 0.97
 TIMEOUT_S = 60.0
@@ -38,12 +35,15 @@ APPENDED_ROWS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The model, as LlamaConfig calls its parts; sequences, live rows of each; tokens before the timed, and those."""
+    """The model, as LlamaConfig calls its parts; sequences, live rows of each; the prompt; tokens that are timed, and
+    those before them, in which what is recorded for a loop is recorded.
+    """
 
     model: dict[str, int]
     num_sequences: int
     capacity: int
     prompt: int
+    num_first: int
     num_tokens: int
     rounds: int
 
@@ -65,8 +65,9 @@ BILLION = Size(
     num_sequences=8,
     capacity=65_536,
     prompt=64,
+    num_first=8,
     num_tokens=64,
-    rounds=7,
+    rounds=6,
 )
 TOY = Size(
     model={
@@ -81,6 +82,7 @@ TOY = Size(
     num_sequences=2,
     capacity=64,
     prompt=4,
+    num_first=4,
     num_tokens=4,
     rounds=2,
 )
@@ -95,13 +97,13 @@ class Decoding:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with torch.device(device):
             self.model = LlamaForCausalLM(config).to(dtype).eval()
-        self._size = size
+        self.size = size
         self._prompt = torch.randint(size.model["vocab_size"], (size.num_sequences, size.prompt), device=device)
         self.names = [f"s{number}" for number in range(size.num_sequences)]
 
     def config(self, name: str, **changes: Any) -> MemoryConfig:
         """Of a memory of the size that is measured."""
-        size = self._size
+        size = self.size
         shape = {"capacity": size.capacity, "max_sequences": size.num_sequences, "segment_length": size.num_tokens}
         return MemoryConfig.for_model(self.model, memory=name, **shape, **changes)
 
@@ -112,7 +114,7 @@ class Decoding:
         session = client.session(config.memory, self.names)
         for first in range(0, config.capacity, APPENDED_ROWS):
             num_rows = min(APPENDED_ROWS, config.capacity - first)
-            rows = torch.randn(len(self.names) * num_rows, config.dim, device=self.model.device)
+            rows = torch.randn(len(self.names) * num_rows, config.dim, device=self.model.device, dtype=torch.float16)
             session.append(rows, [num_rows] * len(self.names))
 
     @torch.inference_mode()
@@ -120,13 +122,14 @@ class Decoding:
         """Of a decode step: what a token of every sequence takes, in the mean."""
         cache = DynamicCache(config=self.model.config)
         token = self._next(self._prompt, cache)
-        token = self._next(token, cache)
-        self._await()
-        begun = time.perf_counter()
-        for _ in range(self._size.num_tokens):
+        for _ in range(self.size.num_first):
             token = self._next(token, cache)
         self._await()
-        return (time.perf_counter() - begun) / self._size.num_tokens
+        begun = time.perf_counter()
+        for _ in range(self.size.num_tokens):
+            token = self._next(token, cache)
+        self._await()
+        return (time.perf_counter() - begun) / self.size.num_tokens
 
     def _next(self, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -137,53 +140,42 @@ class Decoding:
             torch.cuda.synchronize(self.model.device)
 
 
-def measure(size: Size, device: torch.device, clients: dict[str, MemoryClient], report: Report) -> None:
-    """Adds the rows of one size. clients: of memories, by the names that they have in the report."""
-    decoding = Decoding(size, device)
+def measure(decoding: Decoding, clients: dict[str, MemoryClient], report: Report) -> None:
+    """Adds the rows of one model. clients: of memories, by the names that they have in the report."""
+    size = decoding.size
     depth = size.model["num_hidden_layers"]
     forms: dict[str, dict[str, Any]] = {
         "all layers above attend": {},
         "one layer attends": {"retrieval_layer": depth // 2 - 1, "attention_layers": (depth - 1,)},
     }
-    for form, changes in forms.items():
-        configs = {name: decoding.config(f"{name} {form}".replace(" ", "-"), **changes) for name in clients}
-        for name, config in configs.items():
-            decoding.fill(clients[name], config)
-        seconds, read = _in_turn(decoding, clients, configs, size.rounds)
-        _add(f"{size}, {form}", seconds, read, report)
-        for name, config in configs.items():
-            clients[name].drop_memory(config.memory)
+    for name, client in clients.items():
+        memory = name.replace(" ", "-")
+        decoding.fill(client, decoding.config(memory))
+        for form, changes in forms.items():
+            pairs, share = _in_turn(decoding, client, decoding.config(memory, **changes))
+            _add(f"{size}, {form}", name, pairs, share, report)
+        client.drop_memory(memory)
 
 
-def _in_turn(
-    decoding: Decoding, clients: dict[str, MemoryClient], configs: dict[str, MemoryConfig], rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of a token without memory and with each, and the share of forwards that had their rows."""
-    times: dict[str, list[float]] = {name: [] for name in (BARE, *clients)}
-    forwards: dict[str, list[int]] = {name: [0, 0] for name in clients}
-    for number in range(rounds + 1):  # the first one warms up
-        for name, seconds in times.items():
-            held: AbstractContextManager[AttachedMemory | None] = nullcontext()
-            if name != BARE:
-                held = attach(decoding.model, clients[name], configs[name], sequences=decoding.names)
-            with held as memory:
-                taken = decoding.seconds_a_token()
-            if number:
-                seconds.append(taken)
-                if memory is not None:
-                    forwards[name][0] += memory.stats.steps_with_memory
-                    forwards[name][1] += memory.stats.steps_without_memory
-    shares = {name: with_rows / max(with_rows + without, 1) for name, (with_rows, without) in forwards.items()}
-    return {name: statistics.median(values) for name, values in times.items()}, shares
+def _in_turn(decoding: Decoding, client: MemoryClient, config: MemoryConfig) -> tuple[list[tuple[float, float]], float]:
+    """Seconds of a token without memory and with it, round by round; the share of forwards that had their rows."""
+    pairs, forwards = [], [0, 0]
+    for _ in range(decoding.size.rounds + 1):  # the first one warms up
+        bare = decoding.seconds_a_token()
+        with attach(decoding.model, client, config, sequences=decoding.names) as memory:
+            pairs.append((bare, decoding.seconds_a_token()))
+        forwards[0] += memory.stats.steps_with_memory
+        forwards[1] += memory.stats.steps_without_memory
+    return pairs[1:], forwards[0] / max(sum(forwards), 1)
 
 
-def _add(case: str, seconds: dict[str, float], read: dict[str, float], report: Report) -> None:
-    report.add(case, f"step, {BARE}", seconds[BARE] * 1e3, "ms")
-    for name, share in read.items():
-        report.add(case, f"step, {name}", seconds[name] * 1e3, "ms")
-        report.add(case, f"forwards with their rows, {name}", share, "ratio", better="higher")
-        ratio = seconds[BARE] / seconds[name]
-        report.add(case, f"tokens/s / {BARE}, {name}", ratio, "ratio", goal=LEAST_SHARE, better="higher")
+def _add(case: str, name: str, pairs: list[tuple[float, float]], share: float, report: Report) -> None:
+    bare, own = (statistics.median(times) for times in zip(*pairs, strict=True))
+    report.add(case, f"step, {BARE}, beside {name}", bare * 1e3, "ms")
+    report.add(case, f"step, {name}", own * 1e3, "ms")
+    report.add(case, f"forwards with their rows, {name}", share, "ratio", better="higher")
+    ratio = statistics.median(without / with_it for without, with_it in pairs)
+    report.add(case, f"tokens/s / {BARE}, {name}", ratio, "ratio", goal=LEAST_SHARE, better="higher")
 
 
 def main() -> None:
@@ -193,12 +185,15 @@ def main() -> None:
     options = parser.parse_args()
     is_large = torch.cuda.is_available() and not options.quick
     report, device = Report("gpu-decode"), torch.device("cuda" if is_large else "cpu")
-    with (
-        running_server() as target,
-        MemoryClient(timeout_s=TIMEOUT_S, device=device.type) as local,
-        MemoryClient(target, timeout_s=TIMEOUT_S) as remote,
-    ):
-        measure(BILLION if is_large else TOY, device, {"in process": local, "server": remote}, report)
+    with ExitStack() as held, ThreadPoolExecutor(1) as aside:
+        starting = aside.submit(held.enter_context, running_server())  # takes as long as all up to the first figures
+        decoding = Decoding(BILLION if is_large else TOY, device)
+        with MemoryClient(timeout_s=TIMEOUT_S, device=device.type) as local:
+            measure(decoding, {"in process": local}, report)
+        if is_large:
+            print(report.write(), flush=True)
+        with MemoryClient(starting.result(), timeout_s=TIMEOUT_S) as remote:
+            measure(decoding, {"server": remote}, report)
     if is_large:
         print(report.write())
 

@@ -6,18 +6,19 @@ import contextlib
 import inspect
 import time
 import uuid
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import torch
-from torch.nn import functional
 
 from integration.cache_watch import CacheWatch
+from integration.carries import Carries
 from integration.families import find_decoder
 from integration.forward import Answer, Forward
 from integration.held import HeldRows, RowBatch
 from integration.layout import TokenLayout
+from integration.loops import DecodeLoops, Passing
 from integration.recomputing import PendingForwards
 from integration.store import HIDDEN, MemoryLink
 from integration.trace import MemoryStats, ReadTrace
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from integration.config import MemoryConfig
     from integration.families import Decoder
     from model_client import MemoryClient
-    from model_client.cache_attention import Carry
 
 _attached: WeakSet[nn.Module] = WeakSet()
 
@@ -89,13 +89,14 @@ class AttachedMemory:
         self._names: tuple[str, ...] = ()
         self._is_new: list[bool] = []
         self._sources: tuple[str, ...] | None = None
-        self._carries: dict[tuple[str, ...], Carry] = {}
+        self._carries = Carries()
         self._held = HeldRows()
         self._watch = CacheWatch()
-        self._last: Forward | None = None
+        self._passing = Passing(config, self.weights, self._held, self._watch, self._carries, self.stats)
         self._forward: Forward | None = None
         self._is_passing = False
         self._pending = PendingForwards()
+        self._loops = DecodeLoops(self._passing, self._decoder, partial(self._send_held, is_fresh=False))
         self._handles: list[Any] = []
         if sequences is not None:
             self._rename(tuple(sequences), is_new=False)
@@ -128,6 +129,7 @@ class AttachedMemory:
         self._forward = None
         if kind is None:
             self.flush()
+        self._loops.close()
         if self._own_names and self._link is not None:
             self._link.release(tuple(sorted(self._own_names)))
 
@@ -152,15 +154,16 @@ class AttachedMemory:
         chosen = range(len(self._names)) if rows is None else rows
         for row in chosen:
             self._is_new[row] = True
-        self._forget_carries(chosen)
+        self._carries.forget_rows(self._names, chosen)
 
     def flush(self) -> None:
         """Appends what waits beside the key-value cache, and waits until it is done."""
         if self._link is not None:
+            self._loops.leave()
             cache = self._watch.cache
             self._follow_crop(self._watch.cropped(cache))
             self._watch.note(cache)
-            self._last = None
+            self._passing.last = None
             while any(self._held.counts):
                 limit = self.config.segment_length
                 self._append_held(self._link, tuple(min(count, limit) for count in self._held.counts))
@@ -191,10 +194,15 @@ class AttachedMemory:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes what the pass is, and sends off what has left the key-value cache."""
         self._forward, self._is_passing = None, True
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
+        if self._loops.loop is not None:
+            is_apart = not self.enabled or self.is_tracing or self._sources is not None
+            if not is_apart and self._loops.goes_on(module, given, keeps=not self.read_only):
+                return
+            self._loops.leave()
         if not self.enabled:
             self._watch.note(None)
             return
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
         states = given.get("input_ids") if given.get("inputs_embeds") is None else given.get("inputs_embeds")
         if states is None:
             return
@@ -203,27 +211,31 @@ class AttachedMemory:
         past, use_cache = given.get("past_key_values"), given.get("use_cache")
         self._follow(past)
         wants_cache = (self._decoder.is_cache_default if use_cache is None else use_cache) and not module.training
-        is_training = torch.is_grad_enabled() and self.weights.training
         self._forward = Forward(
             layout=TokenLayout.of(batch, length, given.get("attention_mask")),
             is_cached=past is not None or bool(wants_cache),
             is_fresh=past is None or int(past.get_seq_length()) == 0,
-            is_training=is_training,
+            is_training=torch.is_grad_enabled() and self.weights.training,
             recomputes=self._decoder.recomputes,
         )
-        if self._is_appending and self._link is not None:
-            self._send_held(self._link, self._forward.is_fresh)
+        if self._is_appending:
+            self._send_held(self._forward.is_fresh)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Lets go of the pass, unless the backward pass will run its layers again."""
         forward, self._forward, self._is_passing = self._forward, None, False
+        cache = getattr(output, "past_key_values", None)
+        if self._loops.passing is not None and not self._loops.end(cache):
+            self._watch.note(cache)
         if forward is None:
             return
         is_candidate = forward.is_cached and not forward.is_fresh and max(forward.layout.counts) > 1
-        self._watch.note(getattr(output, "past_key_values", None), is_held=is_candidate)
-        self._last = forward if forward.is_cached else None
+        self._watch.note(cache, is_held=is_candidate)
+        self._passing.last = forward if forward.is_cached else None
         if forward.recomputes:
             self._pending.add(forward, output)
+        if self._link is not None and self._sources is None and not self.is_tracing and not any(self._is_new):
+            self._loops.enter(forward, self._link, self._names, keeps=self._is_appending)
 
     def _pass_of(self, given: dict[str, Any]) -> Forward | None:
         """The pass that an attention runs for, first or again."""
@@ -242,14 +254,14 @@ class AttachedMemory:
                 "use one beam, or set `enabled = False`"
             )
         self._follow_crop(self._watch.cropped(past))
-        self._last = None
+        self._passing.last = None
 
     def _follow_crop(self, cropped: int) -> None:
         """Takes back the last tokens of the last pass."""
         if not cropped:
             return
-        counts = () if self._last is None else self._last.layout.counts
-        if self._last is None or cropped > min(counts):
+        counts = () if self._passing.last is None else self._passing.last.layout.counts
+        if self._passing.last is None or cropped > min(counts):
             raise AttachError(
                 f"{cropped} tokens were cropped from the key-value cache, but the memory takes back at most those of "
                 "the last pass, and before a flush; set `enabled = False`, or begin with another cache"
@@ -257,7 +269,7 @@ class AttachedMemory:
         unwanted = (cropped,) * len(counts)
         if self._is_appending:
             self._held.drop_last(unwanted)
-        self._restore_carry(self._last, unwanted)
+        self._carries.take_back(self._sources or self._names, self._passing.last, unwanted, self.config.context)
 
     @property
     def _is_appending(self) -> bool:
@@ -265,10 +277,14 @@ class AttachedMemory:
 
     def _look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins the retrieval for the states that enter the retrieval layer."""
-        forward, link = self._forward, self._link
+        states, link = args[0] if args else kwargs["hidden_states"], self._link
+        if self._loops.passing is not None:
+            if self._loops.start(states):
+                return
+            self._forward = DecodeLoops.pass_of(len(self._names))
+        forward = self._forward
         if forward is None or forward.is_started or link is None:
             return
-        states = args[0] if args else kwargs["hidden_states"]
         hidden = forward.layout.pack(states.detach())
         with torch.no_grad():
             keys = self.weights.projection(hidden)
@@ -294,6 +310,12 @@ class AttachedMemory:
         is_last = layer == self.config.attention_layers[-1]
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            loop = self._loops.passing
+            if loop is not None:
+                states = args[0] if args else kwargs["hidden_states"]
+                if isinstance(output, tuple):
+                    return (loop.read(layer, states, output[0]), *output[1:])
+                return loop.read(layer, states, output)
             forward = self._pass_of(kwargs)
             if forward is None or not forward.is_started:
                 return None
@@ -304,9 +326,9 @@ class AttachedMemory:
             if retrieved is None:
                 return None
             states = forward.layout.pack(args[0] if args else kwargs["hidden_states"])
-            if self.is_tracing and is_last:
+            if self.is_tracing and is_last and forward.answer is not None:
                 added, mass = attention.forward_with_mass(states, retrieved)
-                self.last_trace = _trace(forward.answer, forward.layout.counts, mass)
+                self.last_trace = ReadTrace.of(forward.answer, forward.layout.counts, mass)
             else:
                 added = attention(states, retrieved)
             cells = forward.layout.unpack(added)
@@ -319,7 +341,7 @@ class AttachedMemory:
             return
         forward.is_answered = True
         key = self._sources or self._names
-        carry = None if forward.is_training else self._carries.pop(key, None)
+        carry = None if forward.is_training else self._carries.pop(key)
         found = self._link.finish(forward.call, forward.until) if self._link and forward.call else None
         self.last_trace = None
         num_appended = sum(forward.layout.counts) if forward.is_appending else 0
@@ -336,24 +358,17 @@ class AttachedMemory:
             self._carries[key] = forward.answer.carry
             forward.found, forward.carry = (found.hits, carry) if forward.is_cached else (None, None)
 
-    def _restore_carry(self, forward: Forward, unwanted: tuple[int, ...]) -> None:
-        """Makes the carry what it would be had the last tokens of a pass not been."""
-        key = self._sources or self._names
-        self._carries.pop(key, None)
-        carry = forward.carry_without(unwanted, self.config.context)
-        if carry is not None:
-            self._carries[key] = carry
-
     def _array(self, forward: Forward) -> str:
         return HIDDEN if forward.is_training and self.config.training_payload else "key"
 
-    def _send_held(self, link: MemoryLink, is_fresh: bool) -> None:
+    def _send_held(self, is_fresh: bool) -> MemoryLink | None:
         """Appends what the key-value cache no longer holds, and whole segments of what it holds too long."""
-        length = self.config.segment_length
-        while any(count >= length for count in self._held.counts):
+        link, length = self._link, self.config.segment_length
+        while link is not None and any(count >= length for count in self._held.counts):
             self._append_held(link, tuple(length if count >= length else 0 for count in self._held.counts))
-        if is_fresh and any(self._held.counts):
+        if link is not None and is_fresh and any(self._held.counts):
             self._append_held(link, self._held.counts)
+        return link
 
     def _append_held(self, link: MemoryLink, counts: tuple[int, ...]) -> None:
         link.append(self._names, self._held.take(counts), self._is_new)
@@ -381,20 +396,5 @@ class AttachedMemory:
             )
         self._names = names
         self._is_new = [is_new] * len(names)
-        self._carries = {}
-
-    def _forget_carries(self, rows: Sequence[int]) -> None:
-        own = self._carries.get(self._names)
-        self._carries = {}
-        if own is not None:
-            entries = own.entries.clone()
-            entries[list(rows)] = -1
-            self._carries[self._names] = replace(own, entries=entries)
-
-
-def _trace(answer: Answer | None, counts: tuple[int, ...], mass: torch.Tensor) -> ReadTrace | None:
-    if answer is None:
-        return None
-    padded = functional.pad(answer.positions, (1, 0), value=-1)
-    positions = padded[(answer.entries + 1).long()]
-    return ReadTrace(counts=counts, positions=positions.cpu(), mass=mass.detach().float().cpu())
+        self._carries.clear()
+        self._loops.close()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from integration.held import RowBatch
     from integration.trace import MemoryStats
     from model_client import MemoryClient, PendingStep, Session, StepResult
+    from model_client.standing import StandingStep
 
 HIDDEN = "hidden"
 """Name of the payload array with whole hidden states."""
@@ -67,10 +68,21 @@ class MemoryLink:
         start_of_sequence: Sequence[bool],
     ) -> PendingStep | None:
         """Begins a step of these sequences; None where that failed. array: "key" or "hidden", what shall come back."""
-        config = self._config
-        wanted = Retrieval(top_k=config.top_k, before=config.before, after=config.after, arrays=(array,), scores=False)
         self.settle()
-        return self._begin(names, rows, wanted, append, start_of_sequence)
+        return self._begin(names, rows, self._wanted(array), append, start_of_sequence)
+
+    def stand(self, names: tuple[str, ...], keys: torch.Tensor) -> StandingStep | None:
+        """What `start` finds for one token of each sequence, to be asked again and again; None where that cannot be.
+
+        keys: (S, dim), as those to come.
+        """
+        if not self._is_ready:
+            return None
+        try:
+            return self._session(names).stand(keys, self._wanted("key"), self._config.deadline_s)
+        except MemstoreClientError as error:
+            self._note(error)
+            return None
 
     def append(self, names: tuple[str, ...], rows: RowBatch, start_of_sequence: Sequence[bool]) -> None:
         """Appends in the background, at most MAX_APPENDS at once."""
@@ -134,6 +146,10 @@ class MemoryLink:
             return None
         finally:
             self._stats.waited_s += time.perf_counter() - begin
+
+    def _wanted(self, array: str) -> Retrieval:
+        config = self._config
+        return Retrieval(top_k=config.top_k, before=config.before, after=config.after, arrays=(array,), scores=False)
 
     def _settle_one(self) -> None:
         call, num_rows = self._appends.popleft()

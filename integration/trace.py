@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+from torch.nn import functional
 
 if TYPE_CHECKING:
     import torch
+
+    from integration.forward import Answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,13 @@ class ReadTrace:
     counts: tuple[int, ...]
     positions: torch.Tensor
     mass: torch.Tensor
+
+    @classmethod
+    def of(cls, answer: Answer, counts: tuple[int, ...], mass: torch.Tensor) -> Self:
+        """What a pass has read of an answer. mass: on any device."""
+        padded = functional.pad(answer.positions, (1, 0), value=-1)
+        positions = padded[(answer.entries + 1).long()]
+        return cls(counts=counts, positions=positions.cpu(), mass=mass.detach().float().cpu())
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from memstore.config import ConfigError
 from memstore.errors import DeviceMemoryFull, Expired, Internal, MemstoreError, NotReady, Overloaded
 from memstore.joining import Group
 from memstore.logs import trouble
+from memstore.standing import Guests
 from memstore.turns import SERVER, Turns
 from memstore.types import NO_ROOM
 
@@ -164,6 +165,8 @@ class DeviceWorker:
         """has_thread: False where somebody else's thread calls `serve`, one at a time."""
         self.device = device
         self.admission = admission
+        self.guests = Guests()
+        """Who reads the device while its thread is at rest."""
         self.is_sick = False
         self.on_sick: Callable[[], None] = _nobody
         self._clock = clock
@@ -196,6 +199,7 @@ class DeviceWorker:
             self._arrived.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        self.guests.close()
 
     def serve(self, *, waits: bool = True) -> bool:
         """Serves one turn, waiting for the first job where it shall; False where there was none, or none will come."""
@@ -205,7 +209,12 @@ class DeviceWorker:
                 self._arrived.wait()
             jobs = self._turns.take(self._clock.monotonic())
         self._num_begun = 0
-        self._serve(jobs)
+        if jobs:
+            self.guests.begin_turn()
+            try:
+                self._serve(jobs)
+            finally:
+                self.guests.release()
         return bool(jobs)
 
     def _enqueue(self, job: Job[T], lane: str) -> Future[T]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.capacity import capacity_of
 from memstore.catalog import NoCatalog
 from memstore.device import DeviceWorker, device_of
+from memstore.errors import MemstoreError
 from memstore.expirer import Expirer
 from memstore.plane import ProcessPlane
 from memstore.registry import Registry
 from memstore.seams import SystemClock
-from memstore.service import Caller, Service
+from memstore.service import Caller, Service, stand_job
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from google.protobuf.message import Message
+
+    from memstore.standing import Standing
+    from memstore.v1 import memstore_pb2 as pb
 
 TENANT = "default"
 
@@ -48,6 +51,22 @@ class Embedded:
         """
         deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
         return self._service.call(method, request, Caller(tenant=TENANT, plane=self.plane, deadline=deadline))
+
+    def stand(self, request: pb.StepRequest, timeout_s: float) -> Future[Standing | None]:
+        """A step that only retrieves, to be run again and again by the caller; None where that cannot be.
+
+        The future fails as that of `call`.
+        """
+        caller = Caller(tenant=TENANT, plane=self.plane, deadline=self._clock.monotonic() + timeout_s)
+        future: Future[Standing | None]
+        try:
+            engine = self._registry.find(TENANT, request.memory).engine
+            future = self._worker.submit(stand_job(request, caller, engine, self._worker.guests))
+        except MemstoreError as error:
+            future = Future()
+            future.set_exception(error)
+        future.add_done_callback(lambda _: self.plane.discard(request))
+        return future
 
     def close(self) -> None:
         """Answers what is queued, then frees every memory. May be called twice."""

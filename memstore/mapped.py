@@ -19,7 +19,7 @@ from memstore.memory import Memory
 from memstore.region import can_share, map_region
 from memstore.seams import SystemClock, new_epoch
 from memstore.sequence import Sequence
-from memstore.service import Caller, reset_job, step_job
+from memstore.service import Caller, reset_job, stand_job, step_job
 from memstore.slab import Slab, bytes_needed
 from memstore.v1 import memstore_pb2 as pb
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from memstore.lender import LentState
     from memstore.plane import MixedPlane
+    from memstore.standing import Standing
     from memstore.types import Hits, MemorySpec, StepBatch, StepResult
 
 
@@ -77,6 +78,19 @@ class Mapped:
         caller = Caller(tenant=TENANT, plane=self._plane, deadline=self._clock.monotonic() + timeout_s)
         try:
             future = self._begin(request, caller)
+        except MemstoreError as error:
+            future = Future()
+            future.set_exception(error)
+        future.add_done_callback(lambda _: self._plane.discard(request))
+        return future
+
+    def stand(self, request: pb.StepRequest, timeout_s: float) -> Future[Standing | None]:
+        """See Embedded.stand."""
+        caller = Caller(tenant=TENANT, plane=self._plane, deadline=self._clock.monotonic() + timeout_s)
+        job = stand_job(request, caller, self._memory, self._worker.guests, lambda: self.is_held)
+        future: Future[Standing | None]
+        try:
+            future = self._worker.submit(job)
         except MemstoreError as error:
             future = Future()
             future.set_exception(error)

@@ -15,8 +15,9 @@ from memstore.journal import Volatile
 from memstore.ledger import Ledger, changes_of
 from memstore.lender import Lender
 from memstore.lifecycle import Lifecycle
-from memstore.planner import Planner, plans_of
+from memstore.planner import Planner, on_device, plans_of
 from memstore.refill import Refill
+from memstore.repeated import Repeated, Source
 from memstore.retrieval import retrieve
 from memstore.row_bytes import RowFormat
 from memstore.sequence import BatchPlan, plan_fork
@@ -154,6 +155,14 @@ class Memory:
                 self._tell_appended(change.sequence for change in changes if change.num_rows)
         self._table.publish(changed)
         return results
+
+    def repeat(self, batch: StepBatch) -> Repeated | None:
+        """What retrieves for this batch again and again; None where a retrieval changes something, or must be kept."""
+        if self.spec.durability is not Durability.VOLATILE or self.lifecycle.is_needed:
+            return None
+        check = self.lender.check_lives
+        source = Source(slab=self._slab, table=self._table, index=self._index, check_lives=check)
+        return Repeated.of(source, on_device(batch, self.device))
 
     def settle(self, answer: Callable[[ReadOnly | None], None]) -> None:
         """Calls `answer` once what was done and shown until now lasts as the memory promises; see Keeper."""

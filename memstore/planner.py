@@ -67,7 +67,7 @@ class Planner:
         )
         if batch.retrieve is not None:
             self._check_products(batch, parts)
-        plan = BatchPlan(batch=_on_device(batch, self._device), parts=parts)
+        plan = BatchPlan(batch=on_device(batch, self._device), parts=parts)
         if plan.num_new > num_free:
             self._lender.check_kept()
             raise QuotaExceeded(
@@ -92,7 +92,7 @@ def plans_of(outcomes: Sequence[BatchPlan | MemstoreError]) -> list[BatchPlan]:
     return [outcome for outcome in outcomes if isinstance(outcome, BatchPlan)]
 
 
-def _on_device(batch: StepBatch, device: torch.device) -> StepBatch:
+def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
     """The batch with its tensors on the device: they cross once, for the search and the append."""
     if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
         return batch

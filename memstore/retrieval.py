@@ -27,12 +27,13 @@ def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list
     options = plans[0].batch.retrieve if plans else None
     if options is None:
         return []
-    search = _search_batch(plans, options.top_k)
+    search = search_batch(plans, options.top_k)
     joined = index.retrieve(slab, search, options, _groups(plans, len(search.layers)))
     return _split(joined, plans)
 
 
-def _search_batch(plans: Sequence[BatchPlan], top_k: int) -> SearchBatch:
+def search_batch(plans: Sequence[BatchPlan], top_k: int) -> SearchBatch:
+    """What is searched for the plans, all of them together."""
     parts = [part for plan in plans for part in plan.parts]
     return SearchBatch(
         queries=joined_rows([plan.batch.keys for plan in plans]),

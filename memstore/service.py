@@ -14,6 +14,7 @@ from memstore.errors import InvalidRequest, MemstoreError, NotAllowed
 from memstore.futures import done, then
 from memstore.plane import tensor_bytes
 from memstore.sequence import REPLAY_WINDOW
+from memstore.standing import Standing
 from memstore.types import MemorySpec
 from memstore.v1 import memstore_pb2 as pb
 
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from memstore.memory import Memory
     from memstore.plane import Plane
     from memstore.registry import Registry
     from memstore.rooms import Loaded
+    from memstore.standing import Guests
 
 VERSION = "0.1.0"
 """As pyproject.toml has it; a test compares them."""
@@ -239,6 +242,21 @@ def reset_job(request: pb.ResetRequest, caller: Caller, engine: Resettable) -> C
     return CallJob(
         _ticket(request, caller), lambda: pb.ResetResponse(epochs=engine.reset(names, request.release)), engine
     )
+
+
+def stand_job(
+    request: pb.StepRequest, caller: Caller, memory: Memory, guests: Guests, is_held: Callable[[], bool] | None = None
+) -> CallJob[Standing | None]:
+    """What it has to do so that a step which only retrieves can be run again and again; None where that cannot be.
+
+    is_held: False once the memory is another process's again; None where it never is.
+    """
+
+    def stand() -> Standing | None:
+        repeated = memory.repeat(wire.decode_batch(request, memory.spec, caller.plane))
+        return None if repeated is None else Standing(guests, repeated, is_held)
+
+    return CallJob(_ticket(request, caller), stand)
 
 
 def _ticket(request: Message, caller: Caller) -> Ticket:

@@ -96,6 +96,19 @@ class RetrievedRows:
         return functional.embedding(entries + 1, padded, padding_idx=0)
 
 
+@dataclass(frozen=True, slots=True)
+class GatheredRows:
+    """The same, gathered beforehand. gathered: (N, E, d) floating, zero where `entries`, of its first axes, is -1."""
+
+    gathered: torch.Tensor
+    entries: torch.Tensor
+    queries: torch.Tensor | None = None
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All tokens at once."""
+        yield slice(0, len(self.gathered)), self.gathered.to(dtype)
+
+
 class CacheAttention(nn.Module):
     """Attention of a layer's tokens over retrieved rows, with projections of its own and no rotary embedding.
 
@@ -121,7 +134,7 @@ class CacheAttention(nn.Module):
         nn.init.normal_(self.v_proj.weight, std=sizes.dim**-0.5)
         nn.init.zeros_(self.o_proj.weight)
 
-    def forward(self, hidden_states: torch.Tensor, retrieved: RetrievedRows) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, retrieved: RetrievedRows | GatheredRows) -> torch.Tensor:
         """What the memory adds to the attention's output: (N, hidden_size) -> (N, hidden_size), in the same dtype."""
         return self._attend(hidden_states, retrieved, None)
 
@@ -134,7 +147,7 @@ class CacheAttention(nn.Module):
         return output, torch.cat(mass)
 
     def _attend(
-        self, hidden_states: torch.Tensor, retrieved: RetrievedRows, mass: list[torch.Tensor] | None
+        self, hidden_states: torch.Tensor, retrieved: RetrievedRows | GatheredRows, mass: list[torch.Tensor] | None
     ) -> torch.Tensor:
         folded = self._fold_queries(hidden_states, retrieved.queries)
         read: list[torch.Tensor] = []
@@ -166,12 +179,12 @@ class CacheAttention(nn.Module):
         sizes = self.sizes
         hits = logits.shape[-1] // (sizes.context * sizes.window)
         bias = self.slot_bias[:, :, None, :].expand(-1, -1, hits, -1).reshape(1, sizes.num_heads, -1)
-        logits = (logits.float() + bias.float()).masked_fill(empty, torch.finfo(torch.float32).min)
+        logits = torch.where(empty, torch.finfo(torch.float32).min, logits.float() + bias.float())
         if self.null_logit is None:
-            return torch.softmax(logits, dim=-1).masked_fill(empty, 0.0)
+            return torch.where(empty, 0.0, torch.softmax(logits, dim=-1))
         null = self.null_logit.float()[None, :, None].expand(len(logits), -1, 1)
         shares = torch.softmax(torch.cat([null, logits], dim=-1), dim=-1)[..., 1:]
-        return shares.masked_fill(empty, 0.0)
+        return torch.where(empty, 0.0, shares)
 
     def _unfold(self, read: torch.Tensor) -> torch.Tensor:
         """(N, heads, d) read rows -> (N, hidden_size), through the value and the output projection."""

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from memstore.v1 import memstore_pb2 as pb
 from model_client.core import Core, Running, drive
 from model_client.errors import InvalidRequest
+from model_client.standing import StandingStep
 from model_client.steps import SessionCore, StepCall
-from model_client.wire import Retrieval, StepResult, StepRows, wire_dtype
+from model_client.transport.base import StandingTransport
+from model_client.wire import Retrieval, StepResult, StepRows, step_request, wire_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -184,6 +186,21 @@ class Session(SessionBase):
     def append(self, keys: Tensor, counts: Sequence[int], **options: Unpack[StepOptions]) -> StepResult:
         """Appends `keys`; nothing is retrieved."""
         return self.step(keys, counts, retrieve=None, append=True, **options)
+
+    def stand(self, keys: Tensor, retrieve: Retrieval, deadline_s: float | None = None) -> StandingStep | None:
+        """What `retrieve` finds for one query of each sequence, for a loop that asks again and again.
+
+        None where the engine is not in this process, now or ever. keys: (S, dim), as an example of those to come, on
+        the memory's device. Waits for the engine. Raises MemstoreClientError.
+        """
+        transport = self._core.transport
+        if not isinstance(transport, StandingTransport) or self._core.breaker.is_open:
+            return None
+        rows = _checked_rows(keys, {}, len(self.sequences))
+        request = step_request(transport.plane, self.memory, rows, retrieve, False, "")
+        request.sequences.extend(pb.SequencePart(sequence=name, num_rows=1) for name in self.sequences)
+        standing = transport.stand(request, self._timeout_s if deadline_s is None else deadline_s)
+        return None if standing is None else StandingStep(self._core, transport, standing)
 
     def reset(self) -> None:
         """Empties every sequence of the session."""

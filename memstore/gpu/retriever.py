@@ -9,9 +9,10 @@ import torch
 
 from memstore.gpu import launch
 from memstore.gpu.coded import reads_codes
-from memstore.gpu.decode import DecodeGraphs, is_decode
+from memstore.gpu.decode import DecodeGraphs
 from memstore.gpu.launch import Asked, Found, Located
 from memstore.gpu.rings import tables
+from memstore.gpu.steady import GpuSteady, is_decode
 from memstore.gpu.tuning import scan_shape
 from memstore.types import Hits
 
@@ -46,6 +47,10 @@ class GpuRetriever:
         launch.search(slab, asked, found)
         launch.locate(slab, asked, found, located)
         return hits_of(slab, batch, options, found, located)
+
+    def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> GpuSteady | None:
+        """See VectorIndex.steady."""
+        return GpuSteady(slab, batch, options) if is_decode(batch, options) else None
 
     def close(self) -> None:
         """Lets go of the graphs, and with them of what they work on."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -19,6 +21,31 @@ SCRATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 ONE_THREAD = 32_768
 """Elements up to which torch works in the thread that asks, on the host: threads that are busy elsewhere are dear."""
+
+
+class Steady(Protocol):
+    """A retrieval that is asked again and again. Its tensors stay where they are, so it can be part of a CUDA graph.
+
+    queries: (L, N, dim), filled before `launch`. index: (L, N, k, w) int32 into the rows, -1 where there is none.
+    positions: (U,) int64. arrays: name -> (U, ...). Of the U rows there is room for, the first ones are in use.
+    """
+
+    queries: torch.Tensor
+    index: torch.Tensor
+    positions: torch.Tensor
+    arrays: Mapping[str, torch.Tensor]
+
+    def fits(self, slab: Slab, batch: SearchBatch) -> bool:
+        """Whether `point` may be called with this batch, which differs from the first one in what its sequences see."""
+        ...
+
+    def point(self, slab: Slab, batch: SearchBatch) -> None:
+        """From now on `launch` sees what the sequences of this batch see; its queries are not read."""
+        ...
+
+    def launch(self, slab: Slab) -> None:
+        """Retrieves for `queries`. On a GPU nothing waits for it: it is done in the order of the current stream."""
+        ...
 
 
 class VectorIndex(Protocol):
@@ -51,6 +78,13 @@ class VectorIndex(Protocol):
         """
         ...
 
+    def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
+        """What retrieves for batches like this one, layer by layer; None where it has nothing better than `retrieve`.
+
+        Raises torch.OutOfMemoryError.
+        """
+        ...
+
     def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
         """The rows of a place are written up to position `end`, and [begin, end) is live now. Cannot fail."""
         ...
@@ -80,6 +114,10 @@ class Stateless:
     """The part of VectorIndex of an index that keeps nothing between calls."""
 
     is_told = False
+
+    def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
+        """Nothing is."""
+        return None
 
     def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
         """Nothing is kept."""

@@ -10,6 +10,7 @@ from memstore.index.base import Stateless, no_candidates
 from memstore.index.grid import grids
 from memstore.index.product_scan import ProductScan
 from memstore.index.ranking import rank
+from memstore.index.repeating import HostSteady
 from memstore.index.staged import staged_retrieve
 from memstore.logs import event
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from memstore.index.base import Steady
     from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, RetrieveOptions
@@ -38,6 +40,14 @@ class Retriever(Protocol):
 
     def close(self) -> None:
         """Lets go of the slab that was searched last, and of what helped with it."""
+        ...
+
+
+class GpuRetriever(Retriever, Protocol):
+    """Those for a GPU."""
+
+    def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
+        """See VectorIndex.steady."""
         ...
 
 
@@ -62,7 +72,7 @@ class ExactIndex(Stateless):
     def __init__(self) -> None:
         self._products = ProductScan()
         self._host = _host_retriever()
-        self._gpu: Retriever | None = None
+        self._gpu: GpuRetriever | None = None
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Searches all sequences at once, or as many as the scratch has room for."""
@@ -80,6 +90,14 @@ class ExactIndex(Stateless):
         if compiled := self._compiled(slab, batch):
             return compiled.retrieve(slab, batch, options, groups)
         return staged_retrieve(self, slab, batch, options, groups)
+
+    def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
+        """See VectorIndex."""
+        if slab.device.type == "cpu":
+            return HostSteady(self, slab, batch, options)
+        self._compiled(slab, batch)
+        gpu = self._gpu if batch.top_k <= MOST_HITS else None
+        return None if gpu is None else gpu.steady(slab, batch, options)
 
     def close(self) -> None:
         """Lets go of the slab and of the threads that helped with it."""
@@ -106,10 +124,10 @@ def _host_retriever() -> Retriever | None:
     return HostRetriever()
 
 
-def _gpu_retriever() -> Retriever | None:
+def _gpu_retriever() -> GpuRetriever | None:
     """None where Triton cannot be used."""
     try:
-        from memstore.gpu.retriever import GpuRetriever
+        from memstore.gpu import retriever
     except ImportError:
         return None
-    return GpuRetriever()
+    return retriever.GpuRetriever()

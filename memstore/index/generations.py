@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memstore.gpu.lists import ListRetriever, Ranges
+    from memstore.index.base import Steady
     from memstore.index.generation import PartBuilder, View
     from memstore.seams import Clock
     from memstore.search import SearchBatch
@@ -144,6 +145,10 @@ class GenerationIndex:
     def _number(self, generation: Generation) -> int:
         """Which of the spans that positions are cut into it lies in."""
         return (generation.end - 1) // self._rows
+
+    def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
+        """Generations come and go."""
+        return None
 
     def appended(self, slab: Slab, place: int, begin: int, end: int) -> None:
         """Drops what is dead, and begins to build what is full."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
     import torch
@@ -65,4 +66,43 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Ends every thread and connection; calls under way fail. May be called again."""
+        ...
+
+
+class Standing(Protocol):
+    """A retrieval that is run again and again, by the caller's own thread, on memory of this process.
+
+    queries: (L, N, dim), filled before it is launched. index: (L, N, k, w) int32 into the rows, -1 for none.
+    positions: (U,) int64. arrays: name -> (U, ...). The tensors stay where they are, so that launches can be captured
+    into a CUDA graph; of the U rows there is room for, the first ones are in use.
+    """
+
+    queries: torch.Tensor
+    index: torch.Tensor
+    positions: torch.Tensor
+    arrays: Mapping[str, torch.Tensor]
+    launch: Callable[[], None]
+    """Retrieves for `queries`, behind what the current stream has to do before it."""
+    leave: Callable[[], None]
+    """Ends a run of which everything has been queued."""
+
+    def enter(self, timeout_s: float) -> bool:
+        """Begins a run, on the current stream; False where it cannot be run, now or any more."""
+        ...
+
+
+@runtime_checkable
+class StandingTransport(Protocol):
+    """A transport whose engine is in this process, or may come to be."""
+
+    @property
+    def counted(self) -> str:
+        """The counter of the steps that are done here, beside `calls`; "" for none."""
+        ...
+
+    def stand(self, request: pb.StepRequest, timeout_s: float) -> Standing | None:
+        """A step that only retrieves, to be run by the caller; None where that cannot be, now or ever.
+
+        Waits for the engine, until the timeout. Raises MemstoreClientError.
+        """
         ...

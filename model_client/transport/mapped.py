@@ -30,7 +30,7 @@ from model_client.errors import (
     Unavailable,
 )
 from model_client.transport import descriptors
-from model_client.transport.process import client_error, hand_on
+from model_client.transport.process import client_error, hand_on, stood
 from model_client.transport.switching import SwitchingPlane
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from memstore.mapped import Mapped
     from model_client.stats import ClientStats
-    from model_client.transport.base import Transport
+    from model_client.transport.base import Standing, Transport
 
 OPEN_S = 5.0
 """How long one attempt to get a lease may take."""
@@ -103,6 +103,11 @@ class MappedTransport:
         """As the transport below."""
         return self._inner.name
 
+    @property
+    def counted(self) -> str:
+        """Steps that were done while the server was there, and after it had gone."""
+        return "orphaned_steps" if self._is_orphaned else "mapped_steps"
+
     def call(self, method: str, request: Message, timeout_s: float) -> Future[Message]:
         """Begins the call, here or below, or as soon as a switch is done."""
         if self._process_id != os.getpid():  # the lease is the parent's
@@ -115,6 +120,14 @@ class MappedTransport:
             waiting = _Call(method, request, time.monotonic() + timeout_s, Future())
             self._paused.append(waiting)
             return waiting.answer
+
+    def stand(self, request: pb.StepRequest, timeout_s: float) -> Standing | None:
+        """See StandingTransport: while the lease is here."""
+        with self._changed:
+            engine = self._engine
+            if engine is None or self._paused is not None or self._process_id != os.getpid():
+                return None
+        return stood(engine.stand(request, timeout_s), timeout_s)
 
     def close(self) -> None:
         """Gives the lease back and ends the thread; the transport below goes on."""
@@ -148,7 +161,7 @@ class MappedTransport:
             return _failed(self._refusal.with_traceback(None))  # which would keep the frames of every step
         self._num_under_way += 1
         if engine is not None and _is_holders(request):
-            self._stats.add("orphaned_steps" if self._is_orphaned else "mapped_steps")
+            self._stats.add(self.counted)
             answer: Future[Message] = Future()
             engine.call(method, request, timeout_s).add_done_callback(partial(_answer, answer))
         else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from model_client.errors import ClientClosed, MemstoreClientError, from_class_name
+from model_client.errors import ClientClosed, Late, MemstoreClientError, from_class_name
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from memstore.embedded import Embedded
     from memstore.plane import ProcessPlane
     from memstore.v1 import memstore_pb2 as pb
+    from model_client.transport.base import Standing
+
+T = TypeVar("T")
 
 
 class HandedPlane:
@@ -44,6 +47,7 @@ class ProcessTransport:
     """The service as the server runs it, with one device thread of its own. Begins at the first call."""
 
     name = "process"
+    counted = ""
 
     def __init__(self, device: str) -> None:
         from memstore.embedded import Embedded  # the server's half; a client of a remote server does not load it
@@ -62,11 +66,27 @@ class ProcessTransport:
         self._embedded.call(method, request, timeout_s).add_done_callback(lambda done: hand_on(done, answer))
         return answer
 
+    def stand(self, request: pb.StepRequest, timeout_s: float) -> Standing | None:
+        """See StandingTransport."""
+        if self._is_closed or self._process_id != os.getpid():
+            return None
+        return stood(self._embedded.stand(request, timeout_s), timeout_s)
+
     def close(self) -> None:
         """Ends the device thread and frees every memory."""
         if not self._is_closed and self._process_id == os.getpid():
             self._is_closed = True
             self._embedded.close()
+
+
+def stood(made: Future[T], timeout_s: float) -> T:
+    """What the engine made, waited for. Raises MemstoreClientError."""
+    try:
+        return made.result(timeout_s)
+    except TimeoutError as error:
+        raise Late("no answer before the deadline") from error
+    except Exception as error:
+        raise client_error(error) from error
 
 
 def hand_on(done: Future[Message], answer: Future[Message]) -> None:

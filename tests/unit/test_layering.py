@@ -15,9 +15,9 @@ ORDER = """
     descriptors
     ring window places codes region slab control lease search host gpu index sequence lent
     retrieval appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
-    seating lifecycle lender planner log journal ledger refill memory
+    seating lifecycle lender planner log journal ledger refill repeated memory
     folder snapshot salvage recovery archive orphans
-    admission capacity catalog store pace turns errands joining device plane replies
+    admission capacity catalog store pace turns errands joining standing device plane replies
     wire status access followed tokens auth quotas gate
     entries rooms removals registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes door grpc_front health
