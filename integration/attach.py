@@ -127,11 +127,13 @@ class AttachedMemory:
         self._handles = []
         _attached.discard(self._decoder.module)
         self._forward = None
-        if kind is None:
-            self.flush()
-        self._loops.close()
-        if self._own_names and self._link is not None:
-            self._link.release(tuple(sorted(self._own_names)))
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._loops.close()
+            if self._own_names and self._link is not None:
+                self._link.release(tuple(sorted(self._own_names)))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained beside the model."""

@@ -29,12 +29,15 @@ ENTER_S = 0.05
 """How long a pass does, before it takes the longer way."""
 
 
+class EngineAtWork(RuntimeError):
+    """The engine has left, or was at work for too long."""
+
+
 class DecodeLoop:
     """See above. Its passes are those of the same sequences; for one thread.
 
     num_kept: rows of each sequence that wait here. num_passes: since it was entered. lives: False once a pass could not
-    be begun. `start` begins a pass, `read`
-    comes once for each layer of it.
+    be begun. `start` begins a pass, `read` comes once for each layer of it.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class DecodeLoop:
     ) -> None:
         """states: (S, 1, hidden_size), as those of the passes. keeps: whether the rows of the passes are kept.
 
-        Raises torch.AcceleratorError, RuntimeError where a GPU cannot take it.
+        Raises EngineAtWork; torch.AcceleratorError, RuntimeError where a GPU cannot take it.
         """
         self.num_kept = 0
         self.num_passes = 0
@@ -51,6 +54,7 @@ class DecodeLoop:
         self.lives = True
         self._weights = weights
         self._standing = standing
+        self._enter_s = min(ENTER_S, config.deadline_s)
         self._alive = [parameter.data for parameter in weights.parameters()]  # what the graphs read
         with torch.inference_mode(mode=False), torch.no_grad():
             self._make_tensors(config, states)
@@ -59,8 +63,8 @@ class DecodeLoop:
             self._begun, self._done = self._recorder.event(), self._recorder.event()
             self._is_read = True
             with self._recorder.at_work():
-                if not standing.enter(RECORD_S):
-                    raise RuntimeError("the engine has left, or never rests")
+                if not standing.enter(min(RECORD_S, config.deadline_s)):
+                    raise EngineAtWork
                 try:
                     self._search = self._recorder.record(self._look_up)
                     self._readers = {
@@ -166,7 +170,7 @@ class DecodeLoop:
             torch.cuda.current_stream(self._stream.device).wait_event(self._done)
 
     def _run(self) -> bool:
-        if not self._standing.enter(ENTER_S):
+        if not self._standing.enter(self._enter_s):
             return False
         try:
             self._search()

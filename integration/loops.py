@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from integration.decode import DecodeLoop
+from integration.decode import DecodeLoop, EngineAtWork
 from integration.forward import Forward
 from integration.layout import TokenLayout
 
@@ -81,7 +81,7 @@ class DecodeLoops:
             self.leave()
             return False
         self.passing, self._is_started, self._passing.last = self.loop, False, None
-        if self.loop.num_kept >= self._room:
+        if keeps and self.loop.num_kept >= self._room:
             self._hold_kept(self.loop)
             self._sent = self._send()
             self._make_room()
@@ -169,7 +169,7 @@ class DecodeLoops:
     def _make_room(self) -> None:
         """As many rows may wait from now on as are not waiting already."""
         waiting = max(self._passing.held.counts, default=0)
-        self._room = max(1, self._passing.config.segment_length - waiting)
+        self._room = self._passing.config.segment_length - waiting
 
     def _loop_like(self, forward: Forward, link: MemoryLink, names: tuple[str, ...], keeps: bool) -> DecodeLoop | None:
         if not self._suits(forward):
@@ -204,6 +204,8 @@ class DecodeLoops:
             return None
         try:
             return DecodeLoop(weights, config, standing, hidden[:, None], keeps)
+        except EngineAtWork:
+            return None
         except RuntimeError as error:  # of which those of torch are kinds
             self._is_able = False
             _log.warning("decoding goes the longer way: %s", error)

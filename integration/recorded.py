@@ -25,15 +25,19 @@ class Recorder:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within the block the stream is the current one, behind what was queued before; what comes after it waits."""
+        """Within the block the stream is the current one, behind what was queued before.
+
+        After it all is done, also where it fails: who knows whose the memory is that it works on by then.
+        """
         if self.stream is None:
             yield
             return
-        before = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(before)
-        with torch.cuda.stream(self.stream):
-            yield
-        before.wait_stream(self.stream)
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            self.stream.synchronize()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What does the work; within `at_work`. On a GPU it is done once, so that all is compiled, and then captured.

@@ -61,6 +61,7 @@ class Mapped:
         )
         self._memory = Memory(self.spec, device, new_epoch=new_epoch, mapped=(self._slab, self._table))
         self._worker = DeviceWorker(device, Admission(QueueLimits()), self._clock)
+        self._has_left = False
 
     @property
     def descriptors(self) -> tuple[int, int]:
@@ -87,7 +88,7 @@ class Mapped:
     def stand(self, request: pb.StepRequest, timeout_s: float) -> Future[Standing | None]:
         """See Embedded.stand."""
         caller = Caller(tenant=TENANT, plane=self._plane, deadline=self._clock.monotonic() + timeout_s)
-        job = stand_job(request, caller, self._memory, self._worker.guests, lambda: self.is_held)
+        job = stand_job(request, caller, self._memory, self._worker.guests, lambda: self.is_held and not self._has_left)
         future: Future[Standing | None]
         try:
             future = self._worker.submit(job)
@@ -154,6 +155,7 @@ class Mapped:
         self._table.settle()
 
     def _leave(self) -> None:
+        self._has_left = True  # whoever has a Standing enters no more: others may write, or know of more rows
         self._settle()
         states = (state_of(name, sequence, sequence.writers) for name, sequence in self._table.lent())
         wire.leave_states(self._block, states)

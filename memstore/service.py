@@ -253,6 +253,8 @@ def stand_job(
     """
 
     def stand() -> Standing | None:
+        if is_held is not None and not is_held():
+            return None
         repeated = memory.repeat(wire.decode_batch(request, memory.spec, caller.plane))
         return None if repeated is None else Standing(guests, repeated, is_held)
 

@@ -200,7 +200,10 @@ class Session(SessionBase):
         request = step_request(transport.plane, self.memory, rows, retrieve, False, "")
         request.sequences.extend(pb.SequencePart(sequence=name, num_rows=1) for name in self.sequences)
         standing = transport.stand(request, self._timeout_s if deadline_s is None else deadline_s)
-        return None if standing is None else StandingStep(self._core, transport, standing)
+        if standing is None:
+            transport.plane.discard(request)
+            return None
+        return StandingStep(self._core, transport, standing)
 
     def reset(self) -> None:
         """Empties every sequence of the session."""

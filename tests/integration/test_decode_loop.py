@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from transformers import DynamicCache
 
 from integration import loops
 from integration.attach import AttachError, attach
+from integration.recorded import Recorder
 from model_client import Retrieval
+from model_client.standing import StandingStep
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,6 +86,36 @@ def test_a_loop_gives_what_single_passes_give(
     assert stats[1].appended_rows == BATCH * (20 + PROMPT + STEPS)
     for name in ("steps_with_memory", "steps_without_memory", "appended_rows", "lost_rows", "failures"):
         assert getattr(stats[0], name) == getattr(stats[1], name), name
+
+
+@pytest.mark.parametrize("segment_length", [PROMPT, PROMPT + 1])
+def test_a_segment_that_is_full_when_a_loop_begins_leaves_before_its_first_pass(
+    segment_length: int, client: MemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = tiny_model("llama"), _tokens(PROMPT + 5)
+    config = tiny_config(model, segment_length=segment_length)
+    weights = random_weights(model, config)
+    found = []
+    for devices in (set(), {"cpu", "cuda"}):
+        monkeypatch.setattr(loops, "DEVICES", devices)
+        with torch.inference_mode(), attach(model, client, config, weights) as memory:
+            memory.new_documents([f"{len(devices)} {row}" for row in range(BATCH)])
+            found.append(_decode(model, tokens, DynamicCache(config=model.config)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_what_waits_does_not_leave_by_a_loop_that_only_reads(client: MemoryClient) -> None:
+    model, tokens = tiny_model("llama"), _tokens(PROMPT + 5)
+    config = tiny_config(model, segment_length=PROMPT + 1)
+    with torch.inference_mode(), attach(model, client, config, random_weights(model, config)) as memory:
+        past = DynamicCache(config=model.config)
+        _decode(model, tokens[:, : PROMPT + 1], past)
+        memory.read_only = True
+        _decode(model, tokens[:, PROMPT + 1 :], past, first=0)
+        assert _passes(memory)
+        assert memory.stats.appended_rows == 0
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -244,3 +278,61 @@ def test_a_loop_that_cannot_be_made_is_no_trouble(client: MemoryClient, monkeypa
         _decode(model, tokens, DynamicCache(config=model.config))
         assert memory.stats.steps_with_memory == 13
         assert not memory._loops.loop
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_an_engine_that_is_at_work_once_is_asked_again(client: MemoryClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny_model("llama"), _tokens(PROMPT + 12)
+    config = tiny_config(model)
+    with torch.inference_mode(), attach(model, client, config, random_weights(model, config)) as memory:
+        past = DynamicCache(config=model.config)
+        with monkeypatch.context() as busy:
+            busy.setattr(StandingStep, "enter", lambda *_: False)
+            _decode(model, tokens[:, : PROMPT + 2], past)
+        _decode(model, tokens[:, PROMPT + 2 :], past, first=0)
+        assert _passes(memory)
+        assert memory.stats.steps_without_memory == 0
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_pass_waits_for_an_engine_no_longer_than_for_an_answer(
+    client: MemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+
+    def enter(self: StandingStep, timeout_s: float) -> bool:
+        waits.append(timeout_s)
+        return self._enter(timeout_s)
+
+    monkeypatch.setattr(StandingStep, "enter", enter)
+    model, tokens = tiny_model("llama"), _tokens(PROMPT + 4)
+    config = tiny_config(model)
+    object.__setattr__(config, "deadline_s", 0.01)  # for the loop alone: steps of their own may be late here
+    with torch.inference_mode(), attach(model, client, config, random_weights(model, config)):
+        _decode(model, tokens, DynamicCache(config=model.config))
+    assert all(wait <= 0.01 for wait in waits)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_an_end_that_cannot_be_followed_leaves_neither_loop_nor_sequences(client: MemoryClient) -> None:
+    model, tokens = tiny_model("llama"), _tokens(PROMPT + 12)
+    config = tiny_config(model)
+    attached = attach(model, client, config, random_weights(model, config))
+    past = DynamicCache(config=model.config)
+    with torch.inference_mode(), pytest.raises(AttachError, match="cropped"), attached:
+        _decode(model, tokens, past)
+        past.crop(-2)
+    assert not attached._loops._loops
+    assert client.describe_memory(config.memory).status.num_sequences == 0
+
+
+def test_what_fails_while_it_is_recorded_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its kernels would go on in memory that is another's by then."""
+    stream = Mock(device=torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    recorder = Recorder(torch.device("cpu"))
+    recorder.stream = stream
+    with pytest.raises(RuntimeError, match="no room"), recorder.at_work():
+        raise RuntimeError("no room")
+    stream.synchronize.assert_called_once()

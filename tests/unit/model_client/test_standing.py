@@ -181,3 +181,35 @@ def test_there_are_none_where_tensors_travel_in_messages() -> None:
     with serving(Setting()) as server, client_of(server, "inline") as client:
         create(client)
         assert client.session("m", NAMES).stand(rows(1, 2), WANTED) is None
+
+
+def test_there_are_no_runs_once_a_lease_is_being_given_back() -> None:
+    """From then on others know of more rows, and may write: also before the server says that the lease has ended."""
+    with serving(Setting(lends=True)) as server, client_of(server) as client:
+        create(client)
+        session = client.session("m", NAMES)
+        session.append(torch.randn(6, 2), [3, 3])
+        until(lambda: session.plane == "shm")
+        standing = session.stand(rows(1, 2), WANTED)
+        assert standing is not None
+        check(standing, session)
+        transport: Any = session._core.transport
+        engine = transport._engine
+        engine.leave().result()
+        assert engine.is_held
+        assert not standing.enter(1.0)
+        assert session.stand(rows(1, 2), WANTED) is None
+
+
+def test_what_is_not_stood_for_leaves_no_tensor_behind() -> None:
+    with serving(Setting(lends=True)) as server, client_of(server) as client:
+        create(client)
+        session = client.session("m", NAMES)
+        session.append(torch.randn(6, 2), [3, 3])
+        until(lambda: session.plane == "shm")
+        transport: Any = session._core.transport
+        until(lambda: transport._paused is None)
+        transport._pause()
+        assert session.stand(rows(1, 2), WANTED) is None
+        assert len(transport.plane._handed) == 0
+        transport._resume()
