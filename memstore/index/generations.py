@@ -7,6 +7,7 @@ Until then, and for ever where no build succeeds, its rows are scanned. Generati
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from concurrent.futures import wait
 from contextlib import suppress
@@ -24,8 +25,9 @@ from memstore.index.nominating import Nominator
 from memstore.index.ranking import rank
 from memstore.index.settings import must_read_all, settings_of
 from memstore.index.staged import staged_retrieve
+from memstore.logs import trouble
 from memstore.seams import SystemClock
-from memstore.types import IndexCounts
+from memstore.types import NO_ROOM, IndexCounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, MemorySpec, RetrieveOptions
+
+_log = logging.getLogger(__name__)
 
 
 class GenerationIndex:
@@ -245,6 +249,11 @@ class GenerationIndex:
             place, line = next(((at, line) for at, line in self._lines.items() if done in line.builds), (-1, None))
             if line is not None:
                 line.builds.remove(done)
+                if generation is not None and not (done.has_failed or done.is_stopped):
+                    generation = self._kept(place, generation)
+                    if generation is None:  # those that follow would leave a gap
+                        for build in (done, *line.builds):
+                            build.has_failed = True
             if done.has_failed:
                 self._num_put_off += 1
                 if line is not None:
@@ -254,13 +263,17 @@ class GenerationIndex:
                 if line is None or done.is_stopped:
                     self._bury([generation])
                 else:
-                    line.generations.append(self._kept(place, generation))
+                    line.generations.append(generation)
 
-    def _kept(self, place: int, generation: Generation) -> Generation:
-        """What of a generation its line has: lists are put where they are searched."""
+    def _kept(self, place: int, generation: Generation) -> Generation | None:
+        """What of a generation its line has: lists are put where they are searched. None where there is no room."""
         if self._lists is None:
             return generation
-        self._lists.put(place, self._number(generation), generation.parts)
+        try:
+            self._lists.put(place, self._number(generation), generation.parts)
+        except NO_ROOM as error:
+            trouble(_log, "generation not kept", error, first=generation.first, end=generation.end)
+            return None
         return replace(generation, parts=())
 
     def _bury(self, generations: list[Generation]) -> None:

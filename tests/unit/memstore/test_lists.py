@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ import torch
 from memstore.gpu.listing import ListShape, listed
 from memstore.index.building import BuildThread, Precedence, StoredRows, precedence_of
 from memstore.index.generation import Generation, Line
+from memstore.index.generations import GenerationIndex
 from memstore.index.list_parts import ListBuilder
 from memstore.index.settings import MOST_LISTS, has_lists, index_bytes, list_shape
+from memstore.slab import Slab
 from memstore.types import IndexKind, IndexSettings, MemorySpec, Metric
 from tests.fakes import HeldBuilds
+
+if TYPE_CHECKING:
+    from memstore.gpu.listing import Lists
 
 CPU = torch.device("cpu")
 SHAPE = ListShape(span=200, num_centres=5, width=32, num_chosen=4, num_generations=2, nowhere=9.0)
@@ -121,3 +127,36 @@ def test_memories_of_a_device_share_one_precedence() -> None:
     with BuildThread() as builds:
         assert precedence_of(builds) is precedence_of(builds) is builds.precedence
     assert precedence_of(HeldBuilds()) is not precedence_of(HeldBuilds())
+
+
+class FullLists:
+    """Searches nothing; has no room for what is put there while `is_full`."""
+
+    def __init__(self) -> None:
+        self.is_full = True
+        self.numbers: list[int] = []
+
+    def put(self, place: int, number: int, layers: tuple[Lists, ...]) -> None:
+        if self.is_full:
+            raise torch.OutOfMemoryError("no room")
+        self.numbers.append(number)
+
+
+def test_lists_that_there_is_no_room_for_are_built_again_and_leave_no_gap() -> None:
+    """Their rows, and those behind them, stay in the tail; nobody's call fails for it."""
+    settings = IndexSettings(generation_rows=64, nlist=4, nprobe=1)
+    spec = MemorySpec(name="m", dim=8, capacity=256, index=IndexKind.FAISS_IVF_FLAT, index_settings=settings)
+    lists: Any = FullLists()
+    slab, builds = Slab(spec, CPU), HeldBuilds()
+    slab.keys.normal_()
+    index = GenerationIndex(spec, ListBuilder(spec, CPU), builds, lists)
+    index.appended(slab, 0, 0, 128)
+    builds.run()
+    index.appended(slab, 0, 0, 130)
+    lists.is_full = False
+    counts = index.counts()
+    assert (counts.num_generations, counts.tail_rows, counts.builds_put_off) == (0, 130, 2)
+    index.appended(slab, 0, 0, 150)
+    builds.run()
+    counts = index.counts()
+    assert (counts.num_generations, counts.tail_rows, lists.numbers) == (2, 22, [0, 1])
