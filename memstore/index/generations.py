@@ -78,6 +78,7 @@ class GenerationIndex:
         self._under_way: list[tuple[Build, Future[None]]] = []
         self._done: deque[Build] = deque()
         self._remains: list[Generation] = []
+        self._dead: deque[list[Generation]] = deque()
         self._is_closed = False
         self._num_done = self._num_put_off = 0
         self._build_seconds = 0.0
@@ -211,7 +212,7 @@ class GenerationIndex:
         """Waits for the build that is running, which ends at its next step."""
         futures = [future for _, future in self._under_way]
         wait([future for future in futures if not future.cancel()])
-        self._under_way, self._done, self._remains = [], deque(), []
+        self._under_way, self._done, self._remains, self._dead = [], deque(), [], deque()
         self._exact.close()
         if self._lists is not None:
             self._lists.free()
@@ -233,7 +234,8 @@ class GenerationIndex:
         return True
 
     def _run(self, build: Build) -> None:
-        """In the build thread."""
+        """In the build thread. What is dead goes first, so that there is never more than is reserved."""
+        self._let_go()
         begun = self._clock.monotonic()
         build.run()
         build.seconds = self._clock.monotonic() - begun
@@ -279,8 +281,14 @@ class GenerationIndex:
     def _bury(self, generations: list[Generation]) -> None:
         """Has the build thread let go of them: on a GPU that waits for all that is under way there."""
         if generations:
+            self._dead.append(generations)
             with suppress(RuntimeError):  # the server is stopping
-                self._executor.submit(generations.clear)
+                self._executor.submit(self._let_go)
+
+    def _let_go(self) -> None:
+        """In the build thread."""
+        while self._dead:
+            self._dead.popleft().clear()
 
 
 def _are_too_few(batch: SearchBatch, positions: torch.Tensor) -> bool:

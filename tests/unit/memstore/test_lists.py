@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
+from weakref import ref
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ from memstore.types import IndexKind, IndexSettings, MemorySpec, Metric
 from tests.fakes import HeldBuilds
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from memstore.gpu.listing import Lists
+    from memstore.index.generation import RowSource
 
 CPU = torch.device("cpu")
 SHAPE = ListShape(span=200, num_centres=5, width=32, num_chosen=4, num_generations=2, nowhere=9.0)
@@ -123,6 +128,15 @@ def test_a_build_waits_for_the_retrieval_that_is_under_way() -> None:
     assert order == ["retrieval", "build"]
 
 
+def test_a_retrieval_that_is_a_part_of_another_does_not_end_its_precedence() -> None:
+    precedence = Precedence()
+    with precedence.asking():
+        with precedence.asking():
+            pass
+        assert not precedence._is_free.is_set()
+    assert precedence._is_free.is_set()
+
+
 def test_memories_of_a_device_share_one_precedence() -> None:
     with BuildThread() as builds:
         assert precedence_of(builds) is precedence_of(builds) is builds.precedence
@@ -160,3 +174,37 @@ def test_lists_that_there_is_no_room_for_are_built_again_and_leave_no_gap() -> N
     builds.run()
     counts = index.counts()
     assert (counts.num_generations, counts.tail_rows, lists.numbers) == (2, 22, [0, 1])
+
+
+class Parts:
+    """Builds what only its life is known of. `built`: references to it."""
+
+    can_mask = True
+
+    def __init__(self) -> None:
+        self.built: list[ref[Any]] = []
+
+    def candidates(self, top_k: int) -> int:
+        return top_k
+
+    def build(self, rows: RowSource, check: Callable[[], None]) -> Any:
+        part = Mock()
+        self.built.append(ref(part))
+        return part
+
+
+def test_what_is_dead_is_let_go_before_the_next_build_begins() -> None:
+    """However many wait before it: all that generations can take is reserved, and no more."""
+    settings = IndexSettings(generation_rows=64, nlist=4, nprobe=1)
+    spec = MemorySpec(
+        name="m", dim=8, capacity=128, max_sequences=2, index=IndexKind.FAISS_IVF_FLAT, index_settings=settings
+    )
+    parts, builds, slab = Parts(), HeldBuilds(), Slab(spec, CPU)
+    index = GenerationIndex(spec, parts, builds)
+    index.appended(slab, 0, 0, 64)
+    builds.run()
+    index.appended(slab, 1, 0, 128)
+    index.appended(slab, 0, 64, 128)
+    assert [part() is None for part in parts.built] == [False]
+    builds.run(1)
+    assert [part() is None for part in parts.built] == [True, False]
