@@ -31,11 +31,11 @@ def cost(table: Table) -> None:
         ways = {"in process": table.client, "server, lent memory": near, "server, messages": far}
         steps: dict[str, Callable[[], Any]] = {}
         for way, client in ways.items():
-            steps[f"{way}, {ONE}"] = step_of(client, f"one-{way}", layers=1, dim=128, device=device)
+            steps[f"{way}, {ONE}"] = step_of(client, f"one-{way}", layers=1, dim=256, device=device)
             steps[f"{way}, {EACH}"] = step_of(client, f"each-{way}", layers=8, dim=32, device=device)
         for case, seconds in interleaved(steps, ROUNDS).items():
             table.report.add(case, "time a token", 1e6 * seconds / SEGMENT, "us")
-            table.report.add(case, "bytes kept a token", 2 * 128 if ONE in case else 2 * 2 * 8 * 32, "bytes")
+            table.report.add(case, "bytes kept a token", 2 * 256 if ONE in case else 2 * 2 * 8 * 32, "bytes")
 
 
 def step_of(client: MemoryClient, name: str, *, layers: int, dim: int, device: str) -> Callable[[], Any]:
@@ -50,7 +50,7 @@ def step_of(client: MemoryClient, name: str, *, layers: int, dim: int, device: s
     rows = torch.randn(ENTRIES, layers, dim, generator=generator).cumsum(dim=0)  # neighbours alike, as states are
     rows = torch.nn.functional.layer_norm(rows, (dim,)).transpose(0, 1).half().contiguous().to(device)
     wanted = (
-        Retrieval(32, arrays=("key", "value"), scores=False) if layers > 1 else Retrieval(16, after=1, scores=False)
+        Retrieval(32, arrays=("key", "value"), scores=False) if layers > 1 else Retrieval(16, after=2, scores=False)
     )
 
     def given(begin: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.quality.planting import word_lists
 from integration.training.disjoint import read_documents
 from integration.training.documents import Documents
 from integration.training.tokenizer import END_OF_TEXT, pieces, save, train
@@ -135,6 +136,8 @@ def main() -> int:
     for domain, split in SPLITS[:-1]:
         path = options.books / f"{split}.jsonl.xz" if domain == "books" else options.code / f"code-{split}.jsonl.xz"
         texts[domain, split] = list(read_documents(path))
+    train, probe = word_lists([document["text"] for document in texts["books", "train"]])
+    (options.out / "words.json").write_text(json.dumps({"train": train, "probe": probe}))
     texts["docs", "test"] = documentation(options.docs)
     if options.tokenizer:
         tokenizer = Tokenizer.from_file(str(options.tokenizer))

@@ -1,4 +1,4 @@
-"""What was retrieved: ages of hits, rare words on their later mentions, and a key told long before."""
+"""What was retrieved: ages of hits and rare words on their later mentions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from benchmarks.quality import mentions as words
 from benchmarks.quality.reading import read
@@ -106,33 +105,3 @@ def mentions(table: Table) -> None:
         table.write()
     if table.options.page:
         words.page(rows, table.options.page)
-
-
-def passkey(table: Table) -> None:
-    """A key told once, asked for 8K to 128K tokens later: loss and accuracy of its digits, with and without memory."""
-    tokenizer = Tokenizer.from_file(str(table.options.data / "tokenizer.json"))
-    variant = table.variant("ours")
-    rng = np.random.default_rng(0)
-    source = table.windows("books", length=table.options.length)
-    books = np.concatenate([source.ids, table.windows("books", "validation").ids])
-    for distance in (8 * K, 32 * K, 128 * K - 2 * K):
-        distance = min(distance, table.options.length - 1024)
-        rows, spans = [], []
-        for book in books:
-            key = "".join(str(each) for each in rng.integers(0, 10, 10))
-            told = tokenizer.encode(f"\n\nThe pass key of the old house is {key}. Remember it.\n\n").ids
-            asked = tokenizer.encode("\n\nThe pass key of the old house is").ids
-            answer = tokenizer.encode(f" {key}").ids[: len(told)]
-            row = np.concatenate([book[:512], told, book[512 : distance + 512], asked, answer])
-            spans.append((len(row) - len(answer), len(answer)))
-            rows.append(row)
-        length = max(len(row) for row in rows)
-        ids = np.stack([np.pad(row, (0, length - len(row)), constant_values=0) for row in rows])
-        for entries, said in ((0, "no memory"), (128 * K, "memory")):
-            reading = read(variant, ids, capacity=entries, client=table.client)
-            nats = [
-                reading.losses[row, begin - 1 : begin - 1 + count].mean() for row, (begin, count) in enumerate(spans)
-            ]
-            table.report.add(
-                f"passkey, {distance} tokens before, {said}", "loss of its digits", float(np.mean(nats)), "nats a token"
-            )

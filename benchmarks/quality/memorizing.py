@@ -6,31 +6,38 @@ head's gate between what it reads nearby and what it reads in memory.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.quality.network import exact_top
+from benchmarks.quality.network import exact_top, likeness
 
 if TYPE_CHECKING:
     from benchmarks.quality.network import Ring
 
 
+UNIT_SCALE = 10.0  # of the products of unit vectors, at first
+
+
 class MemorizingWeights(nn.Module):
     """The trained part: queries (heads * head_dim, hidden_size) and a gate logit and a sharpness for each head."""
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, init: str = "model") -> None:
+        """init: "unit" compares directions, as the paper does, "open" begins with gates half open."""
         super().__init__()
+        self.is_unit = init == "unit"
         self.head_dim = int(attention.head_dim)
         source = attention.q_proj.weight
         self.num_heads = source.shape[0] // self.head_dim
         self.queries = nn.Linear(source.shape[1], source.shape[0], bias=False, device=source.device)
         with torch.no_grad():
             self.queries.weight.copy_(source)
-        self.gate = nn.Parameter(torch.full((self.num_heads,), -2.0, device=source.device))
-        self.sharpness = nn.Parameter(torch.zeros(self.num_heads, device=source.device))
+        self.gate = nn.Parameter(torch.full((self.num_heads,), -2.0 * (init != "open"), device=source.device))
+        sharpness = math.log(UNIT_SCALE * self.head_dim**0.5) if self.is_unit else 0.0
+        self.sharpness = nn.Parameter(torch.full((self.num_heads,), sharpness, device=source.device))
 
     def heads(self, flat: Tensor) -> Tensor:
         """(..., heads * head_dim) -> (..., heads, head_dim)."""
@@ -39,7 +46,10 @@ class MemorizingWeights(nn.Module):
     def states(self, hidden: Tensor, attention: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of (..., hidden_size), each (..., heads, head_dim)."""
         keys, values = attention.k_proj(hidden).detach(), attention.v_proj(hidden).detach()
-        return self.heads(self.queries(hidden)), self._shared(keys), self._shared(values)
+        queries, keys = self.heads(self.queries(hidden)), self._shared(keys)
+        if self.is_unit:
+            queries, keys = functional.normalize(queries, dim=-1), functional.normalize(keys, dim=-1)
+        return queries, keys, self._shared(values)
 
     def _shared(self, flat: Tensor) -> Tensor:
         """Heads of keys or values, each as often as query heads share it."""
@@ -70,10 +80,8 @@ class MemorizingWeights(nn.Module):
         for head in range(self.num_heads):
             with torch.no_grad():
                 dtype = torch.float16 if queries.is_cuda else queries.dtype
-                kept = ring.key[:, :, head].to(dtype)
-                with torch.autocast(queries.device.type, enabled=False):
-                    scores = torch.bmm(queries[:, :, head].detach().to(dtype), kept.transpose(1, 2))
-                slots = exact_top(scores.masked_fill_(is_empty[:, None], float("-inf")), top_k)
+                asked = queries[:, :, head].detach().to(dtype)
+                slots = exact_top(likeness(asked, ring.key[:, :, head].to(dtype), is_empty), top_k)
             is_live = ~is_empty.gather(1, slots.flatten(1)).view(slots.shape)
             found = (ring.key[rows, slots, head], ring.value[rows, slots, head])
             read.append((queries[:, :, head], *found, is_live))

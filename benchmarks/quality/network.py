@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.quality.attending import Read, attend
 from integration.adapter import add_lora
 from integration.families import find_decoder
 from integration.weights import MemoryWeights
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from integration.config import MemoryConfig
+    from model_client.cache_attention import StateProjection
 
 
 def decoder_of(model: Any) -> Any:
@@ -88,6 +90,29 @@ def exact_top(scores: Tensor, top_k: int, tile: int = 64) -> Tensor:
     return torch.gather(tiles, -1, best // tile) * tile + best % tile
 
 
+def nearness(queries: Tensor, kept: Tensor, is_empty: Tensor) -> Tensor:
+    """(B, T, d), (B, C, d), (B, C) -> (B, T, C): half the negative squared distance, -inf where empty.
+
+    Two columns more do what terms beside the product would do, which would be read and written with all scores.
+    """
+    norms = torch.linalg.vector_norm(kept, dim=-1, dtype=torch.float32).square() / -2
+    return likeness(queries, kept, is_empty, norms, -kept.shape[-1] / 2)
+
+
+def likeness(
+    queries: Tensor, kept: Tensor, is_empty: Tensor, terms: Tensor | float = 0.0, constant: float = 0.0
+) -> Tensor:
+    """(B, T, d), (B, C, d), (B, C) -> (B, T, C): products with terms (B, C) of the kept rows and a constant added."""
+    extra = kept.new_zeros(*kept.shape[:-1], 8)
+    bias = torch.zeros(is_empty.shape, device=kept.device) + terms
+    extra[..., 0] = bias.masked_fill(is_empty, float("-inf")).to(kept.dtype)
+    extra[..., 1] = constant
+    ones = queries.new_zeros(*queries.shape[:-1], 8)
+    ones[..., :2] = 1.0
+    with torch.autocast(kept.device.type, enabled=False):
+        return torch.bmm(torch.cat([queries, ones], dim=-1), torch.cat([kept, extra], dim=-1).transpose(1, 2))
+
+
 class Gathered(RetrievedRows):
     """Rows that lie in the order of their entries already: rows (N, E, d)."""
 
@@ -121,6 +146,7 @@ class Ring(nn.Module):
             kept = torch.zeros(batch, capacity, *width, dtype=dtype, device=device)
             self.register_buffer(name, kept, persistent=False)
         self.register_buffer("next", torch.zeros(batch, dtype=torch.int64, device=device), persistent=False)
+        self.span: Tensor | None = None  # (batch,) entries that a row has, where they are fewer than the capacity
         self._rows = torch.arange(batch, device=device)[:, None]
 
     def begin(self, begun: Tensor) -> None:
@@ -137,7 +163,12 @@ class Ring(nn.Module):
 
     def is_empty(self) -> Tensor:
         """(batch, capacity): slots that hold nothing yet."""
-        return torch.arange(self.capacity, device=self.next.device) >= self.next[:, None]
+        slots = torch.arange(self.capacity, device=self.next.device)
+        is_empty = slots >= self.next[:, None]
+        if self.span is None:
+            return is_empty
+        age = (self.next[:, None] - 1 - slots) % self.capacity
+        return is_empty | (age >= self.span[:, None])
 
     def neighbours(self, slots: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
         """Slots (batch, T, k) of hits -> slots and whether they are live, both (batch, T, k, before + 1 + after)."""
@@ -160,12 +191,22 @@ def widen(rows: Tensor, is_live: Tensor, context: int) -> tuple[Tensor, Tensor]:
     return torch.cat(shifted_rows, dim=2), torch.cat(shifted_live, dim=2)
 
 
+def project(projection: StateProjection, states: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The projection's keys, on a GPU in 16 bits from end to end; sums within are float32 there too."""
+    if not states.is_cuda:
+        return projection(states)
+    projected = projection.linear(states).to(dtype)
+    with torch.autocast("cuda", enabled=False):
+        return functional.layer_norm(projected, projected.shape[-1:])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """What is trained. kind: "lora", "memory" or "mt". lora_rank: 0 for none. fixed_projection: train all but W_p.
+    """What is trained. kind: "lora", "memory", "heads" (each head with a projection and hits of its own) or "mt".
 
-    init: of the cache attention, "plain" (keys and values at random), "model" (the layer's own, carried through the
-    projection) or "similar" (plain, and each head begins by weighing how near a row is).
+    lora_rank: 0 for none. fixed_projection: train all but W_p. init: of the cache attention, "plain" (keys and values
+    at random), "model" (the layer's own, carried through the projection) or "similar" (plain, and each head begins by
+    weighing how near a row is); of "mt", "unit" or "open", see MemorizingWeights.
     """
 
     kind: str
@@ -185,7 +226,7 @@ class Network(nn.Module):
         fuse_norms(model)
         self.spec, self.config = spec, spec.config
         self.weights: Any = None
-        if spec.kind == "memory":
+        if self.has_memory:
             self.weights = MemoryWeights.for_model(model, spec.config, dtype=torch.float32).train()
         self.model: Any = add_lora(model, spec.lora_rank) if spec.lora_rank else model
         merge_forward(self.model)
@@ -193,12 +234,32 @@ class Network(nn.Module):
         if spec.kind == "mt":
             from benchmarks.quality.memorizing import MemorizingWeights
 
-            self.weights = MemorizingWeights(self.decoder.layers[spec.config.retrieval_layer].self_attn)
+            attention = self.decoder.layers[spec.config.retrieval_layer].self_attn
+            self.weights = MemorizingWeights(attention, spec.init)
         self.head = self.decoder_head()
         self.ring: Any = None
-        self._retrieved: RetrievedRows | None = None
+        self._retrieved: Any = None
         self._local: tuple[Tensor, Tensor] | None = None
-        self._hook()
+        if spec.kind != "heads":
+            self._hook()
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether states are kept and read by cache attention."""
+        return self.spec.kind in ("memory", "heads")
+
+    @property
+    def parts(self) -> list[MemoryWeights]:
+        """What looks up for itself: the memory's weights, or those of each head."""
+        return list(self.weights) if self.spec.kind == "heads" else [self.weights]
+
+    def part_heads(self) -> None:
+        """Gives each head its own copy of the projection, and with it a retrieval of its own, from what is there."""
+        if self.spec.kind == "heads":
+            self.weights = nn.ModuleList(
+                one_head(self.weights, self.config, head) for head in range(self.config.num_heads)
+            )
+            self._hook()
 
     def decoder_head(self) -> Any:
         """The output embedding."""
@@ -218,7 +279,7 @@ class Network(nn.Module):
             return
         config, device = self.config, self.head.weight.device
         heads = (config.num_heads, config.head_dim)
-        widths = {"hidden": (config.hidden_size,)} if self.spec.kind == "memory" else {"key": heads, "value": heads}
+        widths = {"hidden": (config.hidden_size,)} if self.has_memory else {"key": heads, "value": heads}
         self.ring = Ring(batch, config.capacity, segment, widths, device=device, dtype=dtype)
 
     def loss(self, windows: Tensor, begun: Tensor | None = None) -> Tensor:
@@ -236,38 +297,32 @@ class Network(nn.Module):
         return nats.view(windows.shape[0], -1)
 
     def _enter(self, number: int, hidden: Tensor) -> None:
-        if self.spec.kind == "memory" and self.ring is not None and number == self.config.retrieval_layer:
-            self._retrieved = self.look_up(hidden.detach())
+        if self.has_memory and self.ring is not None and number == self.config.retrieval_layer:
+            self._retrieved = [self.look_up(hidden.detach(), each) for each in self.parts]
             self.ring.append(hidden=hidden.detach())
 
     @torch.no_grad()
-    def search(self, keys: Tensor) -> Tensor:
+    def search(self, keys: Tensor, projection: StateProjection) -> Tensor:
         """Slots (batch, T, k) nearest to keys (batch, T, d) among the kept states, projected as they are now."""
         # Half precision on a GPU: bf16 would tie what differs by less than a hundredth.
-        kept = self.weights.projection(self.ring.hidden).to(torch.float16 if keys.is_cuda else keys.dtype)
-        bias = kept.float().square().sum(dim=-1).div(-2).masked_fill(self.ring.is_empty(), float("-inf"))
-        with torch.autocast(keys.device.type, enabled=False):
-            scores = torch.baddbmm(bias[:, None].to(kept.dtype), keys.to(kept.dtype), kept.transpose(1, 2))
-        return exact_top(scores, self.config.top_k)
+        kept = project(projection, self.ring.hidden, torch.float16)
+        return exact_top(nearness(keys.to(kept.dtype), kept, self.ring.is_empty()), self.config.top_k)
 
-    def look_up(self, hidden: Tensor) -> Gathered:
+    def look_up(self, hidden: Tensor, weights: MemoryWeights) -> Read:
         """What the tokens of a segment may attend to; gradients reach the projection."""
-        config, (batch, length, _) = self.config, hidden.shape
-        keys = self.weights.projection(hidden)
-        slots, is_live = self.ring.neighbours(self.search(keys.detach()), config.before, config.after)
+        config, batch = self.config, hidden.shape[0]
+        keys = weights.projection(hidden)
+        slots, is_live = self.ring.neighbours(
+            self.search(keys.detach(), weights.projection), config.before, config.after
+        )
         slots, is_live = slots.flatten(2), is_live.flatten(2)
         rows = torch.arange(batch, device=hidden.device)[:, None, None]
-        found = self.weights.projection(self.ring.hidden[rows, slots])
-        if hidden.is_cuda:
-            found = found.to(torch.bfloat16)
-        found = found.masked_fill(~is_live[..., None], 0.0)
-        found, is_live = widen(found, is_live, config.context)
-        entries = torch.where(is_live, 0, -1).view(batch * length, -1)
-        return Gathered(found.reshape(batch * length, -1, config.dim), entries, keys.flatten(0, 1))
+        found = project(weights.projection, self.ring.hidden[rows, slots])
+        return Read(found, is_live, keys, config.context)
 
     def _hook(self) -> None:
         layers = self.decoder.layers
-        if self.spec.kind == "memory":
+        if self.has_memory:
             for number in self.config.attention_layers:
                 layers[number].self_attn.register_forward_hook(self._reader(number), with_kwargs=True)
         if self.spec.kind == "mt":
@@ -276,14 +331,14 @@ class Network(nn.Module):
             attention.o_proj.register_forward_pre_hook(self._mix)
 
     def _reader(self, number: int) -> Any:
-        attention = self.weights.cache_attention(number)
+        attentions = [each.cache_attention(number) for each in self.parts]
 
         def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self._retrieved is None:
                 return None
             states = args[0] if args else kwargs["hidden_states"]
-            added = attention(states.flatten(0, 1), self._retrieved).view(states.shape)
-            return (output[0] + added, *output[1:])
+            added = [attend(one, states, rows) for one, rows in zip(attentions, self._retrieved, strict=True)]
+            return (output[0] + torch.stack(added).sum(dim=0) if len(added) > 1 else output[0] + added[0], *output[1:])
 
         return read
 
@@ -303,7 +358,7 @@ class Network(nn.Module):
 def initialise(network: Network, states: Tensor) -> None:
     """Begins with the projection and the cache attention that the spec names; states: (n, hidden_size) of the layer."""
     spec, weights = network.spec, network.weights
-    if spec.kind != "memory":
+    if not network.has_memory:
         return
     if spec.projection == "pca":
         weights.projection.fit(states)
@@ -312,3 +367,23 @@ def initialise(network: Network, states: Tensor) -> None:
     if spec.init == "similar":
         for number in spec.config.attention_layers:
             weights.cache_attention(number).similarity.fill_(1.0)
+    network.part_heads()
+
+
+@torch.no_grad()
+def one_head(weights: MemoryWeights, config: MemoryConfig, head: int) -> MemoryWeights:
+    """What one head of each cache attention does, as a memory of its own; the sum of all heads is what all do."""
+    shared = config.num_heads // config.num_kv_heads
+    own = MemoryWeights(config.with_changes(num_heads=1, num_kv_heads=1), dtype=torch.float32)
+    own.projection.load_state_dict(weights.projection.state_dict())
+    for number, target in own.layers.items():
+        source, width = weights.cache_attention(int(number)), config.head_dim
+        rows, shared_rows = slice(head * width, (head + 1) * width), head // shared * width
+        target.q_proj.weight.copy_(source.q_proj.weight[rows])
+        target.q_proj.bias.copy_(source.q_proj.bias[rows])
+        target.k_proj.weight.copy_(source.k_proj.weight[shared_rows : shared_rows + width])
+        target.v_proj.weight.copy_(source.v_proj.weight[shared_rows : shared_rows + width])
+        target.o_proj.weight.copy_(source.o_proj.weight[:, rows])
+        for name in ("similarity", "slot_bias", "null_logit"):
+            getattr(target, name).copy_(getattr(source, name)[head : head + 1])
+    return own.to(weights.projection.linear.weight.device)

@@ -30,11 +30,15 @@ DEADLINE_S = 120.0
 
 @dataclass(slots=True, kw_only=True)
 class Reading:
-    """losses: (documents, tokens) float32 nats. seconds: of the pass. reserved_bytes: of the memory, 0 for none."""
+    """losses: (documents, tokens) float32 nats. seconds: of the pass. reserved_bytes: of the memory, 0 for none.
+
+    is_right: (documents, tokens) bool, where the token was the likeliest one.
+    """
 
     losses: np.ndarray
     seconds: float
     reserved_bytes: int = 0
+    is_right: np.ndarray | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,18 +76,19 @@ class Variant:
         fuse_norms(model)
         model.requires_grad_(False).eval()
         if report["kind"] == "mt":
-            memorizing = MemorizingWeights(model.model.layers[report["layer"]].self_attn)
+            attention = model.model.layers[report["layer"]].self_attn
+            memorizing = MemorizingWeights(attention, report.get("init", "model"))
             memorizing.load_state_dict(torch.load(folder / "mt.pt", map_location=device, weights_only=True))
             memorizing.to(device).eval()
         return cls(model, report, adapter, memorizing)
 
 
-def nats(model: Any, part: Tensor) -> Tensor:
-    """Losses (batch, length) float32 of windows (batch, length + 1)."""
+def nats(model: Any, part: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (batch, length) float32 of windows (batch, length + 1), and where the token was the likeliest."""
     with autocast(part.device):
         logits = model(input_ids=part[:, :-1], use_cache=False).logits
     flat = functional.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none")
-    return flat.view(part.shape[0], -1)
+    return flat.view(part.shape[0], -1), logits.argmax(dim=-1) == part[:, 1:]
 
 
 @torch.no_grad()
@@ -107,7 +112,7 @@ def read(
     on_device = torch.from_numpy(windows).to(device)
     length = windows.shape[1] - 1
     segment = segment or int(variant.report["segment"])
-    kept: list[Tensor] = []
+    kept: list[tuple[Tensor, Tensor]] = []
     with _memory(variant, client, capacity, len(windows), changes or {}) as memory:
         if watch is not None:
             memory.is_tracing = True
@@ -125,12 +130,12 @@ def read(
                 kept.append(nats(variant.model, part))
             if watch is not None:
                 watch(begin, memory.last_trace)
-        losses = torch.cat(kept, dim=1).cpu().numpy()
+        losses, is_right = (torch.cat(each, dim=1).cpu().numpy() for each in zip(*kept, strict=True))
         seconds = time.perf_counter() - begun
         reserved = 0 if memory is None or client is None else _reserved(client, memory.name)
         if memory is not None and memory.failures:
             raise RuntimeError(f"{memory.failures} steps went without their memory")
-    return Reading(losses=losses, seconds=seconds, reserved_bytes=reserved)
+    return Reading(losses=losses, seconds=seconds, reserved_bytes=reserved, is_right=is_right)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,9 @@ class Table:
         self._windows: dict[tuple[str, str, int], data.Windows] = {}
 
     def variant(self, name: str) -> Variant:
-        """A trained variant by name, loaded once; KeyError where its folder is missing."""
+        """A trained variant by name, "base" for what it began as, loaded once; KeyError where its folder is missing."""
+        if name == "base":
+            return Variant.load(self.options.base, None)
         if name not in self._variants:
             folder = self.options.runs / name
             until = time.monotonic() + self.options.wait

@@ -18,18 +18,21 @@ import torch
 
 from benchmarks.quality.cost import cost
 from benchmarks.quality.fidelity import fidelity
-from benchmarks.quality.looking import ages, mentions, passkey
+from benchmarks.quality.fleet import LOG
+from benchmarks.quality.looking import ages, mentions
 from benchmarks.quality.network import NetworkSpec
 from benchmarks.quality.policies import POLICIES, PolicyCache, PolicyNetwork
 from benchmarks.quality.reading import Reading, read
-from benchmarks.quality.table import K, Table, join, percent
+from benchmarks.quality.recall import recall
+from benchmarks.quality.streams import DOMAINS
+from benchmarks.quality.table import K, Table, interval, join, percent
 from integration.training.judge import autocast
 
 REPORTED_STEPS = 50  # of training, one loss for each so many
 LONG_FROM = 900
 
 
-SAID = {"lora-1024": "LoRA only, window 1,024", "mt": "Memorizing Transformers", "ours": "ours"}
+SAID = {"lora-1024": "LoRA only, window 1,024", "mt": "Memorizing Transformers", "ours-16k": "ours trained with 16K"}
 
 
 def capacity(table: Table) -> None:
@@ -40,6 +43,7 @@ def capacity(table: Table) -> None:
         goals = {16 * K: -8.0 if domain == "books" else -15.0, 128 * K: -10.0}
         base = read(table.variant("lora"), windows.ids)
         table.add(f"{domain}, LoRA only", base, windows)
+        table.add(f"{domain}, nothing trained", read(table.variant("base"), windows.ids), windows, base)
         losses[f"{domain}/lora/0"] = base.losses.astype(np.float16)
         for name in options.variants:
             entries_of = (0,) if name == "lora-1024" else options.capacities
@@ -59,68 +63,13 @@ def capacity(table: Table) -> None:
         np.savez_compressed(options.losses.with_name(f"losses-{options.part or 'all'}.npz"), **losses)
 
 
-def compare(table: Table, names: list[str], baseline: str = "lora-short") -> None:
-    """One line a variant at 16K entries, books and code, against a variant."""
-    for domain in ("books", "code"):
-        windows = table.windows(domain, length=table.options.length // 4)
-        base = None
-        for name in [baseline, *names]:
-            try:
-                variant = table.variant(name)
-            except KeyError:
-                continue
-            entries = 0 if variant.report["kind"] == "lora" else table.options.capacity
-            reading = read(variant, windows.ids, capacity=entries, client=table.client)
-            table.add(f"{domain}, {name}", reading, windows, base)
-            base = base or reading
-        table.write()
-
-
-def compression(table: Table) -> None:
-    """Table 3: width of the key; how well neighbours in the narrow space are those of the full one."""
-    compare(table, ["dim-256", "ours-short", "dim-64", "dim-32", "dim-16", "pca-fixed", "random-fixed"])
-
-
-def grid(table: Table) -> None:
-    """Table 5: window and context."""
-    compare(table, [f"w{w}-c{c}" for w in (0, 1, 2, 4) for c in (0, 1, 2, 4)])
-
-
-def layers(table: Table) -> None:
-    """Table 7: which layer stores and which read."""
-    names = [
-        "store-7-read-7",
-        "store-6-read-6",
-        "store-6-read-7",
-        "ours-short",
-        "store-4-read-6-7",
-        "store-4-read-4-7",
-        "store-2-read-2-7",
-    ]
-    compare(table, names)
-
-
-def pilots(table: Table) -> None:
-    """Choices made on the validation documents."""
-    names = sorted(path.parent.name for path in table.options.runs.glob("*/report.json"))
-    for domain in ("books", "code"):
-        windows = table.windows(domain, "validation", table.options.length // 4)
-        base = None
-        for name in sorted(names, key=lambda each: not each.startswith("lora")):
-            variant = table.variant(name)
-            entries = 0 if variant.report["kind"] == "lora" else table.options.capacity
-            reading = read(variant, windows.ids, capacity=entries, client=table.client)
-            table.add(f"{domain}, {name}", reading, windows, base)
-            base = base or reading
-
-
 def eviction(table: Table) -> None:
     """Table 6: what leaves when full, in the reference cache, against memstore's FIFO."""
 
-    variant = table.variant("ours")
+    options, variant = table.options, table.variant("ours")
     config, device = variant.adapter.config, next(variant.model.parameters()).device
-    shares, length = (4, 16), table.options.length // 2
-    for domain in ("books", "code"):
+    shares, length = (4, 16), options.length // 2
+    for domain in options.domains:
         windows = table.windows(domain, length=length)
         base = read(table.variant("ours"), windows.ids)
         table.add(f"{domain}, no memory", base, windows)
@@ -161,6 +110,28 @@ def domains(table: Table) -> None:
         table.write()
 
 
+def trials(table: Table) -> None:
+    """Tables 3, 4, 5 and 7: short trainings at equal steps, read on validation documents, against `lora`."""
+    lines = (table.options.runs / LOG).read_text().splitlines()
+    found = {row["name"]: row for row in map(json.loads, lines)}
+    baseline, table.curves = found["lora"], {}
+    for name, row in found.items():
+        reading = next(key for key in row if key.startswith("read_") and key != "read_s")
+        case = f"{name}, {row['steps']} steps"
+        table.curves[name] = {key: row[key] for key in ("steps", "steps_per_s", "trial", "losses")}
+        for domain in DOMAINS:
+            table.documents[f"{domain}, {name}"] = dict(enumerate(row[reading][domain]))
+            if row is baseline or row["steps"] != baseline["steps"]:
+                continue
+            differences = np.array(row[reading][domain]) - np.array(baseline[reading][domain])
+            low, high = interval(differences)
+            table.report.add(case, f"{domain} against LoRA only", percent(float(differences.mean())), "%")
+            table.report.add(case, f"{domain}, low end", percent(low), "%")
+            table.report.add(case, f"{domain}, high end", percent(high), "%")
+        if row["steps"] == baseline["steps"]:
+            table.report.add(case, "steps a second", row["steps_per_s"], "1/s", better="higher")
+
+
 def shorts(table: Table) -> None:
     """Training losses over the same data in the same order, while no document has been seen twice.
 
@@ -191,18 +162,15 @@ TABLES = {
     each.__name__: each
     for each in (
         capacity,
-        compression,
         fidelity,
-        grid,
-        layers,
-        pilots,
         shorts,
+        trials,
         eviction,
         domains,
         ages,
         mentions,
         cost,
-        passkey,
+        recall,
     )
 }
 

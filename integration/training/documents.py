@@ -132,17 +132,23 @@ class Streams:
 
     def next_batch(self) -> tuple[torch.Tensor, list[int]]:
         """Windows (batch, segment + 1) int64 on the device, and the rows that begin a new document with it."""
+        places, begun = self.next_places()
+        starts = torch.tensor(places)
+        if self._ids.is_cuda:
+            starts = starts.pin_memory()
+        starts = starts.to(self._ids.device, non_blocking=True)
+        return self._ids[starts[:, None] + self._reach].long(), begun
+
+    def next_places(self) -> tuple[list[int], list[int]]:
+        """The same batch as places in the documents' ids: where each row's window begins, and the rows that begin."""
         begun = []
         for row, (begin, end) in enumerate(self._cursors):
             if end - begin < self._segment + 1:
                 self._cursors[row] = self._next_span()
                 begun.append(row)
-        starts = torch.tensor([begin for begin, _ in self._cursors])
-        if self._ids.is_cuda:
-            starts = starts.pin_memory()
-        starts = starts.to(self._ids.device, non_blocking=True)
+        places = [begin for begin, _ in self._cursors]
         self._cursors = [(begin + self._segment, end) for begin, end in self._cursors]
-        return self._ids[starts[:, None] + self._reach].long(), begun
+        return places, begun
 
     def state(self) -> dict[str, Any]:
         """Where the rows are, as plain values."""

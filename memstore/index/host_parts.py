@@ -121,7 +121,7 @@ class HostBuilder:
                 check()
                 lists[first : first + len(some)] = centres.search(some, 1)[1][:, 0]
                 first += len(some)
-        _reserve(faiss, index, lists)
+        _reserve(faiss, index, lists, check)
         first = 0
         for chunk in rows.chunks():
             for piece in torch.split(chunk, ADDED_ROWS):
@@ -164,10 +164,11 @@ class HostBuilder:
         return index
 
 
-def _reserve(faiss: Any, index: Any, assigned: NDArray[np.int64]) -> None:
+def _reserve(faiss: Any, index: Any, assigned: NDArray[np.int64], check: Callable[[], None]) -> None:
     """Makes every list as long as it will be, and empty: lists that grow take up to twice the room."""
     lists = faiss.downcast_InvertedLists(index.invlists)
     for number, length in enumerate(np.bincount(assigned, minlength=index.nlist).tolist()):
+        check()  # memory is touched
         lists.resize(number, length)
         lists.resize(number, 0)
 
