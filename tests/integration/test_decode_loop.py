@@ -336,3 +336,20 @@ def test_what_fails_while_it_is_recorded_is_waited_for(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="no room"), recorder.at_work():
         raise RuntimeError("no room")
     stream.synchronize.assert_called_once()
+
+
+def test_a_recording_that_another_has_spoilt_is_tried_again(
+    client: MemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = torch.AcceleratorError("operation would make the legacy stream depend on a capturing blocking stream")
+    spoilt.error_code = 906
+    monkeypatch.setattr(loops, "DEVICES", {"cpu", "cuda"})
+    model, tokens = tiny_model("llama"), _tokens(PROMPT + 12)
+    config = tiny_config(model)
+    with torch.inference_mode(), attach(model, client, config, random_weights(model, config)) as memory:
+        past = DynamicCache(config=model.config)
+        with monkeypatch.context() as busy:
+            busy.setattr(Recorder, "record", Mock(side_effect=spoilt))
+            _decode(model, tokens[:, : PROMPT + 2], past)
+        _decode(model, tokens[:, PROMPT + 2 :], past, first=0)
+        assert _passes(memory)
