@@ -11,6 +11,7 @@ import torch
 from integration.decode import DecodeLoop, EngineAtWork
 from integration.forward import Forward
 from integration.layout import TokenLayout
+from integration.recorded import CAPTURE_ERRORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -207,8 +208,9 @@ class DecodeLoops:
         except EngineAtWork:
             return None
         except RuntimeError as error:  # of which those of torch are kinds
-            self._is_able = False
-            _log.warning("decoding goes the longer way: %s", error)
+            if getattr(error, "error_code", None) not in CAPTURE_ERRORS:
+                self._is_able = False
+                _log.warning("decoding goes the longer way: %s", error)
             return None
 
     def _suits(self, forward: Forward) -> bool:

@@ -10,6 +10,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+CAPTURE_ERRORS = range(900, 910)
+"""cudaErrorStreamCaptureUnsupported and those after it: something else in this process has spoilt a recording."""
+
 
 class Recorder:
     """Where work is recorded: a stream, and the memory that all of its graphs share. They run one after the other."""

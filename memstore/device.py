@@ -207,15 +207,17 @@ class DeviceWorker:
             self._turns.end(self._clock.monotonic(), self._num_begun)
             while waits and not self._turns and not self._is_closed:
                 self._arrived.wait()
-            jobs = self._turns.take(self._clock.monotonic())
+            if not self._turns:
+                return False
         self._num_begun = 0
-        if jobs:
-            self.guests.begin_turn()
-            try:
-                self._serve(jobs)
-            finally:
-                self.guests.release()
-        return bool(jobs)
+        self.guests.begin_turn()  # before jobs are taken: waiting for guests is no work of theirs, and others may come
+        try:
+            with self._arrived:
+                jobs = self._turns.take(self._clock.monotonic())
+            self._serve(jobs)
+        finally:
+            self.guests.release()
+        return True
 
     def _enqueue(self, job: Job[T], lane: str) -> Future[T]:
         with self._arrived:

@@ -45,15 +45,19 @@ class Precedence:
     def __init__(self) -> None:
         self._is_free = threading.Event()
         self._is_free.set()
+        self._num_asking = 0
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """While the device's thread retrieves."""
+        """While the device's thread retrieves; one may be a part of another."""
+        self._num_asking += 1
         self._is_free.clear()
         try:
             yield
         finally:
-            self._is_free.set()
+            self._num_asking -= 1
+            if not self._num_asking:
+                self._is_free.set()
 
     def wait(self) -> None:
         """In the build thread, between two pieces."""

@@ -7,6 +7,7 @@ Until then, and for ever where no build succeeds, its rows are scanned. Generati
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from concurrent.futures import wait
 from contextlib import suppress
@@ -24,8 +25,9 @@ from memstore.index.nominating import Nominator
 from memstore.index.ranking import rank
 from memstore.index.settings import must_read_all, settings_of
 from memstore.index.staged import staged_retrieve
+from memstore.logs import trouble
 from memstore.seams import SystemClock
-from memstore.types import IndexCounts
+from memstore.types import NO_ROOM, IndexCounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import Hits, MemorySpec, RetrieveOptions
+
+_log = logging.getLogger(__name__)
 
 
 class GenerationIndex:
@@ -74,6 +78,7 @@ class GenerationIndex:
         self._under_way: list[tuple[Build, Future[None]]] = []
         self._done: deque[Build] = deque()
         self._remains: list[Generation] = []
+        self._dead: deque[list[Generation]] = deque()
         self._is_closed = False
         self._num_done = self._num_put_off = 0
         self._build_seconds = 0.0
@@ -207,7 +212,7 @@ class GenerationIndex:
         """Waits for the build that is running, which ends at its next step."""
         futures = [future for _, future in self._under_way]
         wait([future for future in futures if not future.cancel()])
-        self._under_way, self._done, self._remains = [], deque(), []
+        self._under_way, self._done, self._remains, self._dead = [], deque(), [], deque()
         self._exact.close()
         if self._lists is not None:
             self._lists.free()
@@ -229,7 +234,8 @@ class GenerationIndex:
         return True
 
     def _run(self, build: Build) -> None:
-        """In the build thread."""
+        """In the build thread. What is dead goes first, so that there is never more than is reserved."""
+        self._let_go()
         begun = self._clock.monotonic()
         build.run()
         build.seconds = self._clock.monotonic() - begun
@@ -245,6 +251,11 @@ class GenerationIndex:
             place, line = next(((at, line) for at, line in self._lines.items() if done in line.builds), (-1, None))
             if line is not None:
                 line.builds.remove(done)
+                if generation is not None and not (done.has_failed or done.is_stopped):
+                    generation = self._kept(place, generation)
+                    if generation is None:  # those that follow would leave a gap
+                        for build in (done, *line.builds):
+                            build.has_failed = True
             if done.has_failed:
                 self._num_put_off += 1
                 if line is not None:
@@ -254,20 +265,30 @@ class GenerationIndex:
                 if line is None or done.is_stopped:
                     self._bury([generation])
                 else:
-                    line.generations.append(self._kept(place, generation))
+                    line.generations.append(generation)
 
-    def _kept(self, place: int, generation: Generation) -> Generation:
-        """What of a generation its line has: lists are put where they are searched."""
+    def _kept(self, place: int, generation: Generation) -> Generation | None:
+        """What of a generation its line has: lists are put where they are searched. None where there is no room."""
         if self._lists is None:
             return generation
-        self._lists.put(place, self._number(generation), generation.parts)
+        try:
+            self._lists.put(place, self._number(generation), generation.parts)
+        except NO_ROOM as error:
+            trouble(_log, "generation not kept", error, first=generation.first, end=generation.end)
+            return None
         return replace(generation, parts=())
 
     def _bury(self, generations: list[Generation]) -> None:
         """Has the build thread let go of them: on a GPU that waits for all that is under way there."""
         if generations:
+            self._dead.append(generations)
             with suppress(RuntimeError):  # the server is stopping
-                self._executor.submit(generations.clear)
+                self._executor.submit(self._let_go)
+
+    def _let_go(self) -> None:
+        """In the build thread."""
+        while self._dead:
+            self._dead.popleft().clear()
 
 
 def _are_too_few(batch: SearchBatch, positions: torch.Tensor) -> bool:

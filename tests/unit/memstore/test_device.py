@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING
 
@@ -280,3 +281,29 @@ def test_closing_answers_what_is_queued_and_refuses_the_rest() -> None:
     with pytest.raises(NotReady):
         bench.worker.control(lambda: None)
     assert bench.admission.num_requests == 0
+
+
+def test_waiting_for_those_who_read_the_device_is_no_work_of_a_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes meanwhile is joined, and nothing is refused later on as if jobs took so long."""
+    guests, waits = bench.worker.guests, threading.Event()
+    begin_turn = guests.begin_turn
+
+    def seen() -> None:
+        waits.set()
+        begin_turn()
+
+    monkeypatch.setattr(guests, "begin_turn", seen)
+    assert guests.rest(False)
+    steps = [bench.step(batch("a"))]
+    waits.wait()
+    bench.clock.advance(10)
+    steps.append(bench.step(batch("b")))
+    guests.release()
+    for step in steps:
+        step.result()
+    assert bench.engine.joined == [["a", "b"]]
+    with held(bench.worker):
+        bench.step(batch("a"))
+        bench.step(batch("b"), deadline=bench.clock.now + 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
+from weakref import ref
 
 import pytest
 import torch
@@ -10,10 +13,18 @@ import torch
 from memstore.gpu.listing import ListShape, listed
 from memstore.index.building import BuildThread, Precedence, StoredRows, precedence_of
 from memstore.index.generation import Generation, Line
+from memstore.index.generations import GenerationIndex
 from memstore.index.list_parts import ListBuilder
 from memstore.index.settings import MOST_LISTS, has_lists, index_bytes, list_shape
+from memstore.slab import Slab
 from memstore.types import IndexKind, IndexSettings, MemorySpec, Metric
 from tests.fakes import HeldBuilds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memstore.gpu.listing import Lists
+    from memstore.index.generation import RowSource
 
 CPU = torch.device("cpu")
 SHAPE = ListShape(span=200, num_centres=5, width=32, num_chosen=4, num_generations=2, nowhere=9.0)
@@ -117,7 +128,83 @@ def test_a_build_waits_for_the_retrieval_that_is_under_way() -> None:
     assert order == ["retrieval", "build"]
 
 
+def test_a_retrieval_that_is_a_part_of_another_does_not_end_its_precedence() -> None:
+    precedence = Precedence()
+    with precedence.asking():
+        with precedence.asking():
+            pass
+        assert not precedence._is_free.is_set()
+    assert precedence._is_free.is_set()
+
+
 def test_memories_of_a_device_share_one_precedence() -> None:
     with BuildThread() as builds:
         assert precedence_of(builds) is precedence_of(builds) is builds.precedence
     assert precedence_of(HeldBuilds()) is not precedence_of(HeldBuilds())
+
+
+class FullLists:
+    """Searches nothing; has no room for what is put there while `is_full`."""
+
+    def __init__(self) -> None:
+        self.is_full = True
+        self.numbers: list[int] = []
+
+    def put(self, place: int, number: int, layers: tuple[Lists, ...]) -> None:
+        if self.is_full:
+            raise torch.OutOfMemoryError("no room")
+        self.numbers.append(number)
+
+
+def test_lists_that_there_is_no_room_for_are_built_again_and_leave_no_gap() -> None:
+    """Their rows, and those behind them, stay in the tail; nobody's call fails for it."""
+    settings = IndexSettings(generation_rows=64, nlist=4, nprobe=1)
+    spec = MemorySpec(name="m", dim=8, capacity=256, index=IndexKind.FAISS_IVF_FLAT, index_settings=settings)
+    lists: Any = FullLists()
+    slab, builds = Slab(spec, CPU), HeldBuilds()
+    slab.keys.normal_()
+    index = GenerationIndex(spec, ListBuilder(spec, CPU), builds, lists)
+    index.appended(slab, 0, 0, 128)
+    builds.run()
+    index.appended(slab, 0, 0, 130)
+    lists.is_full = False
+    counts = index.counts()
+    assert (counts.num_generations, counts.tail_rows, counts.builds_put_off) == (0, 130, 2)
+    index.appended(slab, 0, 0, 150)
+    builds.run()
+    counts = index.counts()
+    assert (counts.num_generations, counts.tail_rows, lists.numbers) == (2, 22, [0, 1])
+
+
+class Parts:
+    """Builds what only its life is known of. `built`: references to it."""
+
+    can_mask = True
+
+    def __init__(self) -> None:
+        self.built: list[ref[Any]] = []
+
+    def candidates(self, top_k: int) -> int:
+        return top_k
+
+    def build(self, rows: RowSource, check: Callable[[], None]) -> Any:
+        part = Mock()
+        self.built.append(ref(part))
+        return part
+
+
+def test_what_is_dead_is_let_go_before_the_next_build_begins() -> None:
+    """However many wait before it: all that generations can take is reserved, and no more."""
+    settings = IndexSettings(generation_rows=64, nlist=4, nprobe=1)
+    spec = MemorySpec(
+        name="m", dim=8, capacity=128, max_sequences=2, index=IndexKind.FAISS_IVF_FLAT, index_settings=settings
+    )
+    parts, builds, slab = Parts(), HeldBuilds(), Slab(spec, CPU)
+    index = GenerationIndex(spec, parts, builds)
+    index.appended(slab, 0, 0, 64)
+    builds.run()
+    index.appended(slab, 1, 0, 128)
+    index.appended(slab, 0, 64, 128)
+    assert [part() is None for part in parts.built] == [False]
+    builds.run(1)
+    assert [part() is None for part in parts.built] == [True, False]
