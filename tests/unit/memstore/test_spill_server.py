@@ -68,7 +68,9 @@ def test_a_killed_server_has_lost_nothing_that_was_spilled(
     answers = _answers(stub, "lasting")
     assert _answers(stub, "fleeting") == _answers(stub, "fleeting")
     status = stub.DescribeMemory(pb.DescribeMemoryRequest(name="lasting")).memory.status
-    assert (status.spill.num_resident, status.spill.num_on_host, status.spill.num_on_disk) == (2, 1, 3)
+    where = status.spill.num_resident, status.spill.num_on_host, status.spill.num_on_disk
+    # what a snapshot is being written of keeps its place, and then the next goes on to a file
+    assert where in ([(2, 1, 3), (2, 0, 4)] if takes_snapshots else [(2, 1, 3)])
     files = [path for path in (tmp_path / "spilled").rglob("*") if path.is_file()]
     assert len(files) == 6
     for path in (tmp_path / "spilled").rglob("*"):
