@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 
 from memstore.gpu import launch
 from memstore.gpu.kernels.lists import finish_lists_kernel, score_lists_kernel
+from memstore.gpu.launcher import can_chain
+from memstore.gpu.maxima import METRICS
 from memstore.gpu.rings import FANOUT, Ring
-from memstore.types import Metric
+from memstore.gpu.tuning import power_of_two
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from memstore.gpu.launch import Asked, Found
     from memstore.gpu.listing import ListShape
     from memstore.slab import Slab
-
-METRICS = {Metric.INNER_PRODUCT: 0, Metric.L2: 1, Metric.COSINE: 2}
-"""As kernels know them."""
 
 SCRATCH_BYTES = 1 << 30
 """What the scores of rows in lists may take, or those of one query where they are more."""
@@ -65,10 +62,9 @@ def search(
     return num_short
 
 
-@lru_cache(maxsize=16)
 def _chained(device: torch.device) -> dict[str, bool]:
-    """Kernels are begun while the one before them ends, where the GPU can do that: from Hopper on."""
-    is_able = torch.cuda.get_device_capability(device) >= (9, 0)
+    """Kernels are begun while the one before them ends, where the GPU can do that."""
+    is_able = can_chain(device)
     return {"IS_CHAINED": is_able, "launch_pdl": is_able}
 
 
@@ -120,11 +116,11 @@ def _finish(
         METRIC=METRICS[slab.metric],
         WIDTH=shape.width,
         BLOCK_N=16 if asked.sizes.num_queries <= FEW_QUERIES else 32,
-        BLOCK_D=min(MOST_DIMS, max(triton.next_power_of_2(slab.dim), 16)),
+        BLOCK_D=min(MOST_DIMS, max(power_of_two(slab.dim), 16)),
         num_warps=4,
         **_chained(slab.device),
     )
-    top = max(triton.next_power_of_2(asked.top_k), 2)
+    top = max(power_of_two(asked.top_k), 2)
     num_others = 0 if others is None else others[0].shape[1]
     finish_lists_kernel[(num_queries,)](
         *lists,
@@ -145,8 +141,8 @@ def _finish(
         asked.window_before,
         asked.window,
         WIDTH=shape.width,
-        LEAVES=max(triton.next_power_of_2(leaves), top),
-        OTHERS=max(triton.next_power_of_2(num_others), top) if num_others else 0,
+        LEAVES=max(power_of_two(leaves), top),
+        OTHERS=max(power_of_two(num_others), top) if num_others else 0,
         TOP=top,
         num_warps=8 if leaves > MANY_LEAVES else 4,
         **_chained(slab.device),

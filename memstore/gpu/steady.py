@@ -13,7 +13,7 @@ from memstore.gpu.coded import reads_codes
 from memstore.gpu.launch import Asked, Found, Located
 from memstore.gpu.rings import AlikeRings, TableSizes
 from memstore.gpu.room import Field, ReplyRoom
-from memstore.gpu.tuning import scan_shape
+from memstore.gpu.tuning import power_of_two, scan_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,9 +52,9 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Kind:
         """Sizes are powers of two, so that kinds are few while rings fill and batches vary."""
-        num_supers = _power_of_two(launch.num_supers_of(slab, batch.ends))
+        num_supers = power_of_two(launch.num_supers_of(slab, batch.ends))
         return cls(
-            num_rings=_power_of_two(len(batch.layers) * len(batch.places)),
+            num_rings=power_of_two(len(batch.layers) * len(batch.places)),
             num_queries=batch.counts[0],
             num_supers=min(num_supers, launch.num_supers_of(slab, (slab.capacity,))),
             dtype=batch.queries.dtype,
@@ -127,11 +127,6 @@ class SteadySearch:
             found._replace(scores=scores),
             replace(located, row_splits=row_splits, positions=positions, index=index),
         )
-
-
-def _power_of_two(number: int) -> int:
-    """The least one that is not below a positive number."""
-    return 1 << (number - 1).bit_length()
 
 
 def _fields(slab: Slab, asked: Asked, options: RetrieveOptions) -> dict[str, Field]:

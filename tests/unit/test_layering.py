@@ -55,7 +55,6 @@ FOREIGN = {
     "prometheus_client": {"memstore/metrics.py"},
     "triton": {
         "memstore/gpu/launcher.py",
-        "memstore/gpu/list_launch.py",
         *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "lists", "parts", "reply", "rows", "scan", "select")),
     },
 }
