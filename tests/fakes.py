@@ -46,7 +46,8 @@ class FakeClock:
 
 
 class FakeDisk:
-    """Files in a dict, some of them not synced yet.
+    """Files in a dict, some of them not synced yet. Threads may use different files of it at the same time: whatever
+    looks at all of them looks at a copy of the names, which is made in one go.
 
     is_full: every write fails, after half of it. cannot_sync: every sync fails. kill() ends the process: what was
     written is there. power_off() ends the machine: of what was not synced, the disk has as much as `random` says, and
@@ -136,19 +137,19 @@ class FakeDisk:
 
     def names(self, folder: Path) -> list[str]:
         depth = len(folder.parts)
-        return sorted({path.parts[depth] for path in self.files if folder in path.parents})
+        return sorted({path.parts[depth] for path in list(self.files) if folder in path.parents})
 
     def rename(self, source: Path, target: Path) -> None:
-        if any(target in path.parents for path in self.files):
+        if any(target in path.parents for path in list(self.files)):
             raise OSError(39, "Directory not empty", str(target))
         for files in (self.files, self._synced):
-            for path in [path for path in files if path == source or source in path.parents]:
+            for path in [path for path in list(files) if path == source or source in path.parents]:
                 files[target / path.relative_to(source)] = files.pop(path)
         self._sync_names(target.parent)
 
     def remove_folder(self, path: Path) -> None:
-        for each in [each for each in self.files if path in each.parents]:
-            self.files.pop(each)
+        for each in [each for each in list(self.files) if path in each.parents]:
+            self.files.pop(each, None)
             self._synced.pop(each, None)
         self._sync_names(path)
 
@@ -168,7 +169,7 @@ class FakeDisk:
 
     def _sync_names(self, folder: Path) -> None:
         """What was removed from a folder does not come back."""
-        self._removed = {path: content for path, content in self._removed.items() if path.parent != folder}
+        self._removed = {path: content for path, content in list(self._removed.items()) if path.parent != folder}
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:

@@ -55,7 +55,7 @@ class SlowDisk(FakeDisk):
     def remove_folder(self, path: Path) -> None:
         if self.cannot_remove:
             raise OSError(5, "Input/output error")
-        if any(path in each.parents for each in self.files):
+        if any(path in each.parents for each in list(self.files)):
             self.is_removing.set()
             assert self.may_remove.wait(WAIT_S)
             self.removers.add(threading.current_thread().name)
@@ -63,7 +63,7 @@ class SlowDisk(FakeDisk):
 
     def of(self, kind: str) -> list[Path]:
         """What lies in one of the folders of the data folder."""
-        return [path for path in self.files if DATA / kind in path.parents]
+        return [path for path in list(self.files) if DATA / kind in path.parents]
 
 
 class HeldWorker(DeviceWorker):
