@@ -20,7 +20,7 @@ ORDER = """
     admission capacity catalog store pace turns errands joining standing device plane replies
     wire status access followed tokens auth quotas gate
     entries rooms removals registry snapshotter expirer metrics service
-    embedded mapped lending listen arrival outcomes door grpc_front health
+    embedded mapped lending listen arrival outcomes lobby door grpc_front health
     server console issuing backup __main__
 """.split()
 PACKAGES = ("memstore", "model_client", "integration")
@@ -37,6 +37,7 @@ FOREIGN = {
         "memstore/listen.py",
         "memstore/arrival.py",
         "memstore/outcomes.py",
+        "memstore/lobby.py",
         "memstore/door.py",
         "memstore/grpc_front.py",
         "memstore/health.py",
