@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def sources() -> list[str]:
     return sorted(path for path in paths if not path.startswith("memstore/v1/"))
 
 
+@cache
 def imports(path: str) -> list[tuple[str, bool]]:
     """Full name of each thing that a file imports, and whether importing the file leaves it out."""
     tree = ast.parse((ROOT / path).read_text())
