@@ -98,7 +98,9 @@ class Link:
         self._loop.remove_reader(self._connection.fileno())
         with self._sending:
             self._connection.close()
-        self.on_close()
+        self._buffer = bytearray()
+        on_close, self.on_packet, self.on_close = self.on_close, _nobody, _nothing  # or they would keep each other
+        on_close()
 
     def take_descriptors(self) -> list[int]:
         """What came with the packet that is being heard, and is the caller's to close from now on."""

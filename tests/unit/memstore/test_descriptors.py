@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import stat
 import threading
+import weakref
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +59,38 @@ class Host:
 
         token = self.run(lambda: self.handover.offer(claimed, lambda: None))
         return pb.OpenPlaneResponse(socket_path=self.handover.path, token=token)  # type: ignore[arg-type]
+
+
+def test_a_link_that_has_ended_keeps_neither_its_buffer_nor_whom_it_told() -> None:
+    """The collector of cycles may come late: servers that lend again and again grew by what links kept."""
+
+    class Owner:
+        def __init__(self, link: Link) -> None:
+            self.link, self.has_gone = link, False
+            link.on_packet, link.on_close = self.hear, self.go
+
+        def hear(self, packet: bytes) -> None:
+            """Not called."""
+
+        def go(self) -> None:
+            self.has_gone = True
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    loop = uvloop.new_event_loop()
+    gc.disable()
+    try:
+        link = Link(ours, loop)
+        owner = Owner(link)
+        link.close()
+        assert owner.has_gone
+        assert not link._buffer
+        remembered = weakref.ref(owner)
+        del owner
+        assert remembered() is None
+    finally:
+        gc.enable()
+        theirs.close()
+        loop.close()
 
 
 def test_nothing_is_sent_on_a_descriptor_that_is_another_ones_by_then() -> None:
