@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def mutated_json(content: bytes, random: Random) -> bytes:
             case 2 if isinstance(holder[key], int):
                 holder[key] += random.choice([-1, 1, 1 << 40])
             case _:
-                holder[key] = random.choice(ODD)
+                holder[key] = deepcopy(random.choice(ODD))  # the next change may be within it
     return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
 
 

@@ -15,7 +15,7 @@ from memstore.errors import Internal
 from memstore.grpc_front import SERVICE
 from memstore.v1 import memstore_pb2 as pb
 from tests.calling import failure
-from tests.fuzz.mutating import NESTED, mutated
+from tests.fuzz.mutating import NESTED, ODD, mutated, mutated_json
 from tests.fuzz.targets import REQUESTS, TARGETS
 from tests.serving import serving, spec, step
 
@@ -82,6 +82,13 @@ def server() -> Iterator[Serving]:
     with serving() as made:
         made.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
         yield made
+
+
+def test_what_is_put_in_is_the_same_however_many_have_been_changed() -> None:
+    before, random = repr(ODD), Random(0)
+    for _ in range(1000):
+        mutated_json(b'{"a":[]}', random)
+    assert repr(ODD) == before
 
 
 def test_every_call_has_a_seed() -> None:
