@@ -34,9 +34,7 @@ class Planner:
         self._spec = spec
         self._device = device
         self._most_products = MOST_PRODUCTS[device.type]
-        # of rows that are in generations few are read, but those of the last one and a half may still be outside of any
-        settings = spec.index_settings
-        self._most_rows = spec.capacity if settings is None else min(spec.capacity, 2 * settings.generation_rows)
+        self._most_rows = _most_rows(spec)
         self._table = table
         self._lender = lender
 
@@ -85,6 +83,18 @@ class Planner:
         if scores * of_a_row > self._most_products:
             most = self._most_products // of_a_row
             raise InvalidRequest("sequences", f"{scores:,} scores a layer, at most {most:,} in a call; ask for fewer")
+
+
+def _most_rows(spec: MemorySpec) -> int:
+    """Rows of a sequence that are read for a query.
+
+    Those of the last generation and a half may still be outside of any; of the others the lists that are probed.
+    """
+    settings = spec.index_settings
+    if settings is None:
+        return spec.capacity
+    probed = spec.capacity * settings.nprobe // settings.nlist if settings.nlist else 0
+    return min(spec.capacity, 2 * settings.generation_rows + probed)
 
 
 def plans_of(outcomes: Sequence[BatchPlan | MemstoreError]) -> list[BatchPlan]:

@@ -21,7 +21,16 @@ from memstore.errors import (
     SequenceGap,
 )
 from memstore.memory import Memory
-from memstore.types import MemorySpec, Metric, RetrieveOptions, SequencePart, StepBatch, StepResult
+from memstore.types import (
+    IndexKind,
+    IndexSettings,
+    MemorySpec,
+    Metric,
+    RetrieveOptions,
+    SequencePart,
+    StepBatch,
+    StepResult,
+)
 from tests.comparing import assert_same
 from tests.pairing import CPU, DIM, SPEC, Pair, part, replace
 
@@ -202,6 +211,32 @@ def test_a_call_that_would_keep_the_device_for_too_long_is_refused_and_changes_n
     assert str(refused) == "sequences: 30 scores a layer, at most 24 in a call; ask for fewer"
     assert memory.counts().num_rows == 12
     assert isinstance(step("b", 8), StepResult)
+
+
+@pytest.mark.parametrize(("nprobe", "num_read"), [(1, 96), (2, 128)])
+def test_of_lists_those_that_are_probed_count_towards_what_a_call_may_take(
+    monkeypatch: pytest.MonkeyPatch, nprobe: int, num_read: int
+) -> None:
+    pytest.importorskip("faiss")
+    settings = IndexSettings(generation_rows=16, nlist=2, nprobe=nprobe)
+    spec = MemorySpec(
+        name="m", dim=3, capacity=128, max_sequences=1, index=IndexKind.FAISS_IVF_FLAT, index_settings=settings
+    )
+
+    def searched(most: int) -> StepResult | MemstoreError:
+        monkeypatch.setattr("memstore.planner.MOST_PRODUCTS", {"cpu": most * 128})
+        memory = Memory(spec, CPU, new_epoch=lambda: 1)
+        keys = torch.ones(1, 128, 3)
+        memory.step([StepBatch(parts=(SequencePart(sequence="a", num_rows=128),), layers=(0,), keys=keys, append=True)])
+        parts = (SequencePart(sequence="a", num_rows=1),)
+        (result,) = memory.step(
+            [StepBatch(parts=parts, layers=(0,), keys=keys[:, :1], retrieve=RetrieveOptions(top_k=1))]
+        )
+        memory.free()
+        return result
+
+    assert isinstance(searched(num_read), StepResult)
+    assert isinstance(searched(num_read - 1), InvalidRequest)
 
 
 def test_too_large_a_memory_is_refused_at_once(device: torch.device) -> None:
