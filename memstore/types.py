@@ -104,7 +104,7 @@ class PayloadSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySpec:
-    """What a memory is, fixed at its creation. Limits stand in the wire contract, and are checked in wire.py."""
+    """What a memory is, fixed at its creation. Limits stand in the wire contract, and are checked in wire/."""
 
     name: str
     dim: int
