@@ -14,12 +14,17 @@ import torch
 from benchmarks import report as reports
 from benchmarks.quality import data
 from benchmarks.quality.reading import Reading, Variant
+from integration.demo.command import WEIGHTS
 from model_client import MemoryClient
 
 if TYPE_CHECKING:
     import argparse
 
 K = 1024
+BASE = WEIGHTS / "base"
+SHIPPED = {"ours": WEIGHTS / "adapter", "lora": Path(__file__).parent / "weights" / "lora"}
+"""Trained variants of the tables that are in the repository: ours is the demo's."""
+
 T_975 = {
     2: 12.706,
     3: 4.303,
@@ -67,7 +72,7 @@ class Table:
         if name == "base":
             return Variant.load(self.options.base, None)
         if name not in self._variants:
-            folder = self.options.runs / name
+            folder = SHIPPED[name] if self.options.runs is None else self.options.runs / name
             until = time.monotonic() + self.options.wait
             while not (folder / "report.json").exists() and time.monotonic() < until:
                 time.sleep(0.2)
@@ -75,6 +80,14 @@ class Table:
                 raise KeyError(name)
             self._variants = {name: Variant.load(self.options.base, folder)}
         return self._variants[name]
+
+    @property
+    def runs(self) -> Path:
+        """The folder of trainings. Raises ValueError where none was given."""
+        if self.options.runs is None:
+            raise ValueError(f"{self.name}: --runs is needed")
+        folder: Path = self.options.runs
+        return folder
 
     def warm(self) -> None:
         """Compiles what the first step would wait for."""
