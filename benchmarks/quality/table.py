@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import argparse
 
 K = 1024
+LENGTH = 128 * K
+"""Tokens of each document, where nothing else is asked for."""
+
 BASE = WEIGHTS / "base"
 SHIPPED = {"ours": WEIGHTS / "adapter", "lora": Path(__file__).parent / "weights" / "lora"}
 """Trained variants of the tables that are in the repository: ours is the demo's."""
@@ -129,7 +132,8 @@ class Table:
         """The JSON of the report, with the documents' losses and the commit of an exported tree beside the rows."""
         path = self.report.write()
         content = json.loads(path.read_text())
-        content["command"] = f"python -m benchmarks.quality.tables {self.name}"
+        shorter = "" if self.options.length == LENGTH else f" --length {self.options.length}"
+        content["command"] = f"python -m benchmarks.quality.tables {self.name}{shorter}"
         commit = Path("COMMIT")
         if content["commit"] == "unknown" and commit.exists():
             content["commit"] = commit.read_text().strip()

@@ -25,7 +25,7 @@ from benchmarks.quality.policies import POLICIES, PolicyCache, PolicyNetwork
 from benchmarks.quality.reading import Reading, read
 from benchmarks.quality.recall import recall
 from benchmarks.quality.streams import DOMAINS
-from benchmarks.quality.table import BASE, K, Table, interval, join, percent
+from benchmarks.quality.table import BASE, LENGTH, K, Table, interval, join, percent
 from integration.training.judge import autocast
 
 REPORTED_STEPS = 50  # of training, one loss for each so many
@@ -183,7 +183,7 @@ def parse() -> argparse.Namespace:
         "--runs", type=Path, help="folder of trained variants (default: ours and LoRA only, as they ship)"
     )
     parser.add_argument("--data", type=Path, help="folder that benchmarks.quality.data wrote")
-    parser.add_argument("--length", type=int, default=128 * K, help="tokens of each document")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of each document")
     parser.add_argument("--capacities", type=int, nargs="+", default=[0, 4 * K, 16 * K, 64 * K, 128 * K])
     parser.add_argument("--domains", nargs="+", default=["books", "code"], help="of all tables but trials and shorts")
     parser.add_argument("--variants", nargs="+", default=["ours", "mt", "lora-1024"], help="of capacity")
