@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -14,13 +13,16 @@ import torch
 
 from integration.cache_watch import CacheWatch
 from integration.carries import Carries
+from integration.config import HIDDEN
+from integration.errors import AttachError
 from integration.families import find_decoder
 from integration.forward import Answer, Forward
 from integration.held import HeldRows, RowBatch
 from integration.layout import TokenLayout
 from integration.loops import DecodeLoops, Passing
 from integration.recomputing import PendingForwards
-from integration.store import HIDDEN, MemoryLink
+from integration.sequences import BatchSequences
+from integration.store import MemoryLink
 from integration.trace import MemoryStats, ReadTrace
 from integration.weights import MemoryWeights
 
@@ -35,10 +37,6 @@ if TYPE_CHECKING:
     from model_client import MemoryClient
 
 _attached: WeakSet[nn.Module] = WeakSet()
-
-
-class AttachError(RuntimeError):
-    """The model cannot be attached, or is used in a way that its memory cannot follow; the message says which."""
 
 
 def attach(
@@ -85,10 +83,7 @@ class AttachedMemory:
         self._parameters = tuple(inspect.signature(self._decoder.module.forward).parameters)
         self._client = client
         self._link: MemoryLink | None = None
-        self._own_names: set[str] = set()
-        self._names: tuple[str, ...] = ()
-        self._is_new: list[bool] = []
-        self._sources: tuple[str, ...] | None = None
+        self._batch = BatchSequences(config.max_sequences)
         self._carries = Carries()
         self._held = HeldRows()
         self._watch = CacheWatch()
@@ -99,7 +94,7 @@ class AttachedMemory:
         self._loops = DecodeLoops(self._passing, self._decoder, partial(self._send_held, is_fresh=False))
         self._handles: list[Any] = []
         if sequences is not None:
-            self._rename(tuple(sequences), is_new=False)
+            self._batch.rename(sequences, is_new=False)
 
     def __enter__(self) -> Self:
         decoder = self._decoder
@@ -132,8 +127,8 @@ class AttachedMemory:
                 self.flush()
         finally:
             self._loops.close()
-            if self._own_names and self._link is not None:
-                self._link.release(tuple(sorted(self._own_names)))
+            if self._batch.made_up and self._link is not None:
+                self._link.release(tuple(sorted(self._batch.made_up)))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained beside the model."""
@@ -142,7 +137,7 @@ class AttachedMemory:
     @property
     def sequences(self) -> tuple[str, ...]:
         """Names of the rows of the batch; empty before the first forward where none were given."""
-        return self._names
+        return self._batch.names
 
     def new_documents(self, names: Sequence[str] | None = None, rows: Sequence[int] | None = None) -> None:
         """Begins new documents, whose sequences are emptied: under these names, or under the ones in use.
@@ -151,12 +146,12 @@ class AttachedMemory:
         """
         self.flush()
         if names is not None:
-            self._rename(tuple(names), is_new=True)
+            self._batch.rename(names, is_new=True)
+            self._forget()
             return
-        chosen = range(len(self._names)) if rows is None else rows
-        for row in chosen:
-            self._is_new[row] = True
-        self._carries.forget_rows(self._names, chosen)
+        chosen = range(len(self.sequences)) if rows is None else rows
+        self._batch.begin_anew(chosen)
+        self._carries.forget_rows(self.sequences, chosen)
 
     def flush(self) -> None:
         """Appends what waits beside the key-value cache, and waits until it is done."""
@@ -174,12 +169,12 @@ class AttachedMemory:
     @contextlib.contextmanager
     def reading(self, sources: Sequence[str]) -> Iterator[None]:
         """Within the block the rows of the batch read these sequences instead of their own, and append nothing."""
-        before = self._sources
-        self._sources = tuple(sources)
+        before = self._batch.sources
+        self._batch.sources = tuple(sources)
         try:
             yield
         finally:
-            self._sources = before
+            self._batch.sources = before
 
     @torch.inference_mode()
     def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
@@ -198,7 +193,7 @@ class AttachedMemory:
         self._forward, self._is_passing = None, True
         given = dict(zip(self._parameters, args, strict=False)) | kwargs if args else kwargs
         if self._loops.loop is not None:
-            is_apart = not self.enabled or self.is_tracing or self._sources is not None
+            is_apart = not self.enabled or self.is_tracing or self._batch.sources is not None
             if not is_apart and self._loops.goes_on(module, given, keeps=not self.read_only):
                 return
             self._loops.leave()
@@ -209,7 +204,10 @@ class AttachedMemory:
         if states is None:
             return
         batch, length = states.shape[:2]
-        self._check_batch(batch)
+        if not self._batch.read:
+            self._batch.make_up(batch)
+            self._forget()
+        self._batch.check(batch)
         past, use_cache = given.get("past_key_values"), given.get("use_cache")
         self._follow(past)
         wants_cache = (self._decoder.is_cache_default if use_cache is None else use_cache) and not module.training
@@ -236,8 +234,13 @@ class AttachedMemory:
         self._passing.last = forward if forward.is_cached else None
         if forward.recomputes:
             self._pending.add(forward, output)
-        if self._link is not None and self._sources is None and not self.is_tracing and not any(self._is_new):
-            self._loops.enter(forward, self._link, self._names, keeps=self._is_appending)
+        if (
+            self._link is not None
+            and self._batch.sources is None
+            and not self.is_tracing
+            and not any(self._batch.is_new)
+        ):
+            self._loops.enter(forward, self._link, self._batch.names, keeps=self._is_appending)
 
     def _pass_of(self, given: dict[str, Any]) -> Forward | None:
         """The pass that an attention runs for, first or again."""
@@ -271,11 +274,11 @@ class AttachedMemory:
         unwanted = (cropped,) * len(counts)
         if self._is_appending:
             self._held.drop_last(unwanted)
-        self._carries.take_back(self._sources or self._names, self._passing.last, unwanted, self.config.context)
+        self._carries.take_back(self._batch.read, self._passing.last, unwanted, self.config.context)
 
     @property
     def _is_appending(self) -> bool:
-        return not self.read_only and self._sources is None
+        return not self.read_only and self._batch.sources is None
 
     def _look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begins the retrieval for the states that enter the retrieval layer."""
@@ -283,7 +286,7 @@ class AttachedMemory:
         if self._loops.passing is not None:
             if self._loops.start(states):
                 return
-            self._forward = DecodeLoops.pass_of(len(self._names))
+            self._forward = DecodeLoops.pass_of(len(self._batch.names))
         forward = self._forward
         if forward is None or forward.is_started or link is None:
             return
@@ -293,7 +296,7 @@ class AttachedMemory:
         forward.hidden, forward.keys = hidden, keys
         kept = hidden.to(torch.bfloat16) if self.config.training_payload else None
         rows = RowBatch(keys, kept, forward.layout.counts)
-        names = self._sources or self._names
+        names = self._batch.read
         forward.is_appending = self._is_appending and not forward.is_cached
         forward.until = time.perf_counter() + self.config.deadline_s
         forward.call = link.start(
@@ -301,7 +304,7 @@ class AttachedMemory:
             rows,
             array=self._array(forward),
             append=forward.is_appending,
-            start_of_sequence=self._is_new if self._is_appending else [False] * len(names),
+            start_of_sequence=self._batch.is_new if self._is_appending else [False] * len(names),
         )
         if self._is_appending and forward.is_cached:
             self._held.add(rows)
@@ -342,7 +345,7 @@ class AttachedMemory:
         if forward.is_answered:
             return
         forward.is_answered = True
-        key = self._sources or self._names
+        key = self._batch.read
         carry = None if forward.is_training else self._carries.pop(key)
         found = self._link.finish(forward.call, forward.until) if self._link and forward.call else None
         self.last_trace = None
@@ -354,7 +357,7 @@ class AttachedMemory:
         self.stats.steps_with_memory += 1
         self.stats.appended_rows += num_appended
         if self._is_appending:
-            self._is_new = [False] * len(self._names)
+            self._batch.have_begun()
         forward.answer = Answer.of(found.hits, self._array(forward), forward.layout.counts, self.config.context, carry)
         if forward.answer.carry is not None and not forward.is_training:
             self._carries[key] = forward.answer.carry
@@ -373,30 +376,11 @@ class AttachedMemory:
         return link
 
     def _append_held(self, link: MemoryLink, counts: tuple[int, ...]) -> None:
-        link.append(self._names, self._held.take(counts), self._is_new)
-        if any(self._is_new) and link.settle():
-            self._is_new = [False] * len(self._names)
+        link.append(self._batch.names, self._held.take(counts), self._batch.is_new)
+        if any(self._batch.is_new) and link.settle():
+            self._batch.have_begun()
 
-    def _check_batch(self, batch: int) -> None:
-        names = self._sources or self._names
-        if not names:
-            stem = uuid.uuid4().hex[:12]
-            self._rename(tuple(f"{stem}-{row}" for row in range(batch)), is_new=True)
-            self._own_names.update(self._names)
-        elif len(names) != batch:
-            raise AttachError(
-                f"the batch has {batch} rows, the memory {len(names)} sequences; call new_documents(names) with a "
-                "name for each row first"
-            )
-
-    def _rename(self, names: tuple[str, ...], is_new: bool) -> None:
-        if len(set(names)) != len(names) or not names:
-            raise AttachError("sequences: one name for each row of the batch is needed, each another one")
-        if len(names) > self.config.max_sequences:
-            raise AttachError(
-                f"{len(names)} sequences, the memory has room for max_sequences={self.config.max_sequences}"
-            )
-        self._names = names
-        self._is_new = [is_new] * len(names)
+    def _forget(self) -> None:
+        """The rows of the batch are others: nothing that was found goes on."""
         self._carries.clear()
         self._loops.close()

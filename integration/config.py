@@ -18,6 +18,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METRICS = ("l2", "ip", "cosine")
 MAX_WIDTH = 65_536
 """Of a hidden state, and of whatever is cut out of one: no model is so wide."""
+HIDDEN = "hidden"
+"""Name of the payload array with whole hidden states."""
 INDEXES = ("exact", "faiss_flat", "faiss_ivf_flat", "faiss_ivf_pq", "faiss_cagra")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from integration.store import HIDDEN
+from integration.config import HIDDEN
 from model_client.cache_attention import Carry, RetrievedRows, join_context
 
 if TYPE_CHECKING:

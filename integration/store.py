@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from integration.config import DTYPES, ConfigError, MemoryConfig
+from integration.config import DTYPES, HIDDEN, ConfigError, MemoryConfig
 from model_client import Retrieval
 from model_client.errors import (
     AlreadyExists,
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from integration.trace import MemoryStats
     from model_client import MemoryClient, PendingStep, Session, StepResult
     from model_client.standing import StandingStep
-
-HIDDEN = "hidden"
-"""Name of the payload array with whole hidden states."""
 
 MAX_APPENDS = 2
 """Appends under way at once."""

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.auth import Open
-from memstore.catalog import Catalog, NoCatalog
+from memstore.catalog import Catalog, FileCatalog, NoCatalog
 from memstore.config import Config
 from memstore.descriptors import Handover
 from memstore.device import DeviceWorker, device_of
@@ -35,7 +35,7 @@ from memstore.store import FileStore, NoStore, Store, Syncers
 from memstore.tokens import Quota
 from memstore.v1 import memstore_pb2 as pb
 from memstore.v1 import memstore_pb2_grpc
-from tests.fakes import Diligent
+from tests.fakes import Diligent, FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -150,6 +150,11 @@ class Unwatched:
 def file_store(data: Path, disk: Disk, clock: Clock, quota_bytes: int = 0) -> FileStore:
     """A store whose journals are synced at once."""
     return FileStore(data, disk, clock, quota_bytes, Unwatched(), Syncers(Diligent(), Diligent()))
+
+
+def on_disk(data: Path, disk: Disk, quota_bytes: int = 0) -> Setting:
+    """A server whose catalogue and memories are in a folder of this disk."""
+    return Setting(catalog=FileCatalog(data, disk), store=file_store(data, disk, FakeClock(), quota_bytes))
 
 
 async def _start(

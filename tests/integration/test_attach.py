@@ -8,7 +8,8 @@ import pytest
 import torch
 from models import FAMILIES, VOCABULARY, SlowMemory, random_weights, tiny_config, tiny_model
 
-from integration.attach import AttachError, attach
+from integration.attach import attach
+from integration.errors import AttachError
 from integration.families import UnknownFamily, find_decoder
 
 if TYPE_CHECKING:

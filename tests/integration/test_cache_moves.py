@@ -9,7 +9,8 @@ import torch
 from models import VOCABULARY, random_weights, tiny_config, tiny_model
 from transformers import DynamicCache
 
-from integration.attach import AttachError, attach
+from integration.attach import attach
+from integration.errors import AttachError
 from model_client import Retrieval
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from models import FAMILIES, VOCABULARY, random_weights, tiny_config, tiny_model
 from transformers import DynamicCache
 
 from integration import loops
-from integration.attach import AttachError, attach
+from integration.attach import attach
 from integration.decode import DecodeLoop
+from integration.errors import AttachError
 from integration.recorded import Recorder
 from model_client import Retrieval
 from model_client.standing import StandingStep

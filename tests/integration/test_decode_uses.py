@@ -11,7 +11,8 @@ from models import VOCABULARY, random_weights, tiny_config, tiny_model
 from transformers import DynamicCache
 
 from integration import loops
-from integration.attach import AttachError, attach
+from integration.attach import attach
+from integration.errors import AttachError
 from model_client import MemoryClient, Retrieval
 
 if TYPE_CHECKING:

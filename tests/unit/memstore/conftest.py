@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from tests.processes import Process
+
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Serving]:
@@ -32,6 +34,15 @@ def server() -> Iterator[Serving]:
     with serving() as made:
         made.stub.CreateMemory(pb.CreateMemoryRequest(spec=spec()))
         yield made
+
+
+@pytest.fixture
+def started() -> Iterator[list[Process]]:
+    """Servers that a test starts as processes of their own, which end with it."""
+    processes: list[Process] = []
+    yield processes
+    for process in processes:
+        process.close()
 
 
 @pytest.fixture(params=list(IndexKind), ids=lambda kind: kind.value)

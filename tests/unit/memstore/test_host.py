@@ -170,7 +170,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not is_same)
 
 def test_a_forked_process_searches_with_helpers_of_its_own() -> None:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED]
-    subprocess.run(command, check=True, timeout=50)
+    subprocess.run(command, check=True, timeout=150)
 
 
 def test_helpers_end_with_their_owner() -> None:

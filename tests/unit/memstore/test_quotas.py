@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from memstore.auth import Certificates, Credentials, authenticator_of
-from memstore.catalog import FileCatalog
 from memstore.config import Config
 from memstore.errors import Overloaded, QuotaExceeded
 from memstore.followed import Followed
@@ -26,7 +26,7 @@ from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import decode_spec
 from tests.calling import Conversation, bearer, fails, failure, hashed, tokens
 from tests.fakes import FakeClock, FakeDisk
-from tests.serving import Setting, file_store, serving, spec, step
+from tests.serving import Setting, file_store, on_disk, serving, spec, step
 
 DATA = Path("/data")
 
@@ -307,13 +307,12 @@ def test_the_devices_thread_never_waits_for_the_disk_that_the_token_file_is_on(
 
 def test_a_quota_that_is_lowered_keeps_no_memory_from_being_loaded() -> None:
     disk = FakeDisk()
-    catalog = FileCatalog(DATA, disk)
-    with serving(Setting(catalog=catalog, store=file_store(DATA, disk, FakeClock()))) as server:
+    with serving(on_disk(DATA, disk)) as server:
         server.stub.CreateMemory(spilling(durability=pb.DURABILITY_INTERVAL))
         for sequence in "abc":
             server.stub.Step(step((sequence,), memory="m"))
     few = Quota(spilled_bytes=10)
-    with serving(Setting(catalog=catalog, store=file_store(DATA, disk, FakeClock()), quota=few)) as server:
+    with serving(replace(on_disk(DATA, disk), quota=few)) as server:
         error = fails(server, "Step", step(("d",), memory="m"))
         assert isinstance(error, QuotaExceeded)
         assert error.metadata["quota"] == "spilled_bytes"

@@ -26,19 +26,10 @@ from tests.processes import Process
 from tests.serving import spec, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
 pytestmark = pytest.mark.timeout(180)  # each start of a process imports torch, which takes seconds on a busy machine
-
-
-@pytest.fixture
-def started() -> Iterator[list[Process]]:
-    processes: list[Process] = []
-    yield processes
-    for process in processes:
-        process.close()
 
 
 def test_a_server_stops_in_order_and_comes_back_with_its_memories(tmp_path: Path, started: list[Process]) -> None:

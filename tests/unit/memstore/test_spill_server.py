@@ -26,21 +26,11 @@ from tests.processes import Process
 from tests.serving import Setting, file_store, serving, spec, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from memstore.v1.memstore_pb2_grpc import MemoryServiceStub
 
 DATA = Path("/data")
 SPILL = pb.SpillSpec(max_sequences=4, host_sequences=1)
 NAMES = "abcdef"
-
-
-@pytest.fixture
-def started() -> Iterator[list[Process]]:
-    processes: list[Process] = []
-    yield processes
-    for process in processes:
-        process.close()
 
 
 def _answers(stub: MemoryServiceStub, memory: str) -> dict[str, bytes]:

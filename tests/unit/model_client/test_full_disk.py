@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from memstore.catalog import FileCatalog
 from model_client import MemoryClient, Retrieval, errors
-from tests.fakes import FakeClock, FakeDisk
-from tests.serving import Setting, file_store, serving
+from tests.fakes import FakeDisk
+from tests.serving import on_disk, serving
 
 DATA = Path("/data")
 
 
 def test_a_session_goes_on_once_there_is_room_and_has_no_row_twice() -> None:
     disk = FakeDisk()
-    setting = Setting(catalog=FileCatalog(DATA, disk), store=file_store(DATA, disk, FakeClock()))
-    with serving(setting) as server, MemoryClient(server.target) as client:
+    with serving(on_disk(DATA, disk)) as server, MemoryClient(server.target) as client:
         client.create_memory("m", dim=1, capacity=16, dtype=torch.float32, durability="always")
         session = client.session("m", ["a"])
         rows = torch.arange(8.0).view(8, 1)

@@ -352,7 +352,7 @@ def test_a_client_ends_with_its_interpreter_without_a_word(server: Serving) -> N
     done = subprocess.run(
         [sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(program)],
         capture_output=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -378,6 +378,6 @@ def test_a_child_process_makes_a_connection_of_its_own(server: Serving) -> None:
             client.close()
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=50, check=False
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=150, check=False
     )
     assert done.returncode == 0, done.stderr.decode()

@@ -28,7 +28,7 @@ PROGRAM = """
 def faults(option: str) -> int:
     """Page faults of 40 MiB that are taken for the second time, in a process with such a client."""
     program = textwrap.dedent(PROGRAM).format(option=option)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=50, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=150, check=True)
     return int(done.stdout)
 
 
