@@ -16,7 +16,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from memstore import still
 from tests.fuzz.targets import TARGETS
 from tests.processes import Usage
 from tests.security import attacks
@@ -89,17 +88,13 @@ def mutations(report: Report, rounds: int) -> None:
 
 def simulation(report: Report, seeds: int) -> None:
     """Runs in which an answer was taken back, or an intact memory taken for damaged."""
-    before, still.PIECE_BYTES = still.PIECE_BYTES, 1  # a row at a time, so that much comes between
     failed = 0
-    try:
-        for seed in range(1_000_000, 1_000_000 + seeds):  # beside those of the tests
-            try:
-                Simulation(seed).run(CALLS)
-            except Exception as error:
-                failed += 1
-                print(f"seed {seed}: {error!r}")
-    finally:
-        still.PIECE_BYTES = before
+    for seed in range(1_000_000, 1_000_000 + seeds):  # beside those of the tests
+        try:
+            Simulation(seed).run(CALLS)
+        except Exception as error:
+            failed += 1
+            print(f"seed {seed}: {error!r}")
     report.add("simulated disk, process and power", "seeds", seeds, "count", better="higher")
     report.add("simulated disk, process and power", "calls", seeds * CALLS, "count", better="higher")
     report.add("simulated disk, process and power", "seeds with an answer taken back", failed, "count", goal=0)

@@ -10,6 +10,7 @@ import grpc
 from memstore.access import SCOPES
 from memstore.arrival import request_id_of, text_of
 from memstore.auth import Credentials
+from memstore.lobby import Lobby
 from memstore.outcomes import abort
 from memstore.v1 import memstore_pb2 as pb
 
@@ -34,13 +35,15 @@ class Door(grpc.aio.ServerInterceptor):
     """Asks the gate about every call, whoever added its method to the server.
 
     gRPC asks here with the headers of a call, and takes of its message no more meanwhile than the other end may send
-    unasked. So a stranger gets no message read, however large it is or slowly it comes.
+    unasked. So a stranger gets no message read, however large it is or slowly it comes; what everybody may call is read
+    in the lobby.
     """
 
     def __init__(self, gate: Gate, outcomes: Outcomes, clock: Clock) -> None:
         self._gate = gate
         self._outcomes = outcomes
         self._clock = clock
+        self._lobby = Lobby()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """The handler of a method; one that refuses where the gate does."""
@@ -52,7 +55,8 @@ class Door(grpc.aio.ServerInterceptor):
             request_id = request_id_of(metadata)
             failure = self._outcomes.failure(_METHODS.get(path, OTHER), error, request_id, began)
             return grpc.stream_stream_rpc_method_handler(partial(_refuse, failure, request_id))
-        return await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
+        return handler if handler is None or SCOPES[path] else self._lobby.handler(handler)
 
 
 async def _refuse(failure: Answer, request_id: str, _: object, context: Context) -> None:

@@ -25,8 +25,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-MAX_REQUEST_BYTES = 1024
-"""Far beyond the longest name of a memory."""
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
@@ -72,7 +70,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
         """The status of one service; NOT_FOUND where there is none of that name."""
-        await _check_size(request, context)
         found = self.status(request.service, self._credentials(context))
         if found is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
@@ -80,7 +77,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """The status of one service now and whenever it changes, until draining; SERVICE_UNKNOWN if there is none."""
-        await _check_size(request, context)
         last: int | None = None
         credentials = self._credentials(context)
         while True:
@@ -109,9 +105,3 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
     async def _changes_beyond(self, seen: int) -> None:
         async with self._changed:
             await self._changed.wait_for(lambda: self._num_changes > seen)
-
-
-async def _check_size(request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    """Ends a call whose message could ask for nothing that there is: strangers may send it, and have it kept."""
-    if request.ByteSize() > MAX_REQUEST_BYTES:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"more than {MAX_REQUEST_BYTES} bytes: no such service")

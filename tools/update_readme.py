@@ -258,7 +258,6 @@ def disjoint(root: Path) -> str:
 
 BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("README.md", "DEMO_NUMBERS", demo_numbers),
-    ("README.md", "BENCHMARK_RESULTS", benchmark_results),
     ("benchmarks/README.md", "BENCHMARK_RESULTS", benchmark_results),
     ("docs/performance.md", "SEARCH", block("search", SEARCH_COLUMNS)),
     ("docs/performance.md", "GPU_SEARCH", block("gpu-search", GPU_SEARCH_COLUMNS)),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.quality.network import exact_top, likeness
+from benchmarks.quality.ring import exact_top, likeness
 
 if TYPE_CHECKING:
-    from benchmarks.quality.network import Ring
+    from benchmarks.quality.ring import Ring
 
 
 UNIT_SCALE = 10.0  # of the products of unit vectors, at first
@@ -90,8 +90,3 @@ class MemorizingWeights(nn.Module):
         has_memory = (ring.next > 0)[:, None, None].expand(batch, length, 1)
         ring.append(key=keys, value=values)
         return output, has_memory
-
-
-def pad_rows(rows: Tensor) -> Tensor:
-    """Rows (U, ...) with one of zeros before them, for index -1."""
-    return functional.pad(rows, (0,) * (2 * (rows.dim() - 1)) + (1, 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -158,8 +157,3 @@ def page(rows: list[dict[str, Any]], path: Path) -> None:
         "last. Right: the kept state that got the most attention when it was predicted, marked with the token after it."
         "</p>\n<table>\n" + cells + "\n</table>\n"
     )
-
-
-def save_examples(rows: list[dict[str, Any]], path: Path) -> None:
-    """The same as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.network import Gathered, Network, exact_top, widen
+from benchmarks.quality.network import Gathered, Network
+from benchmarks.quality.ring import exact_top, widen
 
 POLICIES = ("fifo", "random", "lru", "attention", "duplicates")
 PROTECTED_RATIO = 0.25  # of the capacity: the newest rows, which attention and duplicates leave alone

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.quality.network import Network, Ring, initialise, run_layers
+from benchmarks.quality.network import Network, initialise, run_layers
+from benchmarks.quality.ring import Ring
 from benchmarks.quality.variants import spec_of
 from integration.adapter import load_adapter, save_adapter
 from integration.training.judge import autocast

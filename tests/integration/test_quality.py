@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.quality.attending import Read as ReadRows
 from benchmarks.quality.attending import attend, later, sooner
 from benchmarks.quality.memorizing import MemorizingWeights
-from benchmarks.quality.network import Gathered, Network, NetworkSpec, Ring, exact_top, merge_forward, nearness, widen
+from benchmarks.quality.network import Gathered, Network, NetworkSpec, merge_forward
 from benchmarks.quality.policies import POLICIES, PolicyCache
 from benchmarks.quality.reading import Variant, read
+from benchmarks.quality.ring import Ring, exact_top, nearness, widen
 from integration.adapter import Adapter, add_lora
 from integration.config import MemoryConfig
 from integration.weights import MemoryWeights

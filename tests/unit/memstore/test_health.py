@@ -64,15 +64,20 @@ def test_reflection_lists_the_service(shared: Serving) -> None:
     assert SERVICE.full_name in [service.name for service in answer.list_services_response.service]
 
 
-@pytest.mark.parametrize("method", ["Check", "Watch"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
 @pytest.mark.parametrize(
     "content", [b"\x0a\x80\x10" + b"x" * 2048, b"\x0a\x00\x7a\x80\x10" + b"x" * 2048], ids=["name", "unknown"]
 )
-def test_nobody_has_a_large_message_kept_by_asking_for_health(shared: Serving, method: str, content: bytes) -> None:
+def test_nobody_has_a_large_message_kept_by_asking_for_health(shared: Serving, path: str, content: bytes) -> None:
     """No credential is needed for it, and a watch is open for as long as its caller likes."""
-    call: grpc.StreamStreamMultiCallable[bytes, bytes] = shared.channel.stream_stream(
-        f"/grpc.health.v1.Health/{method}"
-    )
+    call: grpc.StreamStreamMultiCallable[bytes, bytes] = shared.channel.stream_stream(path)
     with pytest.raises(grpc.RpcError) as caught:
         next(call(iter([content]), timeout=15))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
