@@ -183,7 +183,8 @@ def text_states(num_sequences: int, num_rows: int) -> torch.Tensor:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapter = load_adapter(BASE.with_name("adapter"), device=DEVICE, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).to(DEVICE).eval()
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    model = adapter.apply_lora(base).to(DEVICE).eval()
     text = standard_library(READ_PACKAGES).text[: 4 * num_sequences * num_rows]
     tokens = AutoTokenizer.from_pretrained(BASE)(text, return_tensors="pt").input_ids[0].to(DEVICE)
     segments = tokens[: num_sequences * num_rows].reshape(-1, CONTEXT)

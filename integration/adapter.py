@@ -8,6 +8,7 @@ lora/                  a peft adapter, where LoRA was trained too
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "memory_config.json"
 WEIGHTS_FILE = "memory.safetensors"
 LORA_FOLDER = "lora"
+LORA_FILE = "adapter_model.safetensors"
 
 
 class AdapterError(ValueError):
@@ -47,8 +49,15 @@ class Adapter:
             return model
         from peft import PeftModel
 
-        merged: nn.Module = PeftModel.from_pretrained(model, str(self.lora)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)  # of peft's to transformers
+            merged: nn.Module = PeftModel.from_pretrained(model, str(self.lora)).merge_and_unload()
         return merged
+
+    @property
+    def lora_parameters(self) -> int:
+        """How many numbers the LoRA part has; 0 where there is none."""
+        return 0 if self.lora is None else sum(each.numel() for each in _read_tensors(self.lora / LORA_FILE).values())
 
 
 def save_adapter(

@@ -6,10 +6,6 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, cast
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
 from memstore.errors import Corrupt, NotReady
 
 if TYPE_CHECKING:
@@ -104,6 +100,10 @@ class RedisCatalog:
 
     def __init__(self, url: str, prefix: str) -> None:
         """Connects when first asked. ValueError where `url` is not one of Redis."""
+        import redis  # here, as importing it is a good part of a start, and of every process with an engine of its own
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
         self._redis = redis.Redis.from_url(
             url,
             socket_timeout=REDIS_TIMEOUT_S,
@@ -111,6 +111,7 @@ class RedisCatalog:
             retry=Retry(NoBackoff(), 1),  # once more on a new connection, where the old one was closed
             decode_responses=False,
         )
+        self._failure = redis.RedisError
         self._key = f"{prefix}:memories"
 
     def load(self) -> dict[MemoryId, str]:
@@ -136,5 +137,5 @@ class RedisCatalog:
     def _asked(self, ask: Callable[[], T]) -> T:
         try:
             return ask()
-        except redis.RedisError as error:
+        except self._failure as error:
             raise NotReady("the catalogue (Redis) is out of reach; loaded memories go on") from error

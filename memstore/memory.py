@@ -12,6 +12,7 @@ from memstore.changes import Appended, Change, Forked, Pinned, Released, Renewed
 from memstore.errors import DeviceMemoryFull, MemstoreError, NotFound, ReadOnly
 from memstore.index import INDEXES, build_thread, index_bytes, make_index
 from memstore.journal import Volatile
+from memstore.known import without_known
 from memstore.ledger import Ledger, changes_of
 from memstore.lender import Lender
 from memstore.lifecycle import Lifecycle
@@ -289,7 +290,8 @@ class Memory:
             for at, plan in enumerate(outcomes)
             if isinstance(plan, BatchPlan) and plan.batch.retrieve is not None
         }
-        return dict(zip(asking, retrieve(self._slab, self._index, list(asking.values())), strict=True))
+        found = retrieve(self._slab, self._index, list(asking.values()))
+        return {at: without_known(plan, hits) for (at, plan), hits in zip(asking.items(), found, strict=True)}
 
     def _commit(self, outcomes: list[BatchPlan | MemstoreError], staged: StagedAppend | None) -> list[Appended]:
         """Keeps and does the changes of all batches, and gives them.

@@ -104,7 +104,7 @@ class PayloadSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySpec:
-    """What a memory is, fixed at its creation. Limits stand in the wire contract, and are checked in wire.py."""
+    """What a memory is, fixed at its creation. Limits stand in the wire contract, and are checked in wire/."""
 
     name: str
     dim: int
@@ -155,6 +155,14 @@ class RetrieveOptions:
         return self.window_before + 1 + self.window_after
 
 
+class KnownRows(NamedTuple):
+    """Rows of one (layer, sequence) that who asks has already; see KnownRows of the wire contract."""
+
+    epoch: int
+    begin: int
+    bits: bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
     """Retrieve for the keys of a batch of sequences, then append them; either half may be absent.
@@ -164,6 +172,7 @@ class StepBatch:
     layers: memory layer of each of the L; all layers of the memory where something is appended.
     fingerprints: one number a part that stands for the content of its rows, to tell a resend from another append that
     was given the same seq; empty where nothing can be resent.
+    known: rows that need not be given back, one entry for each group layer * S + sequence; empty for none.
     """
 
     parts: tuple[SequencePart, ...]
@@ -174,6 +183,7 @@ class StepBatch:
     append: bool = False
     writer: str = ""
     fingerprints: tuple[int, ...] = ()
+    known: tuple[KnownRows, ...] = ()
 
 
 class SequenceResult(NamedTuple):
@@ -194,7 +204,8 @@ class Hits:
     row_splits: (L * S + 1,) int64; rows of group layer * S + sequence, sorted by position within it.
     positions: (U,) int64. index: (L, N, k, w) int32 into the rows, -1 where there is none.
     scores: (L, N, k) float32, best first, -inf where there is no hit; None if not asked for.
-    arrays: name -> (U, ...) in the memory's dtype.
+    arrays: name -> (U, ...) in the memory's dtype, less the rows that are left out.
+    left_out: (U,) uint8, 1 for each row that is not in the arrays, as who asks has it; None where all are in them.
     """
 
     row_splits: torch.Tensor
@@ -202,6 +213,7 @@ class Hits:
     index: torch.Tensor
     scores: torch.Tensor | None
     arrays: Mapping[str, torch.Tensor]
+    left_out: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

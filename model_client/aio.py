@@ -125,7 +125,8 @@ class AsyncMemoryClient(ClientBase):
 
     def session(self, memory: str, sequences: Sequence[str]) -> AsyncSession:
         """A new writer of these sequences of a memory. Nothing is sent."""
-        return AsyncSession(self._core_of(memory, sequences), memory, sequences, self._timeout_s)
+        core = self._core_of(memory, sequences)
+        return AsyncSession(core, memory, sequences, self._timeout_s, self._row_cache_bytes)
 
     async def close(self) -> None:
         """Ends every thread and connection; calls under way fail. May be called again."""

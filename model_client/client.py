@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from model_client.transport.base import Transport
     from model_client.transport.mapped import MappedTransport
 
+ROW_CACHE_BYTES = 64 << 20
+
 
 class ClientOptions(TransportOptions, total=False):
     """What a client may be given besides its target."""
@@ -39,6 +41,8 @@ class ClientOptions(TransportOptions, total=False):
     """How long they do, in seconds, before one is tried again; 5 if not given."""
     tune_malloc: bool
     """True: large messages take fewer page faults, and this process keeps its largest size; see malloc.tune."""
+    row_cache_bytes: int
+    """Rows that each session keeps on the host, so that they need not travel again; 64 MiB if not given, 0 for none."""
     transport: Transport
     """A ready one to use instead of opening `target`; closed with the client."""
     clock: Clock
@@ -55,6 +59,7 @@ class ClientBase:
             malloc.tune()
         self.stats = ClientStats()
         self._timeout_s = options.get("timeout_s", 5.0)
+        self._row_cache_bytes = options.get("row_cache_bytes", ROW_CACHE_BYTES)
         self._transport = options.get("transport") or open_transport(target, options, self.stats)
         clock = options.get("clock") or Clock()
         breaker = Breaker(options.get("breaker_failures", 5), options.get("breaker_s", 5.0), clock)
@@ -166,7 +171,8 @@ class MemoryClient(ClientBase):
 
     def session(self, memory: str, sequences: Sequence[str]) -> Session:
         """A new writer of these sequences of a memory. Nothing is sent."""
-        return Session(self._core_of(memory, sequences), memory, sequences, self._timeout_s)
+        core = self._core_of(memory, sequences)
+        return Session(core, memory, sequences, self._timeout_s, self._row_cache_bytes)
 
     def close(self) -> None:
         """Ends every thread and connection; calls under way fail. May be called again."""

@@ -58,12 +58,14 @@ class PendingStep:
 class SessionBase:
     """What Session and AsyncSession have in common: everything up to the waiting."""
 
-    def __init__(self, core: Core, memory: str, sequences: Sequence[str], timeout_s: float) -> None:
+    def __init__(
+        self, core: Core, memory: str, sequences: Sequence[str], timeout_s: float, row_cache_bytes: int = 0
+    ) -> None:
         if not sequences or len(set(sequences)) != len(sequences):
             raise InvalidRequest("sequences: give at least one, each once")
         self._core = core
         self._timeout_s = timeout_s
-        self._flows = SessionCore(core, memory, sequences)
+        self._flows = SessionCore(core, memory, sequences, row_cache_bytes)
         self._asked: tuple[Sequence[int], Sequence[int], Sequence[bool]] = (), (), ()
         self._parts = b""
 
@@ -143,6 +145,9 @@ class Session(SessionBase):
       it: what would be wiped is not sent again.
 
     A retrieval waits for no append, only for starts: it never reads the document before.
+
+    Inline, rows that a large retrieval has brought are kept (row_cache.py, the client's `row_cache_bytes`), so that
+    they do not travel again while their sequence has the same epoch. Results are the same, and the caller's own.
     """
 
     def start_step(

@@ -15,6 +15,7 @@ class ClientStats:
     retries: attempts after the first of a call. resends: appends asked for again because their outcome was not known.
     lost_epochs: sequences found reset or lost, and begun again. dropped_rows: rows that were to be appended and were
     not, per layer. sent_bytes, received_bytes: tensor bytes inside messages; 0 in process.
+    reused_rows: rows of answers that did not travel, as the session had them of former ones.
     waited_s: seconds callers spent waiting for answers. leases: times that sequences were lent to this process.
     mapped_steps: calls answered in this process, on memory that a server has lent. orphaned_steps: the same after the
     server had gone.
@@ -30,6 +31,7 @@ class ClientStats:
     dropped_rows: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    reused_rows: int = 0
     waited_s: float = 0.0
     leases: int = 0
     mapped_steps: int = 0

@@ -11,6 +11,8 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from memstore.v1 import memstore_pb2 as pb
 from model_client import wire
 from model_client.core import Core, Flow, OneCall, expect
@@ -34,16 +36,21 @@ from model_client.errors import (
     Unavailable,
 )
 from model_client.numbering import Numbering
+from model_client.row_cache import RowCache
 from model_client.sending import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from model_client.row_cache import Asked
 
 MAX_UNDER_WAY = 2
 """Steps whose outcome is not known that a session keeps."""
 
 _FINAL = (InvalidRequest, NotFound, NotAllowed, NotAuthenticated, Corrupt, AlreadyExists, PositionExpired)
 """Refusals after which a request is not sent again, whatever its copies have met."""
+
+_HOST = torch.device("cpu")
 
 _NO_ROOM = (QuotaExceeded, DeviceMemoryFull)
 """Refusals that may be owed to what a step retrieves, and last."""
@@ -67,7 +74,7 @@ class StepCall:
 class SessionCore:
     """What Session and AsyncSession do, as flows."""
 
-    def __init__(self, core: Core, memory: str, sequences: Sequence[str]) -> None:
+    def __init__(self, core: Core, memory: str, sequences: Sequence[str], row_cache_bytes: int) -> None:
         self.memory = memory
         self.sequences = tuple(sequences)
         self._core = core
@@ -75,6 +82,7 @@ class SessionCore:
         self._numbering = Numbering(self.sequences)
         self._under_way: list[Step] = []
         self._waiting: Step | None = None
+        self._row_cache = RowCache(row_cache_bytes)
 
     def step(self, call: StepCall, timeout_s: float) -> Flow[wire.StepResult]:
         """One step, from the breaker to tensors on the device of its keys."""
@@ -98,6 +106,7 @@ class SessionCore:
         request = wire.step_request(plane, self.memory, call.rows, call.retrieve, call.append, self._writer)
         request.MergeFromString(call.parts)
         step = Step(self._core, request, call.rows)
+        asked = self._ask(step, call)
         is_read = False
         try:
             if call.append or call.has_start:
@@ -108,7 +117,7 @@ class SessionCore:
                 reply = expect((yield from self._core.attempts(step, until)), pb.StepResponse)
             if step.refusal is not None:
                 raise Unavailable(f"the rows are appended, but what was retrieved is lost, and now: {step.refusal}")
-            result = wire.step_result(plane, reply, call.rows.keys.device)
+            result = self._result(reply, asked, call.rows.keys.device)
             is_read = True
             return result
         finally:
@@ -117,6 +126,25 @@ class SessionCore:
             if not step.num_sendings:
                 self._drop(step)
                 plane.discard(request)
+
+    def _ask(self, step: Step, call: StepCall) -> Asked | None:
+        """Has a step tell which rows the session has; None where it need not."""
+        if call.retrieve is None or self._core.transport.plane.name != "inline":
+            return None
+        asked = self._row_cache.ask(call.retrieve, call.rows.keys.shape[0], step.parts, call.num_rows)
+        if asked is not None:
+            asked.write(step.request.retrieve)
+        return asked
+
+    def _result(self, reply: pb.StepResponse, asked: Asked | None, device: torch.device) -> wire.StepResult:
+        """A reply as tensors on `device`, with the rows that the session had."""
+        plane = self._core.transport.plane
+        if asked is None:
+            return wire.step_result(plane, reply, device)
+        left_out = wire.left_out(plane, reply)
+        result, num_reused = self._row_cache.complete(asked, wire.step_result(plane, reply, _HOST), left_out)
+        self._core.stats.add("reused_rows", num_reused)
+        return wire.on_device(result, device)
 
     def _change(self, step: Step, has_start: bool, until: float) -> Flow[pb.StepResponse]:
         """Waits until the step may be sent, numbers and sends it, and settles it."""

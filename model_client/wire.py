@@ -315,6 +315,27 @@ def step_result(plane: TensorPlane, reply: pb.StepResponse, device: torch.device
     return StepResult(sequences=tuple(reply.sequences), hits=hits)
 
 
+def left_out(plane: TensorPlane, reply: pb.StepResponse) -> torch.Tensor | None:
+    """On the host, 1 for each row of a reply that is not in its arrays; None where all are in them."""
+    has_all = not reply.hits.HasField("left_out")
+    return None if has_all else plane.read(reply.hits.left_out, torch.device("cpu"))
+
+
+def on_device(result: StepResult, device: torch.device) -> StepResult:
+    """The same result with its tensors on a device."""
+    if result.hits is None or result.hits.positions.device == device:
+        return result
+    hits = result.hits
+    moved = Hits(
+        rows={name: rows.to(device) for name, rows in hits.rows.items()},
+        positions=hits.positions.to(device),
+        row_splits=hits.row_splits.to(device),
+        index=hits.index.to(device),
+        scores=None if hits.scores is None else hits.scores.to(device),
+    )
+    return StepResult(sequences=result.sequences, hits=moved)
+
+
 def read_hits(plane: TensorPlane, hits: pb.Hits, device: torch.device) -> Hits:
     """What was retrieved, as tensors on `device`."""
     return Hits(

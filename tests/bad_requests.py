@@ -189,6 +189,9 @@ STEPS: list[tuple[str, Message, str]] = [
         step(rows=3000, retrieve=pb.RetrieveOptions(top_k=1024, window_before=64, window_after=64)),
         "retrieve",
     ),
+    ("known rows of two groups", _retrieve(known=[pb.KnownRows(), pb.KnownRows()]), "retrieve.known"),
+    ("known rows from -1 on", _retrieve(known=[pb.KnownRows(begin=-1)]), "retrieve.known[0].begin"),
+    ("known rows beyond 2^62", _retrieve(known=[pb.KnownRows(begin=2**62 + 1)]), "retrieve.known[0].begin"),
     ("a retrieval without options", pb.RetrieveRequest(memory="notes", sequences=[PART(sequence="a")]), "retrieve"),
     ("an append without keys", pb.AppendRequest(memory="notes", sequences=[PART(sequence="a")]), "keys"),
 ]

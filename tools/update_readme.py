@@ -5,8 +5,8 @@
     python tools/update_readme.py --check                exit with 1 where a document is not what would be written
 
 A run is kept as docs/demo.json and docs/demo.png. Results of benchmarks are read from benchmarks/results/*.json, the
-packages of the training text from integration/training/corpus.json, what of the demo's texts is in it from
-integration/training/disjoint.json. Each goes between two marks of one document.
+packages of the training text from integration/training/corpus.json, what of the demo's texts is in the training texts
+from disjoint.json beside that and in benchmarks/quality. Each goes between two marks of one document.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def demo_numbers(root: Path) -> str:
         (name, f"{value:.3f}", "" if value == none else f"{value / none - 1:+.1%}", bits) for name, value, bits in rows
     ]
     memory = ", ".join(f"{name} {value}" for name, value in run["memory"].items())
-    sizes = (
-        f"{run['model_parameters'] / 1e6:.2f} M parameters, and {run['memory_parameters'] / 1e6:.2f} M memory weights"
-    )
+    model, lora, weights = (f"{run[f'{name}_parameters'] / 1e6:.2f} M" for name in ("model", "lora", "memory"))
+    sizes = f"{model} parameters, with {lora} of LoRA merged for all three readings, and {weights} memory weights"
     speed = f"{run['tokens_per_s']:,.0f} tokens/s with memory over `{run['transport']}`"
     waiting = f"{run['retrieval_share']:.1%} of the time waiting for retrieval"
     return "\n\n".join(
@@ -234,9 +233,16 @@ def corpus_packages(root: Path) -> str:
     )
 
 
-def disjoint(root: Path) -> str:
-    """How much of the demo's texts, and of all the standard library, is in the training text."""
-    found = json.loads((root / "integration" / "training" / "disjoint.json").read_text(encoding="utf-8"))
+BASE_TEXT = Path("integration/training/disjoint.json")
+ADAPTER_TEXT = Path("benchmarks/quality/disjoint.json")
+
+
+def disjoint(file: Path) -> Callable[[Path], str]:
+    """How much of the demo's texts, and of all the standard library, is in a training text. file: what was measured."""
+    return lambda root: _overlap(json.loads((root / file).read_text(encoding="utf-8")))
+
+
+def _overlap(found: dict[str, Any]) -> str:
     texts = [("read", found["read_text"]), ("control", found["other_text"])]
     body = [
         (
@@ -266,7 +272,8 @@ BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("docs/performance.md", "LARGE", block("large", LARGE_COLUMNS)),
     ("docs/performance.md", "GPU_LARGE", block("gpu-large", LARGE_COLUMNS)),
     ("docs/operations.md", "RELIABILITY", reliability),
-    ("docs/data.md", "DISJOINT", disjoint),
+    ("docs/data.md", "DISJOINT", disjoint(BASE_TEXT)),
+    ("docs/data.md", "DISJOINT_ADAPTER", disjoint(ADAPTER_TEXT)),
     ("docs/data.md", "CORPUS_PACKAGES", corpus_packages),
     *(
         ("docs/quality.md", f"QUALITY_{name.upper()}", block(f"quality-{name}", columns))

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.quality.planting import word_lists
-from integration.training.disjoint import read_documents
+from integration.training.disjoint import read_documents, read_names
 from integration.training.documents import Documents
 from integration.training.tokenizer import END_OF_TEXT, pieces, save, train
 
@@ -94,7 +94,7 @@ def write_split(tokenizer: Tokenizer, documents: list[dict[str, str]], stem: Pat
 
 
 def documentation(roots: list[Path], max_bytes: int = 4_000_000) -> list[dict[str, str]]:
-    """One document for each folder with long technical prose: its .txt, .rst, .md and .html.gz-free files, joined."""
+    """One document for each folder of technical prose: its .txt, .rst, .md and .pod files, joined."""
     found = []
     for root in roots:
         files = [f for f in sorted(root.rglob("*")) if f.suffix in (".txt", ".rst", ".md", ".pod") and f.is_file()]
@@ -136,8 +136,7 @@ def chosen(documents: list[dict[str, str]], names: Path | None) -> list[dict[str
     if names is None:
         return documents
     by_name = {document["id"]: document for document in documents}
-    lines = [line for line in names.read_text().splitlines() if line and not line.startswith("#")]
-    return [by_name[line] for line in lines]
+    return [by_name[name] for name in read_names(names)]
 
 
 def main() -> int:

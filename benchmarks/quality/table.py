@@ -14,12 +14,20 @@ import torch
 from benchmarks import report as reports
 from benchmarks.quality import data
 from benchmarks.quality.reading import Reading, Variant
+from integration.demo.command import WEIGHTS
 from model_client import MemoryClient
 
 if TYPE_CHECKING:
     import argparse
 
 K = 1024
+LENGTH = 128 * K
+"""Tokens of each document, where nothing else is asked for."""
+
+BASE = WEIGHTS / "base"
+SHIPPED = {"ours": WEIGHTS / "adapter", "lora": Path(__file__).parent / "weights" / "lora"}
+"""Trained variants of the tables that are in the repository: ours is the demo's."""
+
 T_975 = {
     2: 12.706,
     3: 4.303,
@@ -67,7 +75,7 @@ class Table:
         if name == "base":
             return Variant.load(self.options.base, None)
         if name not in self._variants:
-            folder = self.options.runs / name
+            folder = SHIPPED[name] if self.options.runs is None else self.options.runs / name
             until = time.monotonic() + self.options.wait
             while not (folder / "report.json").exists() and time.monotonic() < until:
                 time.sleep(0.2)
@@ -75,6 +83,14 @@ class Table:
                 raise KeyError(name)
             self._variants = {name: Variant.load(self.options.base, folder)}
         return self._variants[name]
+
+    @property
+    def runs(self) -> Path:
+        """The folder of trainings. Raises ValueError where none was given."""
+        if self.options.runs is None:
+            raise ValueError(f"{self.name}: --runs is needed")
+        folder: Path = self.options.runs
+        return folder
 
     def warm(self) -> None:
         """Compiles what the first step would wait for."""
@@ -116,7 +132,8 @@ class Table:
         """The JSON of the report, with the documents' losses and the commit of an exported tree beside the rows."""
         path = self.report.write()
         content = json.loads(path.read_text())
-        content["command"] = f"python -m benchmarks.quality.tables {self.name}"
+        shorter = "" if self.options.length == LENGTH else f" --length {self.options.length}"
+        content["command"] = f"python -m benchmarks.quality.tables {self.name}{shorter}"
         commit = Path("COMMIT")
         if content["commit"] == "unknown" and commit.exists():
             content["commit"] = commit.read_text().strip()

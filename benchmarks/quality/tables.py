@@ -1,4 +1,4 @@
-"""The quality tables: `python -m benchmarks.quality.tables TABLE --base B --runs R --data D` writes quality-TABLE.json.
+"""The quality tables: `python -m benchmarks.quality.tables TABLE --data D` writes quality-TABLE.json.
 
 Every reading goes through memstore's own service in this process, but for the policies of `eviction`.
 Intervals are 95% t intervals over documents of the difference of mean losses, in per cent of perplexity.
@@ -25,7 +25,7 @@ from benchmarks.quality.policies import POLICIES, PolicyCache, PolicyNetwork
 from benchmarks.quality.reading import Reading, read
 from benchmarks.quality.recall import recall
 from benchmarks.quality.streams import DOMAINS
-from benchmarks.quality.table import K, Table, interval, join, percent
+from benchmarks.quality.table import BASE, LENGTH, K, Table, interval, join, percent
 from integration.training.judge import autocast
 
 REPORTED_STEPS = 50  # of training, one loss for each so many
@@ -105,14 +105,15 @@ def domains(table: Table) -> None:
         base = read(table.variant("lora"), windows.ids)
         table.add(f"{domain}, LoRA only", base, windows)
         for entries in (16 * K, 128 * K):
-            reading = read(table.variant("ours"), windows.ids, capacity=entries, client=table.client)
-            table.add(f"{domain}, ours, {entries // K}K entries", reading, windows, base)
+            if entries == 16 * K or entries <= table.options.length:  # more would hold nothing more
+                reading = read(table.variant("ours"), windows.ids, capacity=entries, client=table.client)
+                table.add(f"{domain}, ours, {entries // K}K entries", reading, windows, base)
         table.write()
 
 
 def trials(table: Table) -> None:
     """Tables 3, 4, 5 and 7: short trainings at equal steps, read on validation documents, against `lora`."""
-    lines = (table.options.runs / LOG).read_text().splitlines()
+    lines = (table.runs / LOG).read_text().splitlines()
     found = {row["name"]: row for row in map(json.loads, lines)}
     baseline, table.curves = found["lora"], {}
     for name, row in found.items():
@@ -138,9 +139,7 @@ def shorts(table: Table) -> None:
     Short runs: mean of the second half of their steps, against lora-short. Longer ones: of the steps from LONG_FROM to
     the last that all of them reached, against lora.
     """
-    found = {
-        path.parent.name: json.loads(path.read_text()) for path in sorted(table.options.runs.glob("*/report.json"))
-    }
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(table.runs.glob("*/report.json"))}
     part = table.options.part or "base"
     told = ("steps", "seconds", "batch", "segment", "rate", "seed", "trained_parameters", "losses")
     table.curves = {f"{part}, {name}": {key: each[key] for key in told} for name, each in found.items()}
@@ -179,13 +178,14 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", help=f"one or more of {', '.join(TABLES)}, joined by commas")
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--runs", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--length", type=int, default=128 * K, help="tokens of each document")
-    parser.add_argument("--capacity", type=int, default=16 * K, help="where a table has one")
+    parser.add_argument("--base", type=Path, default=BASE, help="folder of the base model (default: the demo's)")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of trained variants (default: ours and LoRA only, as they ship)"
+    )
+    parser.add_argument("--data", type=Path, help="folder that benchmarks.quality.data wrote")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of each document")
     parser.add_argument("--capacities", type=int, nargs="+", default=[0, 4 * K, 16 * K, 64 * K, 128 * K])
-    parser.add_argument("--domains", nargs="+", default=["books", "code"], help="of capacity")
+    parser.add_argument("--domains", nargs="+", default=["books", "code"], help="of all tables but trials and shorts")
     parser.add_argument("--variants", nargs="+", default=["ours", "mt", "lora-1024"], help="of capacity")
     parser.add_argument("--page", type=Path, help="HTML file that `mentions` writes")
     parser.add_argument("--part", default="", help="names the file of a part; `join` makes one file of all parts")

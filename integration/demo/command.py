@@ -90,8 +90,9 @@ class Demo:
     def __init__(self, options: argparse.Namespace) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.options = options
-        self.tokenizer, self.model = load_model(WEIGHTS / "base", options.device)
+        self.tokenizer, base = load_model(WEIGHTS / "base", options.device)
         self.adapter = _with_capacity(load_adapter(WEIGHTS / "adapter", device=options.device), options.capacity)
+        self.model = self.adapter.apply_lora(base)
         self.text, self.tokens = self._tokens(options.text, READ_PACKAGES, options.tokens)
         other = (options.other_text, OTHER_PACKAGES, max(self.adapter.config.capacity, MINIMUM_TOKENS))
         self.other_text, self.other_tokens = self._tokens(*other)
@@ -165,6 +166,7 @@ class Demo:
             memory={name: getattr(config, name) for name in ("capacity", "dim", "top_k", "before", "after", "context")},
             model_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             memory_parameters=sum(parameter.numel() for parameter in self.adapter.weights.parameters()),
+            lora_parameters=self.adapter.lora_parameters,
         )
 
     def _tokens(self, path: Path | None, packages: tuple[str, ...], limit: int) -> tuple[Document, torch.Tensor]:

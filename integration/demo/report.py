@@ -20,7 +20,7 @@ class Report:
     """One run of the demo.
 
     Perplexities are per token; retrieval_share is of wall time. steps_without_memory: segments whose rows did not
-    come, in both passes that read a memory.
+    come, in both passes that read a memory. lora_parameters: those merged into the model, in every pass.
     """
 
     text: str
@@ -40,6 +40,7 @@ class Report:
     memory: dict[str, int | str]
     model_parameters: int
     memory_parameters: int
+    lora_parameters: int
     machine: str
 
     @property

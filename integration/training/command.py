@@ -57,8 +57,11 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")
     try:
         report = _train(options)
-    except (ValueError, OSError, MemstoreClientError) as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"memstore train: {error}\n")
+        return 1
+    except MemstoreClientError as error:
+        sys.stderr.write(f"memstore train: --target={options.target}: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -73,6 +76,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> AdaptReport:
+    for path in (*options.data, *(options.validation or ())):
+        if not path.exists():  # told before a model is loaded, for which there may be much to wait
+            raise FileNotFoundError(f"{path}: no such file or folder")
     model, tokenizer = _load(options)
     documents = load_documents(options.data, tokenizer, options.cache)
     if options.validation:

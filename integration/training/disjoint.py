@@ -88,6 +88,11 @@ def read_documents(path: Path) -> Iterator[dict[str, str]]:
             yield json.loads(line)
 
 
+def read_names(path: Path) -> list[str]:
+    """The names of documents that a file gives, a line each, without its comments."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOverlap:
     """How much of one text is in the training text: of all its distinct shingles, and of those of its worst file."""
@@ -164,6 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of code-*.jsonl.xz")
+    parser.add_argument("--packages", type=Path, help="file that names the packages to look at; all, by default")
     parser.add_argument("--report", type=Path, help="JSON file to write")
     parser.add_argument("--limit", type=float, default=0.01, help="share that fails the check")
     return parser.parse_args()
@@ -172,10 +178,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Checks a corpus against the running interpreter's library; 1 where it overlaps too much."""
     options = parse_arguments()
+    named = read_names(options.packages) if options.packages else None
     training = [
         file
         for path in sorted(options.corpus.glob("code-*.jsonl.xz"))
         for document in read_documents(path)
+        if named is None or document["id"] in named
         for file in split_files(document["text"])
     ]
     overlap = measure(running_stdlib(), training, platform.python_version())

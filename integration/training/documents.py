@@ -73,8 +73,6 @@ def load_documents(paths: Sequence[Path], tokenizer: Any, cache: Path | None) ->
 
 
 def _load(path: Path, tokenizer: Any, cache: Path | None) -> Documents:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
     size = 0 if path.is_dir() else path.stat().st_size
     version = sha256(f"{tokenizer.to_str()}{path.parent.name}{path.name}{size}".encode()).hexdigest()[:16]
     cached = cache / f"{path.name.split('.')[0]}-{version}.npz" if cache and not path.is_dir() else None

@@ -9,6 +9,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from memstore.host.lowering import sums_of_four
+
 CHUNK = 32
 _LANES = CHUNK // 4
 _BYTES, _SHORTS, _WORDS = (
@@ -86,26 +88,12 @@ def _write_products(builder: Any, views: Any, row: Any, query: Any, way: Way) ->
     sums = [builder.load(total) for total in totals]
     into = builder.gep(products.data, [row])
     if way.num_rows == ROWS:
-        summed = _sums_of_four(builder, *sums)
+        summed = sums_of_four(builder, sums, builder.add)
         builder.store(summed, builder.bitcast(into, summed.type.as_pointer()), align=4)
     else:
         kind = ir.FunctionType(ir.IntType(32), [_WORDS])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{_LANES}i32")
         builder.store(builder.call(reduce, sums), into)
-
-
-def _sums_of_four(builder: Any, one: Any, two: Any, three: Any, four: Any) -> Any:
-    """The sums over the lanes of four vectors, side by side: each addition is of lanes of two of them."""
-    singles = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
-    pairs = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
-    halves = (0, 1, 2, 3), (4, 5, 6, 7)
-
-    def folded(first: Any, last: Any, lanes: tuple[tuple[int, ...], ...]) -> Any:
-        kind = ir.VectorType(ir.IntType(32), len(lanes[0]))
-        return builder.add(*(builder.shuffle_vector(first, last, ir.Constant(kind, some)) for some in lanes))
-
-    both = folded(folded(one, two, singles), folded(three, four, singles), pairs)
-    return folded(both, both, halves)
 
 
 def _part(builder: Any, code: Any, part: int, bits: int) -> Any:

@@ -18,7 +18,7 @@ from memstore.host.tiles import PANEL
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-HEADER = 15
+HEADER = 16
 (
     NEXT,  # the next piece to be done
     NUM_CUT,  # pieces that there are
@@ -35,14 +35,20 @@ HEADER = 15
     FIRST_RING,  # rings [first, end) that are searched
     END_RING,
     PATIENCE,  # how often to look at what others have not done
+    NUM_LEFT,  # how many of those who help will not look at the job any more
 ) = range(HEADER)
 
-PIECE_COLUMNS = 8
-PIECE_CELL, NUM_ROWS, POSITION, PIECE_QUERY, PIECE_QUERIES, PIECE_LIST, PIECE_PANEL, IS_DONE = range(PIECE_COLUMNS)
+PIECE_COLUMNS = 9
+PIECE_CELL, NUM_ROWS, POSITION, PIECE_QUERY, PIECE_QUERIES, PIECE_LIST, PIECE_PANEL, INHERITED, IS_DONE = range(
+    PIECE_COLUMNS
+)
+"""INHERITED: the first of the lists that those of the piece began as copies of, -1 for none."""
 
 
 class Lists(NamedTuple):
-    """The best of each piece for each of its queries: (T, k), (T, k) and how many of them are in use, (T,)."""
+    """The best of each piece, and of what it inherits, for each of its queries: (T, k), (T, k) and how many of them are
+    in use, (T,).
+    """
 
     scores: NDArray[np.float32]
     positions: NDArray[np.int64]

@@ -12,17 +12,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from memstore.host.lowering import wide
+from memstore.host.lowering import sums_of_four, wide
 from memstore.host.tiles import LANES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROWS = 4
-"""Rows at once, one after the other: so many that beginning and ending them does not count."""
+"""Rows at once, read one after the other, as memory gives them fastest, and ended together."""
 
 CHAINS = 4
-"""Sums that are taken side by side, as one addition takes as long as beginning so many."""
+"""Sums of a row that are taken side by side, as one addition takes as long as beginning so many."""
 
 _SINGLE = ir.FloatType()
 _VECTOR = ir.VectorType(_SINGLE, LANES)
@@ -41,10 +41,10 @@ def _likeness(add: Callable[..., Any], num_rows: int) -> Any:
                 context.make_array(signature.args[at])(context, builder, arguments[at]) for at in (0, 2, 3)
             )
             dim = cgutils.unpack_tuple(builder, stored.shape)[1]
-            for at in range(num_rows):
-                number = builder.add(arguments[1], ir.Constant(dim.type, at))
-                first = builder.gep(stored.data, [builder.mul(number, dim)])
-                total = _Sum(builder, signature.args[0].dtype, first, asked.data, add).over(dim)
+            numbers = [builder.add(arguments[1], ir.Constant(dim.type, at)) for at in range(num_rows)]
+            rows = [builder.gep(stored.data, [builder.mul(number, dim)]) for number in numbers]
+            totals = _Sums(builder, signature.args[0].dtype, rows, asked.data, add).over(dim)
+            for number, total in zip(numbers, totals, strict=True):
                 builder.store(total, builder.gep(into.data, [number]))
             return context.get_dummy_value()
 
@@ -62,17 +62,32 @@ def _product(builder: Any, total: Any, stored: Any, asked: Any) -> Any:
     return builder.fadd(total, builder.fmul(stored, asked, flags=("contract",)), flags=("contract",))
 
 
-class _Sum:
-    """Code that sums something up over the elements of a row and a query."""
+class _Sums:
+    """Code that sums something up over the elements of a few rows, each with those of a query."""
 
-    def __init__(self, builder: Any, kind: Any, row: Any, query: Any, add: Callable[..., Any]) -> None:
+    def __init__(self, builder: Any, kind: Any, rows: list[Any], query: Any, add: Callable[..., Any]) -> None:
         self._builder = builder
         self._kind = kind
-        self._row, self._query = row, query
+        self._rows, self._query = rows, query
         self._add = add
 
-    def over(self, dim: Any) -> Any:
-        """CHAINS vectors at a time, then one, then single elements, as long as there are so many left."""
+    def over(self, dim: Any) -> list[Any]:
+        """Whole vectors, whose lanes are summed in the same order however many rows there are; then single elements."""
+        builder = self._builder
+        summed = [self._vector_of(row, dim) for row in self._rows]
+        no_rows = [ir.Constant(_VECTOR, None)] * (ROWS - len(summed))
+        totals = sums_of_four(builder, summed + no_rows, builder.fadd)
+        lanes = (builder.extract_element(totals, ir.Constant(ir.IntType(32), at)) for at in range(len(summed)))
+        ended = [cgutils.alloca_once_value(builder, lane) for lane in lanes]
+        rest = builder.urem(dim, ir.Constant(dim.type, LANES))
+        with cgutils.for_range(builder, rest) as loop:
+            place = builder.add(builder.sub(dim, rest), loop.index)
+            for row, total in zip(self._rows, ended, strict=True):
+                self._add_to(total, row, place, 0)
+        return [builder.load(total) for total in ended]
+
+    def _vector_of(self, row: Any, dim: Any) -> Any:
+        """The sum of a row's whole vectors: CHAINS of them at a time, then one, as long as there are so many left."""
         builder, word = self._builder, dim.type
         chains = [cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, None)) for _ in range(CHAINS)]
         done = ir.Constant(word, 0)
@@ -82,17 +97,15 @@ class _Sum:
             with cgutils.for_range(builder, num_steps) as loop:
                 place = builder.add(done, builder.mul(loop.index, step))
                 for at, total in enumerate(totals):
-                    self._add_to(total, builder.add(place, ir.Constant(word, at * LANES)), LANES)
+                    self._add_to(total, row, builder.add(place, ir.Constant(word, at * LANES)), LANES)
             done = builder.add(done, builder.mul(num_steps, step))
-        total = cgutils.alloca_once_value(builder, _over_lanes(builder, [builder.load(chain) for chain in chains]))
-        with cgutils.for_range(builder, builder.sub(dim, done)) as loop:
-            self._add_to(total, builder.add(done, loop.index), 0)
-        return builder.load(total)
+        one, two, three, four = (builder.load(chain) for chain in chains)
+        return builder.fadd(builder.fadd(one, two), builder.fadd(three, four))
 
-    def _add_to(self, total: Any, place: Any, lanes: int) -> None:
+    def _add_to(self, total: Any, row: Any, place: Any, lanes: int) -> None:
         """A vector of elements from some place on, or without lanes one."""
         builder = self._builder
-        stored, asked = (_load(builder, pointer, place, lanes) for pointer in (self._row, self._query))
+        stored, asked = (_load(builder, pointer, place, lanes) for pointer in (row, self._query))
         stored = wide(builder, self._kind, stored, lanes)
         builder.store(self._add(builder, builder.load(total), stored, asked), total)
 
@@ -104,15 +117,6 @@ def _load(builder: Any, pointer: Any, place: Any, lanes: int) -> Any:
     element = pointer.type.pointee
     size = element.width // 8 if isinstance(element, ir.IntType) else 4
     return builder.load(builder.bitcast(at, ir.VectorType(element, lanes).as_pointer()), align=size)
-
-
-def _over_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of all lanes of all vectors."""
-    while len(vectors) > 1:
-        vectors = [builder.fadd(one, other) for one, other in zip(vectors[::2], vectors[1::2], strict=True)]
-    kind = ir.FunctionType(_SINGLE, [_SINGLE, _VECTOR])
-    reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
-    return builder.call(reduce, [ir.Constant(_SINGLE, -0.0), vectors[0]], fastmath=("reassoc",))
 
 
 nearness, nearness_of_one = (_likeness(_apart, num_rows) for num_rows in (ROWS, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
@@ -11,6 +11,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from memstore.host.compiling import kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _ORDERING = "seq_cst"
 _write = types.ExternalFunction("write", types.intp(types.intc, types.CPointer(types.int64), types.uintp))
@@ -39,6 +42,25 @@ def widened(_: Any, element: Any) -> Any:
         return wide(builder, element, arguments[0])
 
     return types.float32(element), lower
+
+
+def sums_of_four(builder: Any, vectors: list[Any], add: Callable[[Any, Any], Any]) -> Any:
+    """The sums over the lanes, 8 or 16, of four vectors, side by side: each addition is of lanes of two of them."""
+    singles = (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)
+    pairs = (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)
+
+    def folded(first: Any, last: Any, lanes: tuple[tuple[int, ...], ...]) -> Any:
+        kind = ir.VectorType(ir.IntType(32), len(lanes[0]))
+        return add(*(builder.shuffle_vector(first, last, ir.Constant(kind, some)) for some in lanes))
+
+    def halved(vector: Any) -> Any:
+        half = vector.type.count // 2
+        return folded(vector, vector, (tuple(range(half)), tuple(range(half, 2 * half))))
+
+    if vectors[0].type.count == 16:
+        vectors = [halved(vector) for vector in vectors]
+    one, two, three, four = vectors
+    return halved(folded(folded(one, two, singles), folded(three, four, singles), pairs))
 
 
 @intrinsic

@@ -8,7 +8,7 @@ import numpy as np
 
 from memstore.host.best import keep_best, offer, put_in_order
 from memstore.host.compiling import inlined, kernel
-from memstore.host.job import END_RING, FIRST_RING, HEADER, Job, unpacked
+from memstore.host.job import END_RING, FIRST_RING, HEADER, INHERITED, NUM_CUT, PIECE_QUERIES, Job, unpacked
 from memstore.host.rings import FIRST_CELL, FIRST_LIST, FIRST_QUERY, NUM_PIECES, NUM_QUERIES, fill, slot_of
 from memstore.host.scan import scan, scan_again
 from memstore.host.scoring import COSINE, Rows, ask_for, inverse_length, score
@@ -101,6 +101,7 @@ def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], p
 
     The rows of one query's candidates are on their way from memory while those of the one before are scored.
     """
+    _leave_out_inherited(job)
     top_k, most = scores.shape[2], job.lists.scores.shape[1]
     all_scores, all_positions = scores.reshape(-1, top_k), positions.reshape(-1, top_k)
     best, places = np.empty(most, np.float32), np.empty((2, most), np.int64)
@@ -120,6 +121,14 @@ def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], p
     if before >= 0:
         hits = all_scores[before_query], all_positions[before_query]
         _rank(rings[before], capacity, job.rows, job.queries[before_query], places[turn, :before_count], hits)
+
+
+@kernel
+def _leave_out_inherited(job: Job) -> None:
+    """Empties the lists that others have taken over."""
+    for piece in job.pieces[: job.header[NUM_CUT]]:
+        if piece[INHERITED] >= 0:
+            job.lists.counts[piece[INHERITED] : piece[INHERITED] + piece[PIECE_QUERIES]] = 0
 
 
 @kernel

@@ -25,6 +25,9 @@ PIECES_A_THREAD = 8
 WORTH_A_HELPER = 12 << 20
 """Bytes to be read, or sixteenths of products to be made, from which waking a thread takes less than it saves."""
 
+LENGTH_STEP = 256
+"""Rows in which the lengths of rings are counted: what is planned for so many is good until there are more."""
+
 LIST_ITEM = 12
 LIST_BYTES = 32 << 20
 """Bytes of a candidate, and of all of them; more only where those of one ring need it."""
@@ -42,6 +45,25 @@ PATIENCE = 200_000
 """Looks at what others have not done, about twice as long as a piece takes, before it is done again."""
 
 
+class Shape(NamedTuple):
+    """What a plan depends on, beside the slab: numbers of layers and hits, and of each sequence queries and rows seen.
+
+    lengths: in steps of LENGTH_STEP, rounded up.
+    """
+
+    num_layers: int
+    top_k: int
+    counts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: SearchBatch) -> Shape:
+        """That of a batch."""
+        pairs = zip(batch.begins, batch.ends, strict=True)
+        lengths = tuple([max((end - begin - 1) // LENGTH_STEP + 1, 0) for begin, end in pairs])
+        return cls(len(batch.layers), batch.top_k, batch.counts, lengths)
+
+
 class Plan(NamedTuple):
     """headers: of the jobs, see job.py, that are done one after the other."""
 
@@ -57,23 +79,24 @@ class _Room(NamedTuple):
     panels: int
 
 
-def plan(batch: SearchBatch, rows: Rows, num_threads: int, coded: tuple[int, int] = (0, 0)) -> Plan:
+def plan(shape: Shape, rows: Rows, dim: int, num_threads: int, coded: tuple[int, int] = (0, 0)) -> Plan:
     """One job, or several where the candidates of all rings would take too much.
 
     coded: bits and bytes of a code, where there is a first pass over codes.
     """
-    bits = coded[0] if any(0 < count <= FEW_QUERIES for count in batch.counts) else 0
-    num_layers = len(batch.layers)
+    num_layers, top_k, counts, lengths = shape
+    bits = coded[0] if any(0 < count <= FEW_QUERIES for count in counts) else 0
     row_bytes = coded[1] + CODE_BYTES_TO_END if bits else rows.keys.shape[1]
-    num_candidates = 2 * CANDIDATES_A_HIT[bits] * max(batch.top_k, FEWEST_HITS) if bits else batch.top_k
+    num_candidates = 2 * CANDIDATES_A_HIT[bits] * max(top_k, FEWEST_HITS) if bits else top_k
+    rings = [(length * LENGTH_STEP, count) for length, count in zip(lengths, counts, strict=True)]
     work, num_multiplied, least = 0, 0, 0
-    for begin, end, count in zip(batch.begins, batch.ends, batch.counts, strict=True):
+    for num_seen, count in rings:
         if count > FEW_QUERIES:
-            num_multiplied += max(end - begin, 0)
-            work += max(end - begin, 0) * count * batch.queries.shape[2] // 16
-            least = max(least, (end - begin) * count * LIST_ITEM * num_candidates // LIST_BYTES)
+            num_multiplied += num_seen
+            work += num_seen * count * dim // 16
+            least = max(least, num_seen * count * LIST_ITEM * num_candidates // LIST_BYTES)
         elif count:
-            work += max(end - begin, 0) * row_bytes
+            work += num_seen * row_bytes
     num_helpers = num_threads - 1 if num_layers * work >= WORTH_A_HELPER else 0
     thread_pieces = PIECES_A_THREAD * (num_helpers + 1)
     read_bytes = min(max(num_layers * work // thread_pieces, SMALLEST_READ), LARGEST_READ)
@@ -82,20 +105,17 @@ def plan(batch: SearchBatch, rows: Rows, num_threads: int, coded: tuple[int, int
         max(read_bytes // row_bytes, 1),
         max(num_layers * num_multiplied // thread_pieces, least, FEWEST_MULTIPLIED),
     )
-    rooms = [
-        _room(end - begin, count, longest)
-        for begin, end, count in zip(batch.begins, batch.ends, batch.counts, strict=True)
-    ]
+    rooms = [_room(num_seen, count, longest) for num_seen, count in rings]
     fixed = num_candidates, rows.kind, rows.metric, bits, FEW_QUERIES, *longest
     spans = _spans(rooms * num_layers, LIST_BYTES // (LIST_ITEM * num_candidates))
-    return Plan([(0, 0, *room, *fixed, *span, PATIENCE) for room, span in spans], num_helpers)
+    return Plan([(0, 0, *room, *fixed, *span, PATIENCE, 0) for room, span in spans], num_helpers)
 
 
 def _room(num_seen: int, num_queries: int, longest: tuple[int, int]) -> _Room:
     if not num_queries:
         return _Room(0, 0, 0)
     is_multiplied = num_queries > FEW_QUERIES
-    pieces = max(num_seen, 0) // longest[is_multiplied] + 2  # the seam may cut one more
+    pieces = num_seen // longest[is_multiplied] + 2  # the seam may cut one more
     return _Room(pieces, pieces * num_queries, -(-num_queries // PANEL) if is_multiplied else 0)
 
 

@@ -23,7 +23,7 @@ from memstore.host.job import (
     Lists,
 )
 from memstore.host.rings import FIRST_QUERY, NUM_QUERIES
-from memstore.host.scoring import COSINE, L2, widen
+from memstore.host.scoring import COSINE, L2, Rows, widen
 from memstore.host.tiles import PANEL, TILE_ROWS, multiply
 
 if TYPE_CHECKING:
@@ -58,50 +58,48 @@ def pack(job: Job, rings: NDArray[Any]) -> None:
 
 @kernel
 def multiply_piece(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
-    """Fills the lists of one piece, and raises the bars of its queries. block: (BLOCK, dim) float32 to work in."""
+    """Offers the rows of one piece to its lists, and raises bars. block: (BLOCK, dim) float32 to work in."""
     num_queries = piece[PIECE_QUERIES]
-    tile = np.empty((TILE_ROWS, PANEL), np.float32)
-    job.lists.counts[piece[PIECE_LIST] : piece[PIECE_LIST] + num_queries] = 0
+    tile, weights = np.empty((TILE_ROWS, PANEL), np.float32), np.empty((BLOCK, 2), np.float32)
     for first in range(0, piece[NUM_ROWS], BLOCK):
-        length = min(BLOCK, piece[NUM_ROWS] - first)
-        widen(job.rows, piece[PIECE_CELL] + first, block[:length])
+        cell, length = piece[PIECE_CELL] + first, min(BLOCK, piece[NUM_ROWS] - first)
+        widen(job.rows, cell, block[:length])
+        _weigh(job.rows, cell, weights[:length])
         for panel in range(num_panels_of(num_queries)):
-            _multiply_block(job, piece, first, block[:length], panel, tile)
+            _multiply_block(job, piece, first, block[:length], weights, panel, tile)
+
+
+@kernel
+def _weigh(rows: Rows, cell: int, weights: NDArray[Any]) -> None:
+    """How rows from `cell` on are ranked, without what is the same for all of them: see `multiply`."""
+    for row in range(len(weights)):
+        if rows.metric == L2:
+            weights[row, 0], weights[row, 1] = 2, rows.norms[cell + row]
+        else:
+            weights[row, 0], weights[row, 1] = rows.norms[cell + row] if rows.metric == COSINE else 1, 0
 
 
 @kernel
 def _multiply_block(
-    job: Job, piece: NDArray[Any], first: int, block: NDArray[Any], panel: int, tile: NDArray[Any]
+    job: Job,
+    piece: NDArray[Any],
+    first: int,
+    block: NDArray[Any],
+    weights: NDArray[Any],
+    panel: int,
+    tile: NDArray[Any],
 ) -> None:
     """Offers the rows of a block, the first of which is row `first` of a piece, to the queries of a panel."""
     before = panel * PANEL
     width = min(PANEL, piece[PIECE_QUERIES] - before)
     query, place = piece[PIECE_QUERY] + before, piece[PIECE_LIST] + before
-    bars = job.bars[query : query + width]
-    metric, cell, position = job.rows.metric, piece[PIECE_CELL] + first, piece[POSITION] + first
+    bars, position = job.bars[query : query + width], piece[POSITION] + first
     for group in range(0, len(block), TILE_ROWS):  # beyond the last row are those of before, which nobody looks at
-        multiply(block, group, job.panels, piece[PIECE_PANEL] + panel, tile)
-        for at in range(min(TILE_ROWS, len(block) - group)):
-            row, products = group + at, tile[at, :width]
-            if metric == L2:
-                is_any = _reaches(np.float32(2), job.rows.norms[cell + row], products, bars)
-            elif metric == COSINE:
-                is_any = _reaches(job.rows.norms[cell + row], np.float32(0), products, bars)
-            else:
-                is_any = _reaches(np.float32(1), np.float32(0), products, bars)
-            if is_any:
-                _offer(job.lists, place, position + row, products, bars)
-
-
-@kernel
-def _reaches(factor: float, less: float, products: NDArray[Any], bars: NDArray[Any]) -> bool:
-    """Makes of products what a row is ranked by, without what is the same for all rows; whether any reaches its bar."""
-    num_below = 0
-    for at in range(len(products)):
-        value = factor * products[at] - less
-        products[at] = value
-        num_below += value < bars[at]  # not so what overflowed
-    return num_below < len(products)
+        reached = multiply(block, group, weights, job.panels, piece[PIECE_PANEL] + panel, bars, tile)
+        if reached:
+            for at in range(min(TILE_ROWS, len(block) - group)):
+                if reached >> at & 1:
+                    _offer(job.lists, place, position + group + at, tile[at, :width], bars)
 
 
 @kernel

@@ -9,10 +9,11 @@ import torch
 
 from memstore.codes import BITS, NUM_TERMS
 from memstore.host import rings as columns
+from memstore.host.desk import Desk
 from memstore.host.helpers import Helpers
-from memstore.host.job import copied, empty_job
+from memstore.host.job import copied
 from memstore.host.merge import find, find_again, rank_all
-from memstore.host.planning import plan
+from memstore.host.planning import Shape
 from memstore.host.scan import help_scan
 from memstore.host.scoring import KINDS, METRICS, Rows
 from memstore.host.windows import expand, gather
@@ -45,7 +46,15 @@ class _View:
         self._bytes = {name: as_cells(array) for name, array in self._arrays.items()}
         self.rows = Rows(self._bytes[KEY], norms, KINDS[slab.keys.dtype], METRICS[slab.metric])
         self.code_terms = _codes_of(slab)
-        self.coded = BITS[slab.first_pass], self.code_terms[0].shape[1]
+        self._coded = BITS[slab.first_pass], self.code_terms[0].shape[1]
+        self._desk: Desk | None = None
+
+    def desk(self, batch: SearchBatch) -> Desk:
+        """That of the last batch, if it was of the same shape."""
+        shape = Shape.of(batch)
+        if self._desk is None or self._desk.shape != shape:
+            self._desk = Desk(shape, batch, self.rows, self._coded)
+        return self._desk
 
     def gathered(self, name: str, cells: NDArray[np.int64]) -> torch.Tensor:
         """Rows of the keys or a payload."""
@@ -96,19 +105,14 @@ class HostRetriever:
 
     def _find(self, view: _View, slab: Slab, batch: SearchBatch) -> _Found:
         """The best of each query."""
-        queries = _queries(batch)
-        num_layers, num_queries, dim = queries.shape
-        found = _Found(
-            np.empty((num_layers * len(batch.places), columns.NUM_COLUMNS), np.int64),
-            np.empty((num_layers, num_queries, batch.top_k), np.float32),
-            np.empty((num_layers, num_queries, batch.top_k), np.int64),
-        )
-        headers, num_helpers = plan(batch, view.rows, torch.get_num_threads(), view.coded)
-        for header in headers:
+        queries, desk = _queries(batch), view.desk(batch)
+        hits = (*queries.shape[:2], batch.top_k)
+        found = _Found(desk.rings, np.empty(hits, np.float32), np.empty(hits, np.int64))
+        for header in desk.headers:
             numbers = columns.numbers_of(header, slab, batch)
-            scratch = empty_job(header, num_layers * num_queries, dim)
+            scratch = desk.scratch(header)
             job = *scratch, view.rows.keys, view.rows.norms, *view.code_terms, queries
-            bells = self._helpers.tell(num_helpers, help_scan, *job)
+            bells = self._helpers.tell(desk.num_helpers, help_scan, *job)
             if not find(numbers, bells, found.rings, *job, found.scores, found.positions):
                 copies = copied(scratch, header)
                 find_again(found.rings, slab.capacity, *copies, *job[3:], found.scores, found.positions)

@@ -17,11 +17,13 @@ from memstore.host.job import (
     END_RING,
     FEW_QUERIES,
     FIRST_RING,
+    INHERITED,
     IS_DONE,
     LONGEST_MULTIPLIED,
     LONGEST_READ,
     NEXT,
     NUM_CUT,
+    NUM_LEFT,
     NUM_ROWS,
     PATIENCE,
     PIECE_CELL,
@@ -74,7 +76,9 @@ def help_scan(
     queries: NDArray[Any],
 ) -> None:
     """Does pieces of a job until none is left to begin."""
-    _draw_pieces(unpacked(integers, floats, numbers, keys, norms, codes, terms, queries))
+    job = unpacked(integers, floats, numbers, keys, norms, codes, terms, queries)
+    _draw_pieces(job)
+    draw(job.header, NUM_LEFT)
 
 
 @inlined
@@ -83,23 +87,49 @@ def scan_again(job: Job) -> None:
     block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
     for number in range(job.header[NUM_CUT]):
         if not raised(job.pieces[number], IS_DONE):
+            _begin(job, number, -1)
             _do(job, job.pieces[number], block)
 
 
 @inlined
 def _draw_pieces(job: Job) -> None:
     block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
+    before = -1
     while True:
         number = draw(job.header, NEXT)
         if number >= job.header[NUM_CUT]:
             return
+        _begin(job, number, before)
         _do(job, job.pieces[number], block)
         draw(job.pieces[number], IS_DONE)
+        before = number
+
+
+@kernel
+def _begin(job: Job, number: int, before: int) -> None:
+    """The lists that a piece begins with: those of the piece that this thread has done before, if of the same queries.
+
+    So what is known to be good raises the bar, and of each thread only the last lists are merged. Lists of codes are in
+    the order of positions, which that of threads is not: they begin empty.
+    """
+    piece, lists = job.pieces[number], job.lists
+    mine = slice(piece[PIECE_LIST], piece[PIECE_LIST] + piece[PIECE_QUERIES])
+    if before < 0 or job.pieces[before, PIECE_QUERY] != piece[PIECE_QUERY] or job.coded.bits:
+        lists.counts[mine], piece[INHERITED] = 0, -1
+        return
+    first = job.pieces[before, PIECE_LIST]
+    old = slice(first, first + piece[PIECE_QUERIES])
+    lists.scores[mine], lists.positions[mine], lists.counts[mine] = (
+        lists.scores[old],
+        lists.positions[old],
+        lists.counts[old],
+    )
+    piece[INHERITED] = first
 
 
 @inlined
 def _do(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
-    """Fills the lists of one piece. block: (BLOCK, dim) float32 to work in."""
+    """Offers the rows of one piece to its lists. block: (BLOCK, dim) float32 to work in."""
     if piece[PIECE_QUERIES] > job.header[FEW_QUERIES]:
         multiply_piece(job, piece, block)
     else:
@@ -138,7 +168,6 @@ def _scan_piece(job: Job, piece: NDArray[Any], block: NDArray[Any]) -> None:
     rows, lists, num_queries = job.rows, job.lists, piece[PIECE_QUERIES]
     is_widened = num_queries > 1 and not job.coded.bits
     scores, products = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32)
-    lists.counts[piece[PIECE_LIST] : piece[PIECE_LIST] + num_queries] = 0
     for first in range(0, piece[NUM_ROWS], BLOCK):
         cell, length = piece[PIECE_CELL] + first, min(BLOCK, piece[NUM_ROWS] - first)
         some, position = scores[:length], piece[POSITION] + first

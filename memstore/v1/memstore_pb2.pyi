@@ -1060,6 +1060,7 @@ class RetrieveOptions(_message.Message):
     WINDOW_AFTER_FIELD_NUMBER: _builtins.int
     ARRAYS_FIELD_NUMBER: _builtins.int
     OMIT_SCORES_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """Hits for each query, 1 to 1,024; fewer are found where fewer are live."""
     window_before: _builtins.int
@@ -1072,6 +1073,12 @@ class RetrieveOptions(_message.Message):
     def arrays(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Arrays to give back: "key" or names of payloads; empty for no rows, only positions and scores."""
 
+    @_builtins.property
+    def known(self) -> _containers.RepeatedCompositeFieldContainer[Global___KnownRows]:
+        """Rows that the caller has of former answers, so that they need not travel again: none, or one entry for each group
+        (layer, sequence) of the batch, in the order of Hits; INVALID_ARGUMENT otherwise.
+        """
+
     def __init__(
         self,
         *,
@@ -1080,14 +1087,45 @@ class RetrieveOptions(_message.Message):
         window_after: _builtins.int = ...,
         arrays: _abc.Iterable[_builtins.str] | None = ...,
         omit_scores: _builtins.bool = ...,
+        known: _abc.Iterable[Global___KnownRows] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "omit_scores", b"omit_scores", "top_k", b"top_k", "window_after", b"window_after", "window_before", b"window_before"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "known", b"known", "omit_scores", b"omit_scores", "top_k", b"top_k", "window_after", b"window_after", "window_before", b"window_before"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetrieveOptions: _TypeAlias = RetrieveOptions  # noqa: Y015
+
+@_typing.final
+class KnownRows(_message.Message):
+    """Rows of one group that the caller has, in every array that it asks for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The epoch of the sequence when they were retrieved. Where the sequence has another one now, they count for nothing."""
+    begin: _builtins.int
+    """The position that the first bit stands for, 0 to 2^62."""
+    bits: _builtins.bytes
+    """Bit i % 8 of byte i / 8: the row at position begin + i is known. Empty for none."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        begin: _builtins.int = ...,
+        bits: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "bits", b"bits", "epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownRows: _TypeAlias = KnownRows  # noqa: Y015
 
 @_typing.final
 class Hits(_message.Message):
@@ -1103,6 +1141,7 @@ class Hits(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
     ARRAYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def row_splits(self) -> Global___Tensor:
@@ -1127,8 +1166,14 @@ class Hits(_message.Message):
         """FP32 [num_rows]: how many entries each row stands for; absent where every row stands for one."""
 
     @_builtins.property
+    def left_out(self) -> Global___Tensor:
+        """UINT8 [num_rows]: 1 for each row that is not in the arrays, since the caller has it (RetrieveOptions.known), else 0.
+        Absent where all rows are in them.
+        """
+
+    @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedTensor]:
-        """[num_rows, ...] for each array that was asked for, in the order asked."""
+        """[num_rows, ...] for each array that was asked for, in the order asked; less the rows that are left out."""
 
     def __init__(
         self,
@@ -1138,11 +1183,12 @@ class Hits(_message.Message):
         index: Global___Tensor | None = ...,
         scores: Global___Tensor | None = ...,
         weights: Global___Tensor | None = ...,
+        left_out: Global___Tensor | None = ...,
         arrays: _abc.Iterable[Global___NamedTensor] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "positions", b"positions", "row_splits", b"row_splits", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "left_out", b"left_out", "positions", b"positions", "row_splits", b"row_splits", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "index", b"index", "positions", b"positions", "row_splits", b"row_splits", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "index", b"index", "left_out", b"left_out", "positions", b"positions", "row_splits", b"row_splits", "scores", b"scores", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,7 +13,7 @@ import torch
 
 from memstore.errors import InvalidRequest
 from memstore.plane import bytes_of
-from memstore.types import KEY, MemorySpec, RetrieveOptions, SequencePart, StepBatch
+from memstore.types import KEY, KnownRows, MemorySpec, RetrieveOptions, SequencePart, StepBatch
 from memstore.v1 import memstore_pb2 as pb
 from memstore.wire import fields, limits
 
@@ -79,6 +79,7 @@ def decode_batch(request: StepLike, spec: MemorySpec, plane: Plane) -> StepBatch
         append=ask.append,
         writer=writer,
         fingerprints=_fingerprints(parts, (keys, *payloads.values())) if is_resendable else (),
+        known=() if ask.retrieve is None else _known(ask.retrieve.known, len(layers) * len(parts)),
     )
 
 
@@ -133,6 +134,16 @@ def _retrieve(options: pb.RetrieveOptions, spec: MemorySpec) -> RetrieveOptions:
         arrays=arrays,
         omit_scores=options.omit_scores,
     )
+
+
+def _known(groups: Sequence[pb.KnownRows], num_groups: int) -> tuple[KnownRows, ...]:
+    if len(groups) not in (0, num_groups):
+        raise InvalidRequest("retrieve.known", f"{len(groups)} entries, none or {num_groups} expected: one a group")
+    known = tuple(KnownRows(group.epoch, group.begin, group.bits) for group in groups)
+    for i, group in enumerate(known):
+        if not 0 <= group.begin <= limits.MAX_POSITION:
+            raise InvalidRequest(f"retrieve.known[{i}].begin", f"0 to {limits.MAX_POSITION:,}")
+    return known
 
 
 def _check_reply_size(options: RetrieveOptions, num_queries: int, plane: Plane) -> None:

@@ -35,6 +35,8 @@ MAX_GRAPH_DEGREE = 128
 MIN_ITOPK = 16
 MAX_ITOPK = 512
 MAX_PARTS = 4_096
+MAX_POSITION = 1 << 62
+"""Far beyond any that comes to be, and yet something can be added to it."""
 MAX_TOP_K = 1_024
 MAX_WINDOW_SIDE = 64
 MAX_MESSAGE_BYTES = 64 << 20

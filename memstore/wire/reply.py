@@ -69,6 +69,9 @@ def _fill_hits(into: pb.Hits, hits: Hits, plane: Plane) -> None:
     if hits.scores is not None:
         tensors.append(hits.scores)
         targets.append(into.scores)
+    if hits.left_out is not None:
+        tensors.append(hits.left_out)
+        targets.append(into.left_out)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > plane.max_reply_bytes:
         raise QuotaExceeded(

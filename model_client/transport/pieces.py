@@ -83,7 +83,7 @@ class PiecesPlane(InlinePlane):
         """Keeps the pieces of an answer until its tensors are read or discarded."""
         if answer.buffer is not None:
             hits = answer.message.step.hits
-            num_tensors = 3 + hits.HasField("scores") + len(hits.arrays)
+            num_tensors = 3 + hits.HasField("scores") + hits.HasField("left_out") + len(hits.arrays)
             self._kept[answer.message.call_id] = _Kept(answer.buffer, num_tensors)
 
     def read(self, message: pb.Tensor, device: torch.device) -> torch.Tensor:

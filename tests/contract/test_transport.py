@@ -305,6 +305,26 @@ def test_counters(client: Any, kind: str) -> None:
         assert stats["received_bytes"] > 3 * 16
 
 
+def test_rows_that_have_come_do_not_travel_again(client: Any, kind: str, device: torch.device) -> None:
+    create(client, dim=16, capacity=2048, num_layers=2, dtype=torch.float16, payloads={"n": (torch.int64, (8,))})
+    session, reader = client.session("m", ["a", "b"]), client.session("m", ["a", "b"])
+    options = Retrieval(8, after=1, arrays=("key", "n"))
+    num_found = 0
+    for _ in range(4):
+        keys = torch.randn(2, 512, 16, device=device).half()
+        session.append(keys, [256, 256], payloads={"n": torch.randint(1 << 40, (2, 512, 8), device=device)})
+        want = reader.retrieve(keys[:, ::8], [32, 32], options).hits  # too few queries for anything to be kept
+        got = session.retrieve(keys, [256, 256], options).hits
+        is_hit = want.index >= 0
+        mine, others = got.index[:, ::8][is_hit].long(), want.index[is_hit].long()
+        for name in ("key", "n"):
+            assert got.rows[name].device.type == device.type
+            assert torch.equal(got.rows[name][mine], want.rows[name][others])
+        num_found += len(got.positions)
+    reused = client.stats.reused_rows
+    assert 0 < reused < num_found if kind.startswith("grpc") else reused == 0
+
+
 @pytest.mark.parametrize("use_stream", [True, False])
 def test_a_client_that_is_let_go_of_leaves_no_threads(server: Serving, kind: str, use_stream: bool) -> None:
     threads = set(threading.enumerate())

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from integration.adapter import load_adapter
 from integration.demo import command
 from memstore.__main__ import main
 from tests.serving import serving
@@ -79,6 +80,20 @@ def test_its_own_memory_helps_and_another_documents_does_not(report: dict[str, A
     assert report["perplexity_other_document"] > 0.98 * report["perplexity_none"]
     assert report["bits_per_byte_memory"] < report["bits_per_byte_none"]
     assert report["perplexity_gain"] == pytest.approx(1 - report["perplexity_memory"] / report["perplexity_none"])
+
+
+def test_the_weights_that_ship_are_small_and_those_of_their_report() -> None:
+    files = [file for file in command.WEIGHTS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 16_000_000
+    adapter = load_adapter(command.WEIGHTS / "adapter")
+    told = json.loads((command.WEIGHTS / "adapter" / "report.json").read_text())
+    config, weights = adapter.config, adapter.weights
+    assert (config.retrieval_layer, config.top_k, config.segment_length) == (
+        told["layer"],
+        told["top_k"],
+        told["segment"],
+    )
+    assert sum(each.numel() for each in weights.parameters()) + adapter.lora_parameters == told["trained_parameters"]
 
 
 class Addresses(HTMLParser):

@@ -101,6 +101,22 @@ def test_trials_and_recall_are_told_at_toy_size(runs: Path, monkeypatch: pytest.
     assert ("mt, 2 steps", "code, high end") in told
 
 
+def test_without_trainings_the_weights_that_ship_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "RESULTS", folder / "results")
+    assert _main(monkeypatch, tables, "domains", "--data", folder, "--domains", "docs", "--length", 1024) == 0
+    rows = json.loads((folder / "results" / "quality-domains.json").read_text())["rows"]
+    figures = {(row["case"], row["figure"]): row["value"] for row in rows}
+    assert figures["docs, ours, 16K entries", "perplexity"] < figures["docs, LoRA only", "perplexity"]
+    assert ("docs, ours, 128K entries", "perplexity") not in figures
+
+
+def test_tables_of_trainings_ask_for_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(monkeypatch, tables, "shorts,trials", "--data", folder) == 2
+    assert capsys.readouterr().out.count("--runs is needed") == 2
+
+
 def _trial(**changes: Any) -> Trial:
     shared = {"capacity": 64, "dim": 8, "retrieval_layer": 1, "attention_layers": (1, 2), "segment": 32}
     return Trial(**({"name": "ours", "changes": shared, "steps": 4, "batch": 4} | changes))

@@ -89,12 +89,13 @@ def test_a_part_of_the_data_is_held_out_by_default(
     [
         (["--segment", "128"], r"the last 5% of --data are 1\d\d tokens; give documents .* by --validation"),
         (["--validation", "A"], "--validation: two documents of 1025 tokens or more are needed"),
-        (["--data", "nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["--data", "nowhere.txt", "--model", "/no/model"], "nowhere.txt: no such file or folder"),
+        (["--validation", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--model", "/no/model"], "--model=/no/model: no such folder"),
         (["--attention-layers", "9"], "attention_layers: layer 9 named, the model has 3 layers"),
         (["--data", "LINES"], 'line 2 is no JSON object with a "text"'),
-        (["--target", "unix:///nowhere"], "nowhere"),
+        (["--target", "unix:///nowhere"], "--target=unix:///nowhere: "),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(

@@ -248,12 +248,25 @@ def test_numbers_are_those_of_the_run(update: ModuleType, tmp_path: Path) -> Non
         memory={"capacity": 16_384},
         model_parameters=6_850_000,
         memory_parameters=500_000,
+        lora_parameters=360_000,
         machine="a machine of two cores",
     )
     (tmp_path / "docs").mkdir()
     report.write(tmp_path / "docs" / "demo.json")
     text = update.demo_numbers(tmp_path)
-    numbers = ("-10.0%", "+5.0%", "0.8123", "100,000 tokens", "6.85 M", "capacity 16384", "1,234", "12.5%", "two cores")
+    numbers = (
+        "-10.0%",
+        "+5.0%",
+        "0.8123",
+        "100,000 tokens",
+        "6.85 M",
+        "0.50 M",
+        "0.36 M",
+        "capacity 16384",
+        "1,234",
+        "12.5%",
+        "two cores",
+    )
     for number in numbers:
         assert number in text
 

@@ -15,7 +15,7 @@ ORDER = """
     v1 types errors futures config seams logs
     descriptors
     ring window places codes region slab control lease search host gpu index sequence lent
-    retrieval appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
+    retrieval known appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
     seating lifecycle lender planner log journal ledger refill repeated memory
     folder snapshot salvage recovery archive orphans
     admission capacity catalog store pace turns errands joining standing device plane replies

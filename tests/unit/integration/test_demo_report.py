@@ -44,6 +44,7 @@ def _report(**changes: Any) -> Report:
         memory={"capacity": 300},
         model_parameters=1,
         memory_parameters=1,
+        lora_parameters=1,
         machine=machine("cpu"),
     )
     return dataclasses.replace(report, **changes)

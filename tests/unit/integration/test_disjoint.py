@@ -10,18 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import quality
 from integration.demo.text import OTHER_PACKAGES, READ_PACKAGES
 from integration.training import disjoint
-from integration.training.disjoint import measure, shared_ratio, shingles, split_files, union
+from integration.training.disjoint import measure, read_names, shared_ratio, shingles, split_files, union
 from integration.training.packages import canonical
 
 TRAINING = Path(disjoint.__file__).parent
+QUALITY = Path(quality.__file__).parent
 LINES = [f"value_{n} = call_{n}()" for n in range(20)]
 
 
-def recorded() -> list[dict[str, Any]]:
-    """What corpus.json says of each package that was trained on."""
-    rows: list[dict[str, Any]] = json.loads((TRAINING / "corpus.json").read_text())
+def recorded(folder: Path = TRAINING) -> list[dict[str, Any]]:
+    """What corpus.json says of each package of the base model's text, or of that beside another one."""
+    rows: list[dict[str, Any]] = json.loads((folder / "corpus.json").read_text())
+    return rows
+
+
+def trained() -> list[dict[str, Any]]:
+    """The same of the packages that the adapter was trained on."""
+    names = read_names(QUALITY / "trained.txt")
+    rows = [row for row in recorded(QUALITY) if row["id"] in names]
+    assert len(rows) == len(names) > 30
+    assert {row["split"] for row in rows} == {"train"}
     return rows
 
 
@@ -93,21 +104,24 @@ def test_measure_sees_what_a_text_of_the_demo_shares(library: Path) -> None:
     assert overlap.other_text.shingles_in_training_ratio == 0
 
 
-def test_the_committed_report_is_of_the_texts_of_the_demo_and_finds_next_to_nothing_of_them() -> None:
-    """The corpus is not in the repository; what was measured on it is."""
-    report = json.loads((TRAINING / "disjoint.json").read_text())
-    for text, packages in (("read_text", READ_PACKAGES), ("other_text", OTHER_PACKAGES)):
-        assert report[text]["packages"] == list(packages)
-        assert report[text]["num_shingles"] > 10_000
-        assert report[text]["shingles_in_training_ratio"] < 0.002
+@pytest.mark.parametrize("text", ["base", "adapter"])
+def test_the_committed_report_is_of_the_texts_of_the_demo_and_finds_next_to_nothing_of_them(text: str) -> None:
+    """The corpora are not in the repository; what was measured on them is."""
+    folder, rows = (TRAINING, recorded()) if text == "base" else (QUALITY, trained())
+    report = json.loads((folder / "disjoint.json").read_text())
+    for part, packages in (("read_text", READ_PACKAGES), ("other_text", OTHER_PACKAGES)):
+        assert report[part]["packages"] == list(packages)
+        assert report[part]["num_shingles"] > 10_000
+        assert report[part]["shingles_in_training_ratio"] < 0.002
     assert report["stdlib_shingles_in_training_ratio"] < 0.001
     assert report["modules_in_training"] == []
-    assert report["num_training_files"] == sum(row["num_files"] for row in recorded())
+    assert report["num_training_files"] == sum(row["num_files"] for row in rows)
 
 
 def test_no_package_of_the_training_text_is_of_the_standard_library() -> None:
     """By the names of the packages; what the demo reads is of the standard library."""
     names = {canonical(row["id"].partition("==")[0]) for row in recorded()}
     assert len(names) == len(recorded()) > 90
+    assert names >= {canonical(row["id"].partition("==")[0]) for row in trained()}
     assert names & {name.lower() for name in sys.stdlib_module_names} == set()
     assert {*READ_PACKAGES, *OTHER_PACKAGES} <= sys.stdlib_module_names

@@ -91,7 +91,8 @@ def test_candidates_that_take_too_much_are_looked_for_one_after_the_other(
     slab = filled(HOST)
     batch = asked(slab, (1, 20, 0, 3, 9), ((1000, 1700), (0, 600), (0, 3), (0, 0), (5, 700)))
     check(slab, batch, HostRetriever())
-    num_jobs = len(planning.plan(batch, HostRetriever()._view(slab).rows, 1).headers)
+    rows = HostRetriever()._view(slab).rows
+    num_jobs = len(planning.plan(planning.Shape.of(batch), rows, slab.dim, 1).headers)
     assert num_jobs == {1: 8, 30_000: 2, 1 << 30: 1}[most_bytes]
 
 
@@ -151,7 +152,9 @@ def test_a_helper_that_is_held_up_with_a_piece_is_not_waited_for(monkeypatch: py
 FORKED = """
 import os, sys, torch
 from memstore.host import planning, retriever
+from memstore.host.warming import warm
 from tests.contract.test_index import asked, filled
+warm()  # a helper that reads compiled code holds a lock, which would stay held in the child
 planning.WORTH_A_HELPER = 0
 torch.get_num_threads = lambda: 3
 slab = filled(torch.device("cpu"))
