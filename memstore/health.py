@@ -80,12 +80,13 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         last: int | None = None
         credentials = self._credentials(context)
         while True:
-            seen, found = self._num_changes, self.status(request.service, credentials)
+            seen, is_last = self._num_changes, self._registry.state is State.DRAINING
+            found = self.status(request.service, credentials)
             status = int(UNKNOWN) if found is None else found
             if status != last:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
                 last = status
-            if self._registry.state is State.DRAINING:
+            if is_last:
                 return  # it has heard the last word, and a stream that stays open would hold up the stop
             await self._changes_beyond(seen)
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import queue
-from typing import TYPE_CHECKING
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 from grpc_status import rpc_status
 
 from memstore import status
@@ -18,6 +22,9 @@ from memstore.tokens import parse_tokens
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
+
     from google.protobuf.message import Message
 
     from memstore.errors import (
@@ -46,6 +53,19 @@ def fails(server: Serving, method: str, request: Message, **call: object) -> Mem
 def method_of(request: Message) -> str:
     """The method that takes such a request."""
     return request.DESCRIPTOR.name.removesuffix("Request")
+
+
+@contextmanager
+def awaiting_next(stream: Any) -> Iterator[Future[Any]]:
+    """What comes next of a stream, which is waited for from the beginning of the block on.
+
+    Who does not wait yet when a stream ends is told of its end, and not of its last message.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, stream)
+        while cygrpc.OperationType.receive_message not in stream._state.due:
+            time.sleep(0.001)
+        yield following
 
 
 def until_queued(server: Serving, number: int) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+
 import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from memstore.errors import (
-    NotReady,
-)
+from memstore.auth import Open
+from memstore.errors import NotReady
 from memstore.grpc_front import SERVICE
+from memstore.health import Health
+from memstore.registry import State
 from memstore.v1 import memstore_pb2 as pb
-from tests.calling import fails
+from tests.calling import awaiting_next, fails
 from tests.serving import Serving, serving, spec, step
 
 HEALTH = health_pb2.HealthCheckResponse
@@ -41,9 +45,37 @@ def test_health_says_how_things_are() -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 check(service)
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        server.drain()
-        assert next(watch).status == HEALTH.NOT_SERVING
+        with awaiting_next(watch) as last_word:
+            server.drain()
+            assert last_word.result().status == HEALTH.NOT_SERVING
         assert check("memory/notes") == HEALTH.NOT_SERVING
+
+
+class DrainingContext:
+    """A call in which the server begins to drain while its first answer is on its way."""
+
+    def __init__(self, registry: SimpleNamespace) -> None:
+        self._registry = registry
+        self.told: list[int] = []
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    async def write(self, answer: health_pb2.HealthCheckResponse) -> None:
+        self.told.append(answer.status)
+        if self._registry.state is State.SERVING:
+            self._registry.state = State.DRAINING
+            self._registry.on_change()
+
+
+def test_who_watches_hears_of_a_drain_that_began_while_it_was_told_something_else() -> None:
+    async def told() -> list[int]:
+        registry = SimpleNamespace(state=State.SERVING, worker=SimpleNamespace(is_sick=False))
+        health, context = Health(registry, Open()), DrainingContext(registry)  # type: ignore[arg-type]
+        await health.Watch(health_pb2.HealthCheckRequest(), context)  # type: ignore[arg-type]
+        return context.told
+
+    assert asyncio.run(told()) == [HEALTH.SERVING, HEALTH.NOT_SERVING]
 
 
 def test_a_sick_device_is_not_healthy(server: Serving) -> None:

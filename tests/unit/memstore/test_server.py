@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import queue
 import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -20,7 +17,7 @@ from memstore.config import Config
 from memstore.errors import NotReady
 from memstore.server import Server
 from memstore.v1 import memstore_pb2 as pb
-from tests.calling import failure, hashed
+from tests.calling import awaiting_next, failure, hashed
 from tests.fakes import FakeDisk
 from tests.processes import Process
 from tests.serving import spec, step
@@ -56,11 +53,7 @@ def test_a_server_stops_in_order_and_comes_back_with_its_memories(tmp_path: Path
     assert first.channel is not None
     watch = health_pb2_grpc.HealthStub(first.channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-    with ThreadPoolExecutor(1) as pool:
-        # who does not wait yet when a stream ends is told of its end, and not of its last message
-        last_word = pool.submit(next, watch)
-        while cygrpc.OperationType.receive_message not in watch._state.due:
-            time.sleep(0.001)
+    with awaiting_next(watch) as last_word:
         first.tell(signal.SIGTERM)
         assert last_word.result().status == health_pb2.HealthCheckResponse.NOT_SERVING
     with pytest.raises(grpc.RpcError) as caught:
