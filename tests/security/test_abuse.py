@@ -17,7 +17,7 @@ from tests.calling import bearer, hashed
 from tests.processes import Usage
 from tests.security import attacks
 from tests.security.attacks import Target
-from tests.security.victim import Victim
+from tests.security.victim import OPEN_BYTES, Victim
 from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(120)
 NUMBER = int(os.environ.get("ABUSE", "50"))
 STRANGERS_BYTES = 64 << 20
-"""What those may make a server take who have no credential; glibc takes much of it at a time."""
+"""What those may make a server take who have no credential, beside what open connections cost."""
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -115,7 +115,8 @@ def test_messages_of_strangers_are_not_held(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "--token-file", str(path), metadata=bearer("t"))
     try:
         victim.endure(attacks.strangers, victim.front, NUMBER)
-        assert Usage.of(victim.pid).peak_bytes < victim.before.peak_bytes + STRANGERS_BYTES
+        allowed = STRANGERS_BYTES + OPEN_BYTES * (NUMBER // 5)
+        assert Usage.of(victim.pid).peak_bytes < victim.before.peak_bytes + allowed
     finally:
         victim.close()
 
