@@ -18,7 +18,7 @@ from tests.calling import bearer, hashed
 from tests.processes import Usage
 from tests.security import attacks
 from tests.security.attacks import Target
-from tests.security.victim import OPEN_BYTES, Victim
+from tests.security.victim import KEPT_BYTES, OPEN_BYTES, Victim
 from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
@@ -122,6 +122,16 @@ def test_messages_of_strangers_are_not_held(tmp_path: Path) -> None:
         assert Usage.of(victim.pid).peak_bytes < victim.before.peak_bytes + allowed
     finally:
         victim.close()
+
+
+def test_what_large_messages_took_is_given_back(victim: Victim) -> None:
+    """Of the longest messages that there may be glibc would keep 180 MB and more, for good."""
+    with grpc.insecure_channel(victim.front.address) as channel:
+        call = channel.unary_unary("/memstore.v1.MemoryService/Step", bytes, bytes)
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError):
+                call(bytes(60 << 20), timeout=60)
+    victim.until(lambda now: now.rss_bytes <= victim.before.rss_bytes + KEPT_BYTES)
 
 
 def test_a_message_that_grows_beyond_its_limit_is_not_unpacked(victim: Victim) -> None:
