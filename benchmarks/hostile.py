@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -23,18 +24,28 @@ from tests.security.victim import KEPT_BYTES, RISE_BYTES, SPARE, Victim
 from tests.sim.test_durable_memory import Simulation
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from benchmarks.report import Report
 
 CALLS = 60
 """Of one run of the simulation."""
 
 
-def seeded(report: Report, is_quick: bool) -> None:
-    """Bugs that are planted on purpose."""
+@contextmanager
+def planting(is_quick: bool) -> Iterator[subprocess.Popen[str]]:
+    """A process that plants bugs for the length of the block; its forks want one without threads."""
     command = [sys.executable, "-m", "tests.seeded.seeding", *(["--quick"] if is_quick else [])]
-    words = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True
-    ).stdout  # its forks want a process without threads
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def seeded(report: Report, process: subprocess.Popen[str]) -> None:
+    """Bugs that were planted on purpose, and what became of them."""
+    words, _ = process.communicate()
     told = re.search(r"^(\d+) of (\d+) caught$", words, re.MULTILINE)
     if told is None:
         raise SystemExit(words)
