@@ -42,6 +42,7 @@ class MemoryConfig:
     segment_length: rows that wait beside the model's key-value cache before they are appended.
     dtype: of the kept keys. metric, index: how keys are compared and found.
     deadline_s: what a forward waits for its rows at most, from the start of the retrieval; then it goes on without.
+    A decode loop makes its retrievals itself: it waits so long for the engine at most, and then they are a part of it.
     null_slot: gives each head a way to attend to nothing.
     training_payload: keeps the whole hidden state beside each key, so that training reaches the projection.
     """
