@@ -88,6 +88,16 @@ def prefetch(_: Any, array: Any, element: Any) -> Any:
 
 
 @intrinsic
+def pointer(_: Any, address: Any) -> Any:
+    """What lies at an address, as `numba.carray` takes it."""
+
+    def lower(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), lower
+
+
+@intrinsic
 def draw(_: Any, numbers: Any, place: Any) -> Any:
     """Adds one to an int64 of an array, and gives what it was: no two threads get the same."""
 

@@ -138,14 +138,15 @@ def test_a_helper_that_is_held_up_with_a_piece_is_not_waited_for(monkeypatch: py
     may_go_on, drawn = threading.Event(), []
     ask = Helpers.tell
 
-    def take_and_wait(integers: Any, *_: Any) -> None:
+    def take_and_wait(help_with: Any, _: Any) -> None:
+        integers = help_with.__self__.integers
         number = draw_next(integers[:HEADER])
         if number < integers[NUM_CUT]:
             drawn.append(number)
             may_go_on.wait()
 
     draw_next(np.zeros(HEADER, np.int64))
-    monkeypatch.setattr(Helpers, "tell", lambda self, num, _, *job: ask(self, num, take_and_wait, *job))
+    monkeypatch.setattr(Helpers, "tell", lambda self, num, *call: ask(self, num, take_and_wait, *call))
     monkeypatch.setattr(planning, "PATIENCE", 0)
     slab = filled(HOST)
     for _ in range(200):

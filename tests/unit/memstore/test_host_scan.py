@@ -74,8 +74,9 @@ def test_searches_of_one_shape_are_done_on_one_desk() -> None:
         desks.append(index._view(slab).desk(asked(slab, (1, 3), each)))
     assert desks[0] is desks[1]
     assert desks[2] is not desks[0]
-    scratch = desks[2].scratch(desks[2].headers[0])
-    assert scratch is desks[2].scratch(desks[2].headers[0])
+    tables = [[*desks[2].tables(asked(slab, (1, 3), seen[2]))] for _ in range(2)]
+    assert len(tables[0]) == 1
+    assert tables[0][0] is tables[1][0]
 
 
 def test_a_job_that_a_helper_may_still_look_at_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,5 +96,6 @@ def test_a_job_that_a_helper_may_still_look_at_is_not_used_again(monkeypatch: py
     batch = asked(slab, (1, 3), ((1000, 1700), (0, 600)))
     check(slab, batch, index)
     desk = index._view(slab).desk(batch)
-    assert desk.scratch(desk.headers[0]) is not desk.scratch(desk.headers[0])
+    tables = [[*desk.tables(batch)] for _ in range(2)]
+    assert tables[0][0] is not tables[1][0]
     may_go_on.set()
