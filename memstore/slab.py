@@ -104,7 +104,7 @@ class Slab:
         self.dim = spec.dim
         self.num_layers = spec.num_layers
         self.num_places = spec.max_sequences
-        self.device = device
+        self.device, self.is_on_host = device, device.type == "cpu"
         self.region = region
         self._unpin: weakref.finalize[[], Slab] | None = None
         _check_host_room(spec, device)
@@ -120,7 +120,7 @@ class Slab:
         self.terms = tensors.pop() if BITS[spec.first_pass] else None
         self.codes = tensors.pop() if BITS[spec.first_pass] else None
         self.payloads = {payload.name: tensor for payload, tensor in zip(spec.payloads, tensors, strict=True)}
-        self.cells = [as_cells(tensor) for tensor in self._tensors()] if device.type == "cpu" else []
+        self.cells = [as_cells(tensor) for tensor in self._tensors()] if self.is_on_host else []
         """On the host, all arrays as compiled code writes to them: (num_cells, bytes) uint8."""
 
     def _arrays(self, formats: Sequence[_Format]) -> list[torch.Tensor]:
