@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numba import carray
 
 from memstore.codes import NUM_TERMS
 from memstore.host.coded import Coded
 from memstore.host.compiling import inlined, kernel
-from memstore.host.lowering import pointer
+from memstore.host.lowering import array_at, pointer
 from memstore.host.rings import NUM_COLUMNS
 from memstore.host.scoring import Rows
 from memstore.host.tiles import PANEL
@@ -125,7 +124,7 @@ def _batch_of(header: NDArray[Any]) -> int:
 @kernel
 def unpacked(table: int) -> Job:
     """The job of a table."""
-    header = carray(pointer(table), HEADER, np.int64)
+    header = array_at(pointer(table), HEADER, np.int64)
     most_pieces, most_lists, top_k = header[MOST_PIECES], header[MOST_LISTS], header[TOP_K]
     num_queries, dim, num_codes = header[ALL_QUERIES], header[DIM], header[NUM_CODES]
     num_coded = num_queries if header[BITS] else 0
@@ -133,27 +132,27 @@ def unpacked(table: int) -> Job:
     first_count = first_piece + most_pieces * PIECE_COLUMNS
     first_position = first_count + most_lists
     first_shift = first_position + most_lists * top_k
-    integers = carray(pointer(table), first_shift + num_coded, np.int64)
+    integers = array_at(pointer(table), first_shift + num_coded, np.int64)
     first_score = num_queries + num_coded
     first_panel = first_score + most_lists * top_k
     num_floats = first_panel + header[MOST_PANELS] * dim * PANEL
-    floats = carray(pointer(header[FLOATS]), num_floats, np.float32)
+    floats = array_at(pointer(header[FLOATS]), num_floats, np.float32)
     lists = Lists(
         floats[first_score:first_panel].reshape(most_lists, top_k),
         integers[first_position:first_shift].reshape(most_lists, top_k),
         integers[first_count:first_position],
     )
     rows = Rows(
-        carray(pointer(header[KEYS]), (header[NUM_CELLS], header[ROW_BYTES]), np.uint8),
-        carray(pointer(header[NORMS]), header[NUM_NORMS], np.float32),
+        array_at(pointer(header[KEYS]), (header[NUM_CELLS], header[ROW_BYTES]), np.uint8),
+        array_at(pointer(header[NORMS]), header[NUM_NORMS], np.float32),
         header[KIND],
         header[METRIC],
     )
     coded = Coded(
         header[BITS],
-        carray(pointer(header[CODES]), (num_codes, header[CODE_BYTES]), np.uint8),
-        carray(pointer(header[TERMS]), (num_codes, NUM_TERMS), np.float32),
-        carray(pointer(header[NUMBERS]), (num_coded, header[NUMBER_BYTES]), np.int8),
+        array_at(pointer(header[CODES]), (num_codes, header[CODE_BYTES]), np.uint8),
+        array_at(pointer(header[TERMS]), (num_codes, NUM_TERMS), np.float32),
+        array_at(pointer(header[NUMBERS]), (num_coded, header[NUMBER_BYTES]), np.int8),
         floats[num_queries:first_score],
         integers[first_shift:],
     )
@@ -161,7 +160,7 @@ def unpacked(table: int) -> Job:
         header,
         integers[first_piece:first_count].reshape(most_pieces, PIECE_COLUMNS),
         rows,
-        carray(pointer(header[QUERIES]), (num_queries, dim), np.float32),
+        array_at(pointer(header[QUERIES]), (num_queries, dim), np.float32),
         floats[:num_queries],
         lists,
         floats[first_panel:].reshape(header[MOST_PANELS], dim, PANEL),
@@ -172,23 +171,23 @@ def unpacked(table: int) -> Job:
 @kernel
 def asked_of(table: int) -> Asked:
     """What the job of a table is about."""
-    header = carray(pointer(table), HEADER, np.int64)
+    header = array_at(pointer(table), HEADER, np.int64)
     num_sequences, first_piece = header[NUM_SEQUENCES], HEADER + _batch_of(header)
-    numbers = carray(pointer(table), first_piece, np.int64)
+    numbers = array_at(pointer(table), first_piece, np.int64)
     shape = (header[NUM_LAYERS] * num_sequences, NUM_COLUMNS)
     return Asked(
         header[NUM_PLACES : NUM_SEQUENCES + 1],
         numbers[HEADER:],
         numbers[first_piece - num_sequences :],
-        carray(pointer(header[RINGS]), shape, np.int64),
+        array_at(pointer(header[RINGS]), shape, np.int64),
     )
 
 
 @kernel
 def found_of(table: int) -> Found:
     """Where the hits of a table's job are to be written."""
-    header = carray(pointer(table), HEADER, np.int64)
+    header = array_at(pointer(table), HEADER, np.int64)
     shape = (header[ALL_QUERIES], header[NUM_HITS])
     return Found(
-        carray(pointer(header[SCORES]), shape, np.float32), carray(pointer(header[POSITIONS]), shape, np.int64)
+        array_at(pointer(header[SCORES]), shape, np.float32), array_at(pointer(header[POSITIONS]), shape, np.int64)
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -19,6 +19,9 @@ AHEAD_BYTES = 16 << 10
 """How far ahead of its use memory is asked for a row, past the first cache: from 8 KiB on that hides the way."""
 
 LINE_BYTES = 64
+array_at = carray
+"""An array in compiled code: of a `pointer`, a shape and a dtype."""
+
 _ORDERING = "seq_cst"
 _write = types.ExternalFunction("write", types.intp(types.intc, types.CPointer(types.int64), types.uintp))
 
@@ -89,7 +92,7 @@ def prefetch(_: Any, array: Any, element: Any) -> Any:
 
 @intrinsic
 def pointer(_: Any, address: Any) -> Any:
-    """What lies at an address, as `numba.carray` takes it."""
+    """What lies at an address, as `array_at` takes it."""
 
     def lower(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
