@@ -77,6 +77,7 @@ GPU_SEARCH_COLUMNS = (
     ("floor", "floor, us"),
     ("memstore, on the device", "on the device, us"),
     ("memstore, on the device / floor", "/ floor"),
+    ("memstore, standing", "decode loop, us"),
     ("memstore", "engine, us"),
     ("torch bmm and topk", "torch bmm and topk, us"),
     ("faiss.knn_gpu in a loop", "faiss.knn_gpu loop, us"),
