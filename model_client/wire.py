@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ _TO_WIRE = {
 }
 _FROM_WIRE = {code: dtype for dtype, code in _TO_WIRE.items()}
 
-_TO_NUMPY = {
+_TO_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float16),
     torch.int64: np.dtype(np.int64),
