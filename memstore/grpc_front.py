@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -34,8 +34,19 @@ if TYPE_CHECKING:
     from memstore.service import Service
 
 SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
+M = TypeVar("M", bound=Message)
 HEAD_BYTES = 1 << 20
 """Room that a reply has beside its tensors: 4,096 sequences need 0.3 MiB."""
+
+
+class Arrived(NamedTuple, Generic[M]):
+    """A message, and the bytes that it came in."""
+
+    message: M
+    num_bytes: int
+
+
+Steps: TypeAlias = "Arrived[pb.StepStreamRequest]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,7 @@ class GrpcFront:
             partial(self._unary, method.name), request_deserializer=parse, response_serializer=_serialize
         )
 
-    async def _unary(self, method: str, request: Message | Malformed, context: Context) -> Message:
+    async def _unary(self, method: str, request: Arrived[Message] | Malformed, context: Context) -> Message:
         began = self._clock.monotonic()
         metadata = metadata_of(context)
         request_id = request_id_of(metadata)
@@ -111,10 +122,12 @@ class GrpcFront:
             path = _path(method)
             credentials = credentials_of(metadata, context, self._gate.authenticator)
             identity = self._gate.enter(path, credentials)
-            whole = _whole(request)
+            whole, num_bytes = _whole(request)
             self._gate.admit(path, identity, whole)
             deadline = _deadline(began, context.time_remaining())
-            caller = Caller(tenant=identity.tenant, plane=plane, deadline=deadline, request_id=request_id)
+            caller = Caller(
+                tenant=identity.tenant, plane=plane, deadline=deadline, request_id=request_id, num_bytes=num_bytes
+            )
             lending = self._lending if is_local(context.peer()) else None
             if lending is not None and isinstance(whole, pb.OpenPlaneRequest):
                 reply: Message = lending.offer(whole, caller.tenant, lambda: self._gate.is_open(path, credentials))
@@ -137,7 +150,7 @@ class GrpcFront:
         await abort(context, failure, request_id)
         raise AssertionError("abort raises")
 
-    async def _stream(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], context: Context) -> None:
+    async def _stream(self, requests: AsyncIterator[Steps | Malformed], context: Context) -> None:
         metadata = metadata_of(context)
         request_id = request_id_of(metadata)
         began = self._clock.monotonic()
@@ -159,7 +172,7 @@ class GrpcFront:
             failure = self._outcomes.failure("StepStream", error, request_id, began)
         await abort(context, failure, request_id)
 
-    async def _converse(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], talk: Talk) -> None:
+    async def _converse(self, requests: AsyncIterator[Steps | Malformed], talk: Talk) -> None:
         """Reads and answers side by side, in order, with a bounded number of steps between."""
         reading = asyncio.create_task(self._read(requests, talk))
         reading.add_done_callback(_heard)
@@ -186,7 +199,7 @@ class GrpcFront:
         if talk.has_stalled:
             raise Overloaded(f"no answer was taken for {self._limits.stall_s:g} s", 0.0)
 
-    async def _read(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], talk: Talk) -> None:
+    async def _read(self, requests: AsyncIterator[Steps | Malformed], talk: Talk) -> None:
         try:
             if self._is_draining:
                 return
@@ -204,8 +217,9 @@ class GrpcFront:
         finally:
             talk.end()
 
-    def _begin(self, request: pb.StepStreamRequest, talk: Talk) -> Flight:
+    def _begin(self, arrived: Steps, talk: Talk) -> Flight:
         """Sends a step on its way. NotAuthenticated, which ends the stream, once its credential is good no more."""
+        request = arrived.message
         identity = self._gate.enter(STREAM, talk.credentials)
         began = self._clock.monotonic()
         deadline = talk.deadline
@@ -213,7 +227,13 @@ class GrpcFront:
             own = began + request.timeout.seconds + request.timeout.nanos / 1e9
             deadline = own if deadline is None else min(own, deadline)
         plane = ReplyPlane(talk.reader, self.max_reply_bytes, request.call_id if request.max_piece_bytes else None)
-        caller = Caller(tenant=identity.tenant, plane=plane, deadline=deadline, request_id=talk.request_id)
+        caller = Caller(
+            tenant=identity.tenant,
+            plane=plane,
+            deadline=deadline,
+            request_id=talk.request_id,
+            num_bytes=arrived.num_bytes,
+        )
         piece_bytes = 0
         try:
             self._gate.admit(STREAM, identity, request.step)
@@ -250,23 +270,23 @@ def _heard(reader: asyncio.Task[None]) -> None:
         reader.exception()
 
 
-def _parser(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
+def _parser(kind: type[Message]) -> Callable[[bytes], Arrived[Message] | Malformed]:
     descriptor: Any = kind.DESCRIPTOR
     malformed = Malformed(f"not a {kind.DESCRIPTOR.name}")
     crowd = Malformed(f"{malformed.problem} of {wire.MAX_MESSAGE_PARTS:,} fields at most")
 
-    def parse(content: bytes) -> Message | Malformed:
+    def parse(content: bytes) -> Arrived[Message] | Malformed:
         if wire.is_crowd(descriptor, content):
             return crowd
         try:
-            return kind.FromString(content)
+            return Arrived(kind.FromString(content), len(content))
         except DecodeError:
             return malformed
 
     return parse
 
 
-def _whole(request: Message | Malformed) -> Message:
+def _whole(request: Arrived[Message] | Malformed) -> Arrived[Message]:
     if isinstance(request, Malformed):
         raise InvalidRequest("request", request.problem)
     return request
