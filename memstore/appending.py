@@ -88,7 +88,7 @@ def write(slab: Slab, staged: StagedAppend) -> None:
 
 def _compiled(slab: Slab) -> ModuleType | None:
     """What does both for a slab of the host's; None for others, and where numba cannot be used."""
-    return _placing() if slab.device.type == "cpu" else None
+    return _placing() if slab.is_on_host else None
 
 
 @cache

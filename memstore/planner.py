@@ -104,8 +104,12 @@ def plans_of(outcomes: Sequence[BatchPlan | MemstoreError]) -> list[BatchPlan]:
 
 
 def on_device(batch: StepBatch, device: torch.device) -> StepBatch:
-    """The batch with its tensors on the device: they cross once, for the search and the append."""
+    """The batch with its tensors on the device: they cross once, for the search and the append.
+
+    What comes from a GPU to the host is there when this returns; nothing would wait for it afterwards.
+    """
     if device.type == "cpu" and not batch.keys.is_cuda and not any(rows.is_cuda for rows in batch.payloads.values()):
         return batch
-    payloads = {name: rows.to(device, non_blocking=True) for name, rows in batch.payloads.items()}
-    return replace(batch, keys=batch.keys.to(device, non_blocking=True), payloads=payloads)
+    may_be_late = device.type == "cuda"
+    payloads = {name: rows.to(device, non_blocking=may_be_late) for name, rows in batch.payloads.items()}
+    return replace(batch, keys=batch.keys.to(device, non_blocking=may_be_late), payloads=payloads)

@@ -26,6 +26,7 @@ from memstore.codes import BITS, NUM_TERMS, code_bytes, encode
 from memstore.errors import DeviceMemoryFull
 from memstore.region import make_region, padded, pinned
 from memstore.region.base import array
+from memstore.region.mapping import HUGE_BYTES
 from memstore.types import KEY, NO_ROOM, MemorySpec, Metric
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ NormsOf: TypeAlias = "Callable[[torch.Tensor, Metric], torch.Tensor]"
 """(layers, n, dim) as stored, and the metric -> (layers, n) float32."""
 _ALIGNED = 4096
 """The arrays of a region begin at multiples of this."""
+_LINE = 64
+"""Those of a host's private memory begin with a cache line, or where they are large enough with a huge page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Slab:
         self.dim = spec.dim
         self.num_layers = spec.num_layers
         self.num_places = spec.max_sequences
-        self.device = device
+        self.device, self.is_on_host = device, device.type == "cpu"
         self.region = region
         self._unpin: weakref.finalize[[], Slab] | None = None
         _check_host_room(spec, device)
@@ -117,7 +120,7 @@ class Slab:
         self.terms = tensors.pop() if BITS[spec.first_pass] else None
         self.codes = tensors.pop() if BITS[spec.first_pass] else None
         self.payloads = {payload.name: tensor for payload, tensor in zip(spec.payloads, tensors, strict=True)}
-        self.cells = [as_cells(tensor) for tensor in self._tensors()] if device.type == "cpu" else []
+        self.cells = [as_cells(tensor) for tensor in self._tensors()] if self.is_on_host else []
         """On the host, all arrays as compiled code writes to them: (num_cells, bytes) uint8."""
 
     def _arrays(self, formats: Sequence[_Format]) -> list[torch.Tensor]:
@@ -308,8 +311,11 @@ def _touched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         torch.cuda.current_stream(device).synchronize()  # rows of a snapshot are put there by another thread
         return zeros
     # numpy asks for huge pages, torch does not: without them a scan takes a third longer
-    content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(content).view(dtype).view(shape).zero_()
+    size = math.prod(shape) * dtype.itemsize
+    alignment = HUGE_BYTES if size >= HUGE_BYTES else _LINE
+    content = np.empty(size + alignment, np.uint8)
+    first = -content.ctypes.data % alignment
+    return torch.from_numpy(content[first : first + size]).view(dtype).view(shape).zero_()
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

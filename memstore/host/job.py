@@ -1,7 +1,7 @@
-"""Job: a search that threads share out piece by piece, as the few plain arguments that it takes to call compiled code.
+"""Job: a search that threads share out piece by piece, as one number: the address of a table that says all of it.
 
 Between two steps of a model the processor has forgotten this program. Then each thing that is done in Python takes tens
-of microseconds, in which a thread reads a thousand rows; so does unpacking a named tuple at the door of compiled code.
+of microseconds, in which a thread reads a thousand rows; so does each array that is shown to compiled code.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from memstore.codes import NUM_TERMS
 from memstore.host.coded import Coded
-from memstore.host.compiling import kernel
+from memstore.host.compiling import inlined, kernel
+from memstore.host.lowering import array_at, pointer
+from memstore.host.rings import NUM_COLUMNS
 from memstore.host.scoring import Rows
 from memstore.host.tiles import PANEL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-HEADER = 16
+HEADER = 39
 (
     NEXT,  # the next piece to be done
     NUM_CUT,  # pieces that there are
@@ -36,7 +39,31 @@ HEADER = 16
     END_RING,
     PATIENCE,  # how often to look at what others have not done
     NUM_LEFT,  # how many of those who help will not look at the job any more
+    NUM_PLACES,  # sizes, as `fill` takes them
+    CAPACITY,
+    NUM_LAYERS,
+    NUM_SEQUENCES,
+    ALL_QUERIES,  # those of each layer
+    DIM,
+    NUM_HITS,  # for each query
+    NUM_CELLS,  # and how many of them have norms and codes: all or none
+    NUM_NORMS,
+    NUM_CODES,
+    ROW_BYTES,
+    CODE_BYTES,
+    NUMBER_BYTES,  # of a query's numbers, see Coded
+    KEYS,  # where the arrays lie
+    NORMS,
+    CODES,
+    TERMS,
+    FLOATS,
+    NUMBERS,
+    RINGS,
+    QUERIES,  # what each search says anew, from here to the ends of its sequences
+    SCORES,
+    POSITIONS,
 ) = range(HEADER)
+"""Behind it: of the batch its layers, places, begins, ends, counts and planned lengths; pieces; lists; shifts."""
 
 PIECE_COLUMNS = 9
 PIECE_CELL, NUM_ROWS, POSITION, PIECE_QUERY, PIECE_QUERIES, PIECE_LIST, PIECE_PANEL, INHERITED, IS_DONE = range(
@@ -53,6 +80,22 @@ class Lists(NamedTuple):
     scores: NDArray[np.float32]
     positions: NDArray[np.int64]
     counts: NDArray[np.int64]
+
+
+class Asked(NamedTuple):
+    """What is looked for where. sizes, numbers: see rings.py; lengths: (S,) int64, as planned; rings: to be filled."""
+
+    sizes: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    rings: NDArray[np.int64]
+
+
+class Found(NamedTuple):
+    """The hits of all queries, to be filled: (Q, k) float32 and int64."""
+
+    scores: NDArray[np.float32]
+    positions: NDArray[np.int64]
 
 
 class Job(NamedTuple):
@@ -72,65 +115,79 @@ class Job(NamedTuple):
     coded: Coded
 
 
-class Scratch(NamedTuple):
-    """The arrays of a job that compiled code fills in, header and all, and unpacks again."""
-
-    integers: NDArray[np.int64]
-    floats: NDArray[np.float32]
-    numbers: NDArray[np.int8]
-
-
-def empty_job(header: tuple[int, ...], num_queries: int, dim: int) -> Scratch:
-    """Room for a job."""
-    most_pieces, most_lists, top_k, bits = (header[at] for at in (MOST_PIECES, MOST_LISTS, TOP_K, BITS))
-    num_coded = num_queries if bits else 0
-    num_integers = HEADER + most_pieces * PIECE_COLUMNS + most_lists * (1 + top_k) + num_coded
-    num_floats = num_queries + num_coded + most_lists * top_k + header[MOST_PANELS] * dim * PANEL
-    width = -(-dim * bits // 8) * (8 // bits) if bits else dim
-    return Scratch(
-        np.empty(num_integers, np.int64), np.empty(num_floats, np.float32), np.empty((num_coded, width), np.int8)
-    )
-
-
-def copied(scratch: Scratch, header: tuple[int, ...]) -> Scratch:
-    """A job as it is now, while others write to it: where a piece is done in the copy, its lists are whole."""
-    first_list = HEADER + header[MOST_PIECES] * PIECE_COLUMNS
-    pieces = scratch.integers[:first_list].copy()  # before the lists
-    copies = Scratch(scratch.integers.copy(), scratch.floats.copy(), scratch.numbers.copy())
-    copies.integers[:first_list] = pieces
-    return copies
+@inlined
+def _batch_of(header: NDArray[Any]) -> int:
+    """How many numbers a batch has."""
+    return header[NUM_LAYERS] + 5 * header[NUM_SEQUENCES]
 
 
 @kernel
-def unpacked(
-    integers: NDArray[Any],
-    floats: NDArray[Any],
-    numbers: NDArray[Any],
-    keys: NDArray[Any],
-    norms: NDArray[Any],
-    codes: NDArray[Any],
-    terms: NDArray[Any],
-    queries: NDArray[Any],
-) -> Job:
-    """A job out of its arguments: its scratch; keys and norms as Rows has them, codes and terms as Coded has them.
-
-    queries: (L, N, dim).
-    """
-    most_pieces, most_lists, top_k = integers[MOST_PIECES], integers[MOST_LISTS], integers[TOP_K]
-    asked = queries.reshape(-1, queries.shape[2])
-    first_count = HEADER + most_pieces * PIECE_COLUMNS
+def unpacked(table: int) -> Job:
+    """The job of a table."""
+    header = array_at(pointer(table), HEADER, np.int64)
+    most_pieces, most_lists, top_k = header[MOST_PIECES], header[MOST_LISTS], header[TOP_K]
+    num_queries, dim, num_codes = header[ALL_QUERIES], header[DIM], header[NUM_CODES]
+    num_coded = num_queries if header[BITS] else 0
+    first_piece = HEADER + _batch_of(header)
+    first_count = first_piece + most_pieces * PIECE_COLUMNS
     first_position = first_count + most_lists
     first_shift = first_position + most_lists * top_k
-    first_score = len(asked) + len(numbers)
+    integers = array_at(pointer(table), first_shift + num_coded, np.int64)
+    first_score = num_queries + num_coded
     first_panel = first_score + most_lists * top_k
+    num_floats = first_panel + header[MOST_PANELS] * dim * PANEL
+    floats = array_at(pointer(header[FLOATS]), num_floats, np.float32)
     lists = Lists(
         floats[first_score:first_panel].reshape(most_lists, top_k),
         integers[first_position:first_shift].reshape(most_lists, top_k),
         integers[first_count:first_position],
     )
-    pieces = integers[HEADER:first_count].reshape(most_pieces, PIECE_COLUMNS)
-    rows = Rows(keys, norms, integers[KIND], integers[METRIC])
-    panels = floats[first_panel:].reshape(integers[MOST_PANELS], asked.shape[1], PANEL)
-    scales, shifts = floats[len(asked) : first_score], integers[first_shift:]
-    coded = Coded(integers[BITS], codes, terms, numbers, scales, shifts)
-    return Job(integers[:HEADER], pieces, rows, asked, floats[: len(asked)], lists, panels, coded)
+    rows = Rows(
+        array_at(pointer(header[KEYS]), (header[NUM_CELLS], header[ROW_BYTES]), np.uint8),
+        array_at(pointer(header[NORMS]), header[NUM_NORMS], np.float32),
+        header[KIND],
+        header[METRIC],
+    )
+    coded = Coded(
+        header[BITS],
+        array_at(pointer(header[CODES]), (num_codes, header[CODE_BYTES]), np.uint8),
+        array_at(pointer(header[TERMS]), (num_codes, NUM_TERMS), np.float32),
+        array_at(pointer(header[NUMBERS]), (num_coded, header[NUMBER_BYTES]), np.int8),
+        floats[num_queries:first_score],
+        integers[first_shift:],
+    )
+    return Job(
+        header,
+        integers[first_piece:first_count].reshape(most_pieces, PIECE_COLUMNS),
+        rows,
+        array_at(pointer(header[QUERIES]), (num_queries, dim), np.float32),
+        floats[:num_queries],
+        lists,
+        floats[first_panel:].reshape(header[MOST_PANELS], dim, PANEL),
+        coded,
+    )
+
+
+@kernel
+def asked_of(table: int) -> Asked:
+    """What the job of a table is about."""
+    header = array_at(pointer(table), HEADER, np.int64)
+    num_sequences, first_piece = header[NUM_SEQUENCES], HEADER + _batch_of(header)
+    numbers = array_at(pointer(table), first_piece, np.int64)
+    shape = (header[NUM_LAYERS] * num_sequences, NUM_COLUMNS)
+    return Asked(
+        header[NUM_PLACES : NUM_SEQUENCES + 1],
+        numbers[HEADER:],
+        numbers[first_piece - num_sequences :],
+        array_at(pointer(header[RINGS]), shape, np.int64),
+    )
+
+
+@kernel
+def found_of(table: int) -> Found:
+    """Where the hits of a table's job are to be written."""
+    header = array_at(pointer(table), HEADER, np.int64)
+    shape = (header[ALL_QUERIES], header[NUM_HITS])
+    return Found(
+        array_at(pointer(header[SCORES]), shape, np.float32), array_at(pointer(header[POSITIONS]), shape, np.int64)
+    )

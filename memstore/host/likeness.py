@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from memstore.host.lowering import sums_of_four, wide
+from memstore.host.lowering import AHEAD_BYTES, LINE_BYTES, prefetch_line, sums_of_four, wide
 from memstore.host.tiles import LANES
 
 if TYPE_CHECKING:
@@ -72,35 +72,62 @@ class _Sums:
         self._add = add
 
     def over(self, dim: Any) -> list[Any]:
-        """Whole vectors, whose lanes are summed in the same order however many rows there are; then single elements."""
-        builder = self._builder
-        summed = [self._vector_of(row, dim) for row in self._rows]
-        no_rows = [ir.Constant(_VECTOR, None)] * (ROWS - len(summed))
-        totals = sums_of_four(builder, summed + no_rows, builder.fadd)
+        """Vectors, whose lanes are summed in the same order however many rows there are; then single elements.
+
+        What does not fill CHAINS vectors is out of the way of rows that have nothing of it.
+        """
+        builder, word = self._builder, dim.type
+        zero = ir.Constant(_VECTOR, None)
+        chains = [[cgutils.alloca_once_value(builder, zero) for _ in range(CHAINS)] for _ in self._rows]
+        step = ir.Constant(word, LANES * CHAINS)
+        num_steps = builder.udiv(dim, step)
+        for row, totals in zip(self._rows, chains, strict=True):
+            with cgutils.for_range(builder, num_steps) as loop:
+                place = builder.mul(loop.index, step)
+                self._ask_ahead(row, place)
+                for at, total in enumerate(totals):
+                    self._add_to(total, row, builder.add(place, ir.Constant(word, at * LANES)), LANES)
+        done = builder.mul(num_steps, step)
+        is_more = builder.icmp_unsigned("<", done, dim)
+        with builder.if_then(is_more, likely=False):
+            self._add_vectors([totals[0] for totals in chains], done, dim)
+        summed = [_sum_of(builder, [builder.load(total) for total in totals]) for totals in chains]
+        totals = sums_of_four(builder, summed + [zero] * (ROWS - len(summed)), builder.fadd)
         lanes = (builder.extract_element(totals, ir.Constant(ir.IntType(32), at)) for at in range(len(summed)))
         ended = [cgutils.alloca_once_value(builder, lane) for lane in lanes]
+        with builder.if_then(is_more, likely=False):
+            self._add_elements(ended, dim)
+        return [builder.load(total) for total in ended]
+
+    def _add_vectors(self, totals: list[Any], first: Any, dim: Any) -> None:
+        """Whole vectors from some place on."""
+        builder, size = self._builder, ir.Constant(dim.type, LANES)
+        num_vectors = builder.udiv(builder.sub(dim, first), size)
+        for row, total in zip(self._rows, totals, strict=True):
+            with cgutils.for_range(builder, num_vectors) as loop:
+                self._add_to(total, row, builder.add(first, builder.mul(loop.index, size)), LANES)
+
+    def _add_elements(self, totals: list[Any], dim: Any) -> None:
+        """Those after the last whole vector."""
+        builder = self._builder
         rest = builder.urem(dim, ir.Constant(dim.type, LANES))
         with cgutils.for_range(builder, rest) as loop:
             place = builder.add(builder.sub(dim, rest), loop.index)
-            for row, total in zip(self._rows, ended, strict=True):
+            for row, total in zip(self._rows, totals, strict=True):
                 self._add_to(total, row, place, 0)
-        return [builder.load(total) for total in ended]
 
-    def _vector_of(self, row: Any, dim: Any) -> Any:
-        """The sum of a row's whole vectors: CHAINS of them at a time, then one, as long as there are so many left."""
-        builder, word = self._builder, dim.type
-        chains = [cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, None)) for _ in range(CHAINS)]
-        done = ir.Constant(word, 0)
-        for totals in (chains, chains[:1]):
-            step = ir.Constant(word, LANES * len(totals))
-            num_steps = builder.udiv(builder.sub(dim, done), step)
-            with cgutils.for_range(builder, num_steps) as loop:
-                place = builder.add(done, builder.mul(loop.index, step))
-                for at, total in enumerate(totals):
-                    self._add_to(total, row, builder.add(place, ir.Constant(word, at * LANES)), LANES)
-            done = builder.add(done, builder.mul(num_steps, step))
-        one, two, three, four = (builder.load(chain) for chain in chains)
-        return builder.fadd(builder.fadd(one, two), builder.fadd(three, four))
+    def _ask_ahead(self, row: Any, place: Any) -> None:
+        """Asks memory for what will be read AHEAD_BYTES later than CHAINS vectors from some place on, line by line.
+
+        Not for float32: its rows are so long that the processor does that by itself, and asking would disturb it. Nor
+        for a single row, after which there are none, or others are read.
+        """
+        size = self._kind.bitwidth // 8
+        if size == 4 or len(self._rows) == 1:
+            return
+        for ahead in range(AHEAD_BYTES, AHEAD_BYTES + LANES * CHAINS * size, LINE_BYTES):
+            at = self._builder.add(place, ir.Constant(place.type, ahead // size))
+            prefetch_line(self._builder, self._builder.gep(row, [at]))
 
     def _add_to(self, total: Any, row: Any, place: Any, lanes: int) -> None:
         """A vector of elements from some place on, or without lanes one."""
@@ -108,6 +135,11 @@ class _Sums:
         stored, asked = (_load(builder, pointer, place, lanes) for pointer in (row, self._query))
         stored = wide(builder, self._kind, stored, lanes)
         builder.store(self._add(builder, builder.load(total), stored, asked), total)
+
+
+def _sum_of(builder: Any, vectors: list[Any]) -> Any:
+    one, two, three, four = vectors
+    return builder.fadd(builder.fadd(one, two), builder.fadd(three, four))
 
 
 def _load(builder: Any, pointer: Any, place: Any, lanes: int) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -14,6 +14,13 @@ from memstore.host.compiling import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+AHEAD_BYTES = 16 << 10
+"""How far ahead of its use memory is asked for a row, past the first cache: from 8 KiB on that hides the way."""
+
+LINE_BYTES = 64
+array_at = carray
+"""An array in compiled code: of a `pointer`, a shape and a dtype."""
 
 _ORDERING = "seq_cst"
 _write = types.ExternalFunction("write", types.intp(types.intc, types.CPointer(types.int64), types.uintp))
@@ -63,19 +70,34 @@ def sums_of_four(builder: Any, vectors: list[Any], add: Callable[[Any, Any], Any
     return halved(folded(folded(one, two, singles), folded(three, four, singles), pairs))
 
 
+def prefetch_line(builder: Any, pointer: Any) -> None:
+    """Asks for a cache line, wherever that lies: what is not mapped is not fetched."""
+    line = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    flags = [ir.Constant(ir.IntType(32), flag) for flag in (0, 2, 1)]  # to read, past the first cache, data
+    kind = ir.FunctionType(ir.VoidType(), [line.type, *(flag.type for flag in flags)])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [line, *flags])
+
+
 @intrinsic
 def prefetch(_: Any, array: Any, element: Any) -> Any:
-    """Asks for the cache line of `array.flat[element]`, wherever that lies: what is not mapped is not fetched."""
+    """Asks for the cache line of `array.flat[element]`."""
 
     def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         view = context.make_array(signature.args[0])(context, builder, arguments[0])
-        line = builder.bitcast(builder.gep(view.data, [arguments[1]]), ir.IntType(8).as_pointer())
-        flags = [ir.Constant(ir.IntType(32), flag) for flag in (0, 2, 1)]  # to read, past the first cache, data
-        kind = ir.FunctionType(ir.VoidType(), [line.type, *(flag.type for flag in flags)])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [line, *flags])
+        prefetch_line(builder, builder.gep(view.data, [arguments[1]]))
         return context.get_dummy_value()
 
     return types.void(array, types.intp), lower
+
+
+@intrinsic
+def pointer(_: Any, address: Any) -> Any:
+    """What lies at an address, as `array_at` takes it."""
+
+    def lower(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), lower
 
 
 @intrinsic

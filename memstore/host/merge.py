@@ -8,67 +8,71 @@ import numpy as np
 
 from memstore.host.best import keep_best, offer, put_in_order
 from memstore.host.compiling import inlined, kernel
-from memstore.host.job import END_RING, FIRST_RING, HEADER, INHERITED, NUM_CUT, PIECE_QUERIES, Job, unpacked
-from memstore.host.rings import FIRST_CELL, FIRST_LIST, FIRST_QUERY, NUM_PIECES, NUM_QUERIES, fill, slot_of
-from memstore.host.scan import scan, scan_again
+from memstore.host.job import (
+    END_RING,
+    FIRST_RING,
+    INHERITED,
+    NEXT,
+    NUM_CUT,
+    NUM_LEFT,
+    PIECE_QUERIES,
+    Found,
+    Job,
+    asked_of,
+    found_of,
+    unpacked,
+)
+from memstore.host.rings import (
+    FIRST_CELL,
+    FIRST_LIST,
+    FIRST_QUERY,
+    NUM_PIECES,
+    NUM_QUERIES,
+    are_of_lengths,
+    fill,
+    slot_of,
+)
+from memstore.host.scan import ring_bells, scan, scan_again
 from memstore.host.scoring import COSINE, Rows, ask_for, inverse_length, score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@kernel
-def find(
-    numbers: NDArray[Any],
-    bells: NDArray[Any],
-    rings: NDArray[Any],
-    integers: NDArray[Any],
-    floats: NDArray[Any],
-    coded: NDArray[Any],
-    keys: NDArray[Any],
-    norms: NDArray[Any],
-    codes: NDArray[Any],
-    terms: NDArray[Any],
-    queries: NDArray[Any],
-    scores: NDArray[Any],
-    positions: NDArray[Any],
-) -> bool:
-    """A whole search in one call: fills rings and the hits, (L, N, k), of those rings that the job is for.
+DONE, LATE, OTHER_LENGTHS = range(3)
 
-    numbers: see `numbers_of`; bells: of those who help; the rest: see `unpacked`. False if help comes too late.
+
+@kernel
+def find(table: int, bells: NDArray[Any]) -> int:
+    """A whole search in one call, by the address of its table: fills rings and the hits of those that the job is for.
+
+    bells: of those who help. Gives LATE where help comes too late, and OTHER_LENGTHS where the table is planned for
+    rings that see more or fewer rows: then nothing is done, but who was asked for help is woken.
     """
-    integers[:HEADER] = numbers[:HEADER]
-    capacity = fill(rings, numbers[HEADER:])
-    job = unpacked(integers, floats, coded, keys, norms, codes, terms, queries)
-    is_done = scan(job, rings, capacity, bells)
-    if is_done:
-        _merge(job, rings, capacity, scores, positions)
-    return is_done
+    job, asked = unpacked(table), asked_of(table)
+    job.header[NUM_LEFT] = 0
+    capacity = fill(asked.rings, asked.sizes, asked.numbers)
+    if not are_of_lengths(asked.rings, asked.lengths):
+        job.header[NEXT], job.header[NUM_CUT] = 0, 0
+        ring_bells(bells)
+        return OTHER_LENGTHS
+    if not scan(job, asked.rings, capacity, bells):
+        return LATE
+    _merge(job, asked.rings, capacity, found_of(table))
+    return DONE
 
 
 @kernel
-def find_again(
-    rings: NDArray[Any],
-    capacity: int,
-    integers: NDArray[Any],
-    floats: NDArray[Any],
-    coded: NDArray[Any],
-    keys: NDArray[Any],
-    norms: NDArray[Any],
-    codes: NDArray[Any],
-    terms: NDArray[Any],
-    queries: NDArray[Any],
-    scores: NDArray[Any],
-    positions: NDArray[Any],
-) -> None:
-    """What `find` has not done. integers, floats: copies, to which nobody writes any more."""
-    job = unpacked(integers, floats, coded, keys, norms, codes, terms, queries)
+def find_again(table: int) -> None:
+    """What `find` has not done. table: a copy, to which nobody writes any more."""
+    job, asked = unpacked(table), asked_of(table)
     scan_again(job)
-    _merge(job, rings, capacity, scores, positions)
+    _merge(job, asked.rings, asked.sizes[1], found_of(table))
 
 
 @kernel
 def rank_all(
+    sizes: NDArray[Any],
     numbers: NDArray[Any],
     rings: NDArray[Any],
     keys: NDArray[Any],
@@ -82,9 +86,9 @@ def rank_all(
 ) -> None:
     """Fills in the hits, (L, N, k), out of candidates, (L, N, c) positions, -1 for none.
 
-    numbers: see `numbers_of`, without a header; keys, norms, kind and metric: see Rows; queries: (L, N, dim).
+    sizes, numbers: see `fill`; keys, norms, kind and metric: see Rows; queries: (L, N, dim).
     """
-    capacity, rows = fill(rings, numbers), Rows(keys, norms, kind, metric)
+    capacity, rows = fill(rings, sizes, numbers), Rows(keys, norms, kind, metric)
     asked = queries.reshape(-1, queries.shape[2])
     all_candidates = candidates.reshape(len(asked), candidates.shape[2])
     all_scores = scores.reshape(len(asked), scores.shape[2])
@@ -96,14 +100,13 @@ def rank_all(
 
 
 @inlined
-def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], positions: NDArray[Any]) -> None:
+def _merge(job: Job, rings: NDArray[Any], capacity: int, found: Found) -> None:
     """Fills in the hits of the rings that were searched.
 
     The rows of one query's candidates are on their way from memory while those of the one before are scored.
     """
     _leave_out_inherited(job)
-    top_k, most = scores.shape[2], job.lists.scores.shape[1]
-    all_scores, all_positions = scores.reshape(-1, top_k), positions.reshape(-1, top_k)
+    most = job.lists.scores.shape[1]
     best, places = np.empty(most, np.float32), np.empty((2, most), np.int64)
     before, before_query, before_count, turn = -1, 0, 0, 0
     for number in range(job.header[FIRST_RING], job.header[END_RING]):
@@ -114,12 +117,12 @@ def _merge(job: Job, rings: NDArray[Any], capacity: int, scores: NDArray[Any], p
             for place in range(count):
                 ask_for(job.rows, ring[FIRST_CELL] + slot_of(places[turn, place], capacity))
             if before >= 0:
-                hits = all_scores[before_query], all_positions[before_query]
+                hits = found.scores[before_query], found.positions[before_query]
                 candidates = places[1 - turn, :before_count]
                 _rank(rings[before], capacity, job.rows, job.queries[before_query], candidates, hits)
             before, before_query, before_count = number, query, count
     if before >= 0:
-        hits = all_scores[before_query], all_positions[before_query]
+        hits = found.scores[before_query], found.positions[before_query]
         _rank(rings[before], capacity, job.rows, job.queries[before_query], places[turn, :before_count], hits)
 
 

@@ -45,6 +45,11 @@ PATIENCE = 200_000
 """Looks at what others have not done, about twice as long as a piece takes, before it is done again."""
 
 
+def steps_of(num_seen: int) -> int:
+    """Steps of LENGTH_STEP that so many rows are, rounded up."""
+    return max((num_seen - 1) // LENGTH_STEP + 1, 0)
+
+
 class Shape(NamedTuple):
     """What a plan depends on, beside the slab: numbers of layers and hits, and of each sequence queries and rows seen.
 
@@ -60,15 +65,16 @@ class Shape(NamedTuple):
     def of(cls, batch: SearchBatch) -> Shape:
         """That of a batch."""
         pairs = zip(batch.begins, batch.ends, strict=True)
-        lengths = tuple([max((end - begin - 1) // LENGTH_STEP + 1, 0) for begin, end in pairs])
+        lengths = tuple([steps_of(end - begin) for begin, end in pairs])
         return cls(len(batch.layers), batch.top_k, batch.counts, lengths)
 
 
 class Plan(NamedTuple):
-    """headers: of the jobs, see job.py, that are done one after the other."""
+    """headers: the first numbers of the jobs, see job.py, that are done one after the other. lengths: see Shape."""
 
     headers: Sequence[tuple[int, ...]]
     num_helpers: int
+    lengths: tuple[int, ...]
 
 
 class _Room(NamedTuple):
@@ -108,7 +114,7 @@ def plan(shape: Shape, rows: Rows, dim: int, num_threads: int, coded: tuple[int,
     rooms = [_room(num_seen, count, longest) for num_seen, count in rings]
     fixed = num_candidates, rows.kind, rows.metric, bits, FEW_QUERIES, *longest
     spans = _spans(rooms * num_layers, LIST_BYTES // (LIST_ITEM * num_candidates))
-    return Plan([(0, 0, *room, *fixed, *span, PATIENCE, 0) for room, span in spans], num_helpers)
+    return Plan([(0, 0, *room, *fixed, *span, PATIENCE, 0) for room, span in spans], num_helpers, lengths)
 
 
 def _room(num_seen: int, num_queries: int, longest: tuple[int, int]) -> _Room:

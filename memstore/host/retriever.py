@@ -11,11 +11,9 @@ from memstore.codes import BITS, NUM_TERMS
 from memstore.host import rings as columns
 from memstore.host.desk import Desk
 from memstore.host.helpers import Helpers
-from memstore.host.job import copied
-from memstore.host.merge import find, find_again, rank_all
-from memstore.host.planning import Shape
-from memstore.host.scan import help_scan
+from memstore.host.merge import LATE, OTHER_LENGTHS, find, rank_all
 from memstore.host.scoring import KINDS, METRICS, Rows
+from memstore.host.table import Stored
 from memstore.host.windows import expand, gather
 from memstore.slab import as_cells
 from memstore.types import KEY, Hits
@@ -23,20 +21,20 @@ from memstore.types import KEY, Hits
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from memstore.host.desk import Result
     from memstore.search import SearchBatch
     from memstore.slab import Slab
     from memstore.types import RetrieveOptions
 
 
 class _Found(NamedTuple):
-    """rings: see rings.py; scores, positions: (L, N, k)."""
+    """rings: see rings.py; hits: see desk.py."""
 
     rings: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    positions: NDArray[np.int64]
+    hits: Result
 
 
-class _View:
+class View:
     """A slab's memory as compiled code reads it."""
 
     def __init__(self, slab: Slab) -> None:
@@ -45,16 +43,19 @@ class _View:
         self._arrays = {KEY: slab.keys, **slab.payloads}
         self._bytes = {name: as_cells(array) for name, array in self._arrays.items()}
         self.rows = Rows(self._bytes[KEY], norms, KINDS[slab.keys.dtype], METRICS[slab.metric])
-        self.code_terms = _codes_of(slab)
-        self._coded = BITS[slab.first_pass], self.code_terms[0].shape[1]
+        self._stored = Stored(self.rows, *_codes_of(slab), slab.num_places, slab.capacity)
+        self._bits = BITS[slab.first_pass]
         self._desk: Desk | None = None
 
     def desk(self, batch: SearchBatch) -> Desk:
         """That of the last batch, if it was of the same shape."""
-        shape = Shape.of(batch)
-        if self._desk is None or self._desk.shape != shape:
-            self._desk = Desk(shape, batch, self.rows, self._coded)
+        if self._desk is None or not self._desk.is_for(batch):
+            self._desk = Desk(batch, self._stored, self._bits)
         return self._desk
+
+    def clear_desk(self) -> None:
+        """The next batch is planned anew."""
+        self._desk = None
 
     def gathered(self, name: str, cells: NDArray[np.int64]) -> torch.Tensor:
         """Rows of the keys or a payload."""
@@ -69,27 +70,26 @@ class HostRetriever:
 
     def __init__(self) -> None:
         self._helpers = Helpers()
-        self._last_view: _View | None = None
+        self._last_view: View | None = None
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See VectorIndex.search."""
-        found = self._find(self._view(slab), slab, batch)
-        return _tensor(found.positions), _tensor(found.scores)
+        return self._find(self._view(slab), batch).hits.tensors
 
     def retrieve(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]) -> Hits:
         """See VectorIndex.retrieve."""
         view = self._view(slab)
-        found = self._find(view, slab, batch)
-        index = np.empty((*found.positions.shape, options.window), np.int32)
-        row_splits = np.empty(len(found.rings) + 1, np.int64)
+        rings, hits = self._find(view, batch)
+        index = np.empty((*hits.positions.shape, options.window), np.int32)
+        row_splits = np.empty(len(rings) + 1, np.int64)
         positions, cells = np.empty(index.size, np.int64), np.empty(index.size, np.int64)
-        asked = found.rings, groups, slab.capacity, options.window_before, found.positions
+        asked = rings, groups, slab.capacity, options.window_before, hits.positions
         num_rows = expand(*asked, index, row_splits, positions, cells)
         return Hits(
             row_splits=_tensor(row_splits),
             positions=_tensor(positions[:num_rows]),
             index=_tensor(index),
-            scores=None if options.omit_scores else _tensor(found.scores),
+            scores=None if options.omit_scores else hits.tensors[1],
             arrays={name: view.gathered(name, cells[:num_rows]) for name in options.arrays},
         )
 
@@ -97,26 +97,26 @@ class HostRetriever:
         """Lets go of the slab that was searched last, and of the helpers."""
         self._last_view, self._helpers = None, Helpers()
 
-    def _view(self, slab: Slab) -> _View:
+    def _view(self, slab: Slab) -> View:
         """The view of a slab, kept until another is asked for."""
         if self._last_view is None or self._last_view.keys is not slab.keys:
-            self._last_view = _View(slab)
+            self._last_view = View(slab)
         return self._last_view
 
-    def _find(self, view: _View, slab: Slab, batch: SearchBatch) -> _Found:
+    def _find(self, view: View, batch: SearchBatch) -> _Found:
         """The best of each query."""
         queries, desk = _queries(batch), view.desk(batch)
-        hits = (*queries.shape[:2], batch.top_k)
-        found = _Found(desk.rings, np.empty(hits, np.float32), np.empty(hits, np.int64))
-        for header in desk.headers:
-            numbers = columns.numbers_of(header, slab, batch)
-            scratch = desk.scratch(header)
-            job = *scratch, view.rows.keys, view.rows.norms, *view.code_terms, queries
-            bells = self._helpers.tell(desk.num_helpers, help_scan, *job)
-            if not find(numbers, bells, found.rings, *job, found.scores, found.positions):
-                copies = copied(scratch, header)
-                find_again(found.rings, slab.capacity, *copies, *job[3:], found.scores, found.positions)
-        return found
+        hits = desk.result()
+        for table in desk.tables(batch):
+            table.begin(batch, queries.data_ptr(), *hits.addresses)
+            bells = self._helpers.tell(desk.num_helpers, table.help, queries)
+            outcome = find(table.address, bells)
+            if outcome == OTHER_LENGTHS:
+                view.clear_desk()
+                return self._find(view, batch)
+            if outcome == LATE:
+                table.finish()
+        return _Found(desk.rings, hits)
 
 
 def _codes_of(slab: Slab) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -128,18 +128,22 @@ def _codes_of(slab: Slab) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
 
 def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See index/ranking.py."""
-    rows, shape = _View(slab).rows, (*candidates.shape,)
+    rows, shape = View(slab).rows, (*candidates.shape,)
     scores, positions = np.empty(shape, np.float32), np.empty(shape, np.int64)
     rings = np.empty((len(batch.layers) * len(batch.places), columns.NUM_COLUMNS), np.int64)
-    asked = rows.keys, rows.norms, rows.kind, rows.metric, _queries(batch), candidates.contiguous().numpy()
-    rank_all(columns.numbers_of((), slab, batch), rings, *asked, scores, positions)
+    sizes = np.array((slab.num_places, slab.capacity, len(batch.layers), len(batch.places)), np.int64)
+    numbers = np.array((*batch.layers, *batch.places, *batch.begins, *batch.ends, *batch.counts), np.int64)
+    asked = rows.keys, rows.norms, rows.kind, rows.metric, _queries(batch).numpy(), candidates.contiguous().numpy()
+    rank_all(sizes, numbers, rings, *asked, scores, positions)
     return _tensor(positions), _tensor(scores)
 
 
-def _queries(batch: SearchBatch) -> NDArray[np.float32]:
-    """(L, N, dim)."""
-    asked = batch.queries if batch.queries.dtype == torch.float32 else batch.queries.float()
-    return np.ascontiguousarray(asked.numpy())
+def _queries(batch: SearchBatch) -> torch.Tensor:
+    """(L, N, dim) float32, one behind the other."""
+    queries = batch.queries
+    if queries.dtype is not torch.float32:
+        queries = queries.float()
+    return queries if queries.is_contiguous() else queries.contiguous()
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

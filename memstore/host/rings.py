@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from memstore import ring
+from memstore.host import planning
 from memstore.host.compiling import kernel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memstore.search import SearchBatch
-    from memstore.slab import Slab
 
 NUM_COLUMNS = 7
 FIRST_CELL, BEGIN, END, FIRST_QUERY, NUM_QUERIES, FIRST_LIST, NUM_PIECES = range(NUM_COLUMNS)
@@ -23,21 +20,18 @@ The lists of a ring are piece by piece, and in each piece query by query.
 """
 
 slot_of = kernel(ring.slot_of)
-
-
-def numbers_of(header: tuple[int, ...], slab: Slab, batch: SearchBatch) -> NDArray[np.int64]:
-    """The header of a job and a batch but for its queries, as `fill` takes it."""
-    shape = slab.num_places, slab.capacity, len(batch.layers), len(batch.places)
-    many = (*batch.layers, *batch.places, *batch.begins, *batch.ends, *batch.counts)
-    return np.array((*header, *shape, *many), np.int64)
+steps_of = kernel(planning.steps_of)
 
 
 @kernel
-def fill(rings: NDArray[Any], numbers: NDArray[Any]) -> int:
-    """Fills in rings, (L * S, NUM_COLUMNS), but for their lists, and gives their capacity; of `numbers`, a batch."""
-    num_places, capacity, num_layers, num_sequences = numbers[:4]
-    layers = numbers[4 : 4 + num_layers]
-    places, begins, ends, counts = numbers[4 + num_layers :].reshape(4, num_sequences)
+def fill(rings: NDArray[Any], sizes: NDArray[Any], numbers: NDArray[Any]) -> int:
+    """Fills in rings, (L * S, NUM_COLUMNS), but for their lists, and gives their capacity.
+
+    sizes: places, capacity, layers, sequences; numbers: of the batch layers, places, begins, ends, counts, maybe more.
+    """
+    num_places, capacity, num_layers, num_sequences = sizes
+    layers = numbers[:num_layers]
+    places, begins, ends, counts = numbers[num_layers : num_layers + 4 * num_sequences].reshape(4, num_sequences)
     query = 0
     for number in range(len(rings)):
         ring, sequence = rings[number], number % num_sequences
@@ -47,3 +41,12 @@ def fill(rings: NDArray[Any], numbers: NDArray[Any]) -> int:
         ring[FIRST_LIST], ring[NUM_PIECES] = 0, 0
         query += ring[NUM_QUERIES]
     return capacity
+
+
+@kernel
+def are_of_lengths(rings: NDArray[Any], lengths: NDArray[Any]) -> bool:
+    """Whether the first rings, one for each sequence, have so many steps of rows."""
+    for number in range(len(lengths)):
+        if steps_of(rings[number, END] - rings[number, BEGIN]) != lengths[number]:
+            return False
+    return True

@@ -21,6 +21,8 @@ from memstore.host.job import (
     IS_DONE,
     LONGEST_MULTIPLIED,
     LONGEST_READ,
+    MOST_LISTS,
+    MOST_PIECES,
     NEXT,
     NUM_CUT,
     NUM_LEFT,
@@ -52,8 +54,7 @@ def scan(job: Job, rings: NDArray[Any], capacity: int, bells: NDArray[Any]) -> b
     pack(job, rings)
     for query in range(len(job.coded.numbers)):
         code_query(job.coded, query, job.queries[query])
-    for bell in bells:
-        ring_bell(bell)
+    ring_bells(bells)
     _draw_pieces(job)
     patience = job.header[PATIENCE]
     for number in range(job.header[NUM_CUT]):
@@ -64,19 +65,17 @@ def scan(job: Job, rings: NDArray[Any], capacity: int, bells: NDArray[Any]) -> b
     return True
 
 
+@inlined
+def ring_bells(bells: NDArray[Any]) -> None:
+    """Wakes those who help."""
+    for bell in bells:
+        ring_bell(bell)
+
+
 @kernel
-def help_scan(
-    integers: NDArray[Any],
-    floats: NDArray[Any],
-    numbers: NDArray[Any],
-    keys: NDArray[Any],
-    norms: NDArray[Any],
-    codes: NDArray[Any],
-    terms: NDArray[Any],
-    queries: NDArray[Any],
-) -> None:
-    """Does pieces of a job until none is left to begin."""
-    job = unpacked(integers, floats, numbers, keys, norms, codes, terms, queries)
+def help_scan(table: int) -> None:
+    """Does pieces of the job of a table until none is left to begin."""
+    job = unpacked(table)
     _draw_pieces(job)
     draw(job.header, NUM_LEFT)
 
@@ -84,7 +83,7 @@ def help_scan(
 @inlined
 def scan_again(job: Job) -> None:
     """Does all pieces that are not done."""
-    block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
+    block = _block_of(job)
     for number in range(job.header[NUM_CUT]):
         if not raised(job.pieces[number], IS_DONE):
             _begin(job, number, -1)
@@ -93,7 +92,7 @@ def scan_again(job: Job) -> None:
 
 @inlined
 def _draw_pieces(job: Job) -> None:
-    block = np.empty((BLOCK, job.queries.shape[1]), np.float32)
+    block = _block_of(job)
     before = -1
     while True:
         number = draw(job.header, NEXT)
@@ -103,6 +102,13 @@ def _draw_pieces(job: Job) -> None:
         _do(job, job.pieces[number], block)
         draw(job.pieces[number], IS_DONE)
         before = number
+
+
+@kernel
+def _block_of(job: Job) -> NDArray[Any]:
+    """Memory to work in, (BLOCK, dim) float32; none where all pieces have one query, which takes none."""
+    is_used = job.header[MOST_LISTS] > job.header[MOST_PIECES]
+    return np.empty((BLOCK if is_used else 0, job.queries.shape[1]), np.float32)
 
 
 @kernel

@@ -9,7 +9,7 @@ import torch
 
 from memstore.host.compiling import inlined, kernel
 from memstore.host.likeness import ROWS, nearness, nearness_of_one, product, product_of_one
-from memstore.host.lowering import prefetch, widened
+from memstore.host.lowering import AHEAD_BYTES, LINE_BYTES, prefetch, widened
 from memstore.types import Metric
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ L2, INNER_PRODUCT, COSINE = 0, 1, 2
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 METRICS = {Metric.L2: L2, Metric.INNER_PRODUCT: INNER_PRODUCT, Metric.COSINE: COSINE}
 KINDS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
-
-AHEAD_BYTES = 16 << 10
-"""How far ahead of its use memory is asked for a row, past the first cache: from 8 KiB on that hides the way."""
-
-LINE_BYTES = 64
 
 
 class Rows(NamedTuple):
@@ -94,11 +89,11 @@ def _widen(keys: NDArray[Any], wide: NDArray[Any]) -> None:
 def _compare(keys: NDArray[Any], metric: int, query: NDArray[Any], scores: NDArray[Any]) -> None:
     """-|row - query|^2 of each row for l2, else its inner product with the query. keys: (n, dim), see `widened`."""
     in_groups = len(scores) // ROWS * ROWS
-    for row in range(0, in_groups, ROWS):
-        ask_ahead(keys, row, ROWS)
-        if metric == L2:
+    if metric == L2:
+        for row in range(0, in_groups, ROWS):
             nearness(keys, row, query, scores)
-        else:
+    else:
+        for row in range(0, in_groups, ROWS):
             product(keys, row, query, scores)
     for row in range(in_groups, len(scores)):
         _compare_one(keys, row, metric, query, scores)

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 
 from memstore.host.compiling import folder
-from memstore.host.job import HEADER, empty_job
-from memstore.host.merge import find_again
+from memstore.host.helpers import NONE
+from memstore.host.merge import find
 from memstore.host.placing import norms_of, put
 from memstore.host.planning import FEW_QUERIES
-from memstore.host.retriever import HostRetriever, rank
-from memstore.host.rings import NUM_COLUMNS
-from memstore.host.scan import help_scan
+from memstore.host.retriever import HostRetriever, View, rank
 from memstore.logs import event
 from memstore.search import SearchBatch
 from memstore.slab import Slab
@@ -38,7 +36,6 @@ def warm() -> None:
     begun = time.monotonic()
     _retrieve()
     _place()
-    _help()
     seconds = time.monotonic() - begun
     if seconds > WORTH_A_LINE_S:
         event(_log, logging.INFO, "search compiled", seconds=round(seconds, 1))
@@ -58,6 +55,7 @@ def _retrieve() -> None:
     )
     HostRetriever().retrieve(slab, batch, RetrieveOptions(top_k=2), np.arange(2).reshape(1, 2))
     rank(slab, batch, torch.zeros(1, sum(counts), 2, dtype=torch.int64))
+    _help(slab, batch)
 
 
 def _place() -> None:
@@ -65,11 +63,11 @@ def _place() -> None:
     put(slab, slab.stage(torch.ones(1, 1, slab.dim), {}, norms_of), np.zeros(1, np.int64))
 
 
-def _help() -> None:
-    rows = np.empty((0, 4), np.uint8), np.empty(0, np.float32)
-    codes = np.empty((0, 1), np.uint8), np.empty((0, 2), np.float32)
-    job = (*empty_job((0,) * HEADER, 0, 1), *rows, *codes, np.empty((1, 0, 1), np.float32))
-    job[0][:] = 0
-    help_scan(*job)
-    nothing = np.empty((1, 0, 0), np.float32), np.empty((1, 0, 0), np.int64)
-    find_again(np.empty((0, NUM_COLUMNS), np.int64), 1, *job, *nothing)
+def _help(slab: Slab, batch: SearchBatch) -> None:
+    desk = View(slab).desk(batch)
+    hits = desk.result()
+    for table in desk.tables(batch):
+        table.begin(batch, batch.queries.data_ptr(), *hits.addresses)
+        find(table.address, NONE)
+        table.help(batch.queries)
+        table.finish()

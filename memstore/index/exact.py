@@ -93,7 +93,7 @@ class ExactIndex(Stateless):
 
     def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> Steady | None:
         """See VectorIndex."""
-        if slab.device.type == "cpu":
+        if slab.is_on_host:
             return HostSteady(self, slab, batch, options)
         self._compiled(slab, batch)
         gpu = self._gpu if batch.top_k <= MOST_HITS else None
@@ -107,7 +107,7 @@ class ExactIndex(Stateless):
 
     def _compiled(self, slab: Slab, batch: SearchBatch) -> Retriever | None:
         """The kernels for a batch; None where their compiler is missing, and for more hits than they have room for."""
-        if slab.device.type == "cpu":
+        if slab.is_on_host:
             return self._host
         if batch.top_k > MOST_HITS:
             return None

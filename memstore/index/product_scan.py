@@ -49,7 +49,7 @@ class ProductScan:
     def _scores(self, slab: Slab, rows: tuple[int, slice, slice], queries: torch.Tensor) -> torch.Tensor:
         """(G, slots, n) float32 of G places. rows: where they are in the slab; queries: (G, n, dim)."""
         keys = slab.keys[rows]
-        if slab.device.type == "cpu":
+        if slab.is_on_host:
             products = self._host_products(keys, queries.float())
         elif keys.dtype == torch.float32:
             with _ieee_products():
@@ -105,7 +105,7 @@ class _Seen:
 def _blocks(slab: Slab, num_places: int, num_queries: int, num_slots: int) -> Iterator[tuple[slice, slice]]:
     """Places and queries that are done at a time, so that the scratch is bounded."""
     budget = SCRATCH_BYTES[slab.device.type]
-    if slab.device.type == "cpu":
+    if slab.is_on_host:
         each_query, each_place = 4 * num_slots, 0
     else:
         # the scores in up to three parts, their sum and its copy by tiles; the rows in float32 do not coexist with them

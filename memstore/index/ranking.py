@@ -30,7 +30,7 @@ def rank(slab: Slab, batch: SearchBatch, candidates: torch.Tensor) -> tuple[torc
 
     candidates: (L, N, k) int64 positions, -1 for none, without repeats in a query.
     """
-    compiled = _compiled() if slab.device.type == "cpu" else None
+    compiled = _compiled() if slab.is_on_host else None
     if compiled is not None:
         return compiled(slab, batch, candidates)
     positions = candidates.sort(-1).values  # so that the stable sort below puts lower positions first
@@ -61,7 +61,7 @@ def _compiled() -> Callable[[Slab, SearchBatch, torch.Tensor], tuple[torch.Tenso
 def _block(slab: Slab, cells: torch.Tensor) -> int:
     """Queries to score at a time: a few on the host in one thread, which takes less than to wake the others."""
     elements = ELEMENTS[slab.device.type]
-    if slab.device.type == "cpu" and cells.numel() * slab.dim <= elements // 2:
+    if slab.is_on_host and cells.numel() * slab.dim <= elements // 2:
         elements = ONE_THREAD
     return max(elements // (slab.dim * cells.shape[1]), 1)
 

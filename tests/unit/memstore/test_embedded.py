@@ -122,3 +122,19 @@ def test_a_gpu_needs_no_number() -> None:
         assert embedded.call("ServerInfo", pb.ServerInfoRequest()).result(20).device == "cuda:0"
     finally:
         embedded.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rows_that_a_gpu_is_still_making_reach_the_host_whole(embedded: Embedded) -> None:
+    rows = torch.zeros(1, 8, 4, device="cuda")
+    for seq in range(8):
+        torch.cuda._sleep(20_000_000)
+        rows = rows + 1
+        embedded.call("Step", own_step(embedded, rows, seq=seq, retrieve=None)).result(20)
+        asked = own_step(embedded, torch.full((1, 1, 4), seq + 1.0), append=False)
+        reply = embedded.call("Step", asked).result(20)
+        assert isinstance(reply, pb.StepResponse)
+        found = embedded.plane.read(reply.hits.arrays[0].tensor, "key")
+        assert found.unique().tolist() == [seq + 1]
+        embedded.plane.discard(reply)

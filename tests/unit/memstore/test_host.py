@@ -83,6 +83,13 @@ def test_wide_rows(dim: int, dtype: torch.dtype) -> None:
     check(slab, asked(slab, (1, 12), ((100, 190), (3, 80)), layers=(0,)), HostRetriever())
 
 
+@pytest.mark.parametrize(("capacity", "alignment"), [(3, 64), (20_000, 2 << 20)])
+def test_rows_begin_with_a_cache_line_or_a_huge_page(capacity: int, alignment: int) -> None:
+    spec = MemorySpec(name="m", dim=100, capacity=capacity, dtype=torch.float16)
+    slabs = [Slab(spec, HOST) for _ in range(3)]
+    assert not any(slab.keys.data_ptr() % alignment for slab in slabs)
+
+
 @pytest.mark.parametrize("most_bytes", [1, 30_000, 1 << 30])
 def test_candidates_that_take_too_much_are_looked_for_one_after_the_other(
     most_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -131,14 +138,15 @@ def test_a_helper_that_is_held_up_with_a_piece_is_not_waited_for(monkeypatch: py
     may_go_on, drawn = threading.Event(), []
     ask = Helpers.tell
 
-    def take_and_wait(integers: Any, *_: Any) -> None:
+    def take_and_wait(help_with: Any, _: Any) -> None:
+        integers = help_with.__self__.integers
         number = draw_next(integers[:HEADER])
         if number < integers[NUM_CUT]:
             drawn.append(number)
             may_go_on.wait()
 
     draw_next(np.zeros(HEADER, np.int64))
-    monkeypatch.setattr(Helpers, "tell", lambda self, num, _, *job: ask(self, num, take_and_wait, *job))
+    monkeypatch.setattr(Helpers, "tell", lambda self, num, *call: ask(self, num, take_and_wait, *call))
     monkeypatch.setattr(planning, "PATIENCE", 0)
     slab = filled(HOST)
     for _ in range(200):

@@ -11,6 +11,7 @@ import torch
 
 from memstore.host import planning
 from memstore.host.compiling import kernel
+from memstore.host.desk import SHEETS
 from memstore.host.helpers import Helpers
 from memstore.host.likeness import ROWS, nearness, nearness_of_one
 from memstore.host.retriever import HostRetriever
@@ -74,8 +75,28 @@ def test_searches_of_one_shape_are_done_on_one_desk() -> None:
         desks.append(index._view(slab).desk(asked(slab, (1, 3), each)))
     assert desks[0] is desks[1]
     assert desks[2] is not desks[0]
-    scratch = desks[2].scratch(desks[2].headers[0])
-    assert scratch is desks[2].scratch(desks[2].headers[0])
+    tables = [[*desks[2].tables(asked(slab, (1, 3), seen[2]))] for _ in range(2)]
+    assert len(tables[0]) == 1
+    assert tables[0][0] is tables[1][0]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_rings_that_grow_and_shrink_are_planned_anew(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "WORTH_A_HELPER", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    slab, index = filled(HOST), HostRetriever()
+    for length in (0, 1, 255, 256, 257, 700, 513, 0, 300):
+        check(slab, asked(slab, (1, 3), ((1000, 1000 + length), (0, 600))), index)
+
+
+def test_what_was_found_stays_as_it_is() -> None:
+    slab, index = filled(HOST), HostRetriever()
+    batches = [asked(slab, (1, 3), ((1000, 1700), (0, 600))) for _ in range(2 * SHEETS + 3)]
+    found = [index.search(slab, batch) for batch in batches]
+    for batch, (positions, scores) in zip(batches, found, strict=True):
+        again = HostRetriever().search(slab, batch)
+        assert torch.equal(positions, again[0])
+        assert torch.equal(scores, again[1])
 
 
 def test_a_job_that_a_helper_may_still_look_at_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,5 +116,6 @@ def test_a_job_that_a_helper_may_still_look_at_is_not_used_again(monkeypatch: py
     batch = asked(slab, (1, 3), ((1000, 1700), (0, 600)))
     check(slab, batch, index)
     desk = index._view(slab).desk(batch)
-    assert desk.scratch(desk.headers[0]) is not desk.scratch(desk.headers[0])
+    tables = [[*desk.tables(batch)] for _ in range(2)]
+    assert tables[0][0] is not tables[1][0]
     may_go_on.set()
