@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import uvloop
 
+from memstore import heap
 from memstore.listen import SERVER_OPTIONS
-from memstore.server import tune_malloc
 from model_client.transport.grpc import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
@@ -113,6 +113,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ready-file", type=Path, required=True)
     file: Path = parser.parse_known_args()[0].ready_file
-    tune_malloc()
+    heap.tune()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(lambda address: file.write_text(json.dumps({"address": address}))))

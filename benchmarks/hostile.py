@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tests.fuzz.targets import TARGETS
 from tests.processes import Usage
 from tests.security import attacks
-from tests.security.victim import RISE_BYTES, SPARE, Victim
+from tests.security.victim import KEPT_BYTES, RISE_BYTES, SPARE, Victim
 from tests.sim.test_durable_memory import Simulation
 
 if TYPE_CHECKING:
@@ -57,12 +57,14 @@ def abuse(report: Report, number: int) -> None:
                 report.add("abuse of raw sockets", f"{port}: sent", target.num_sent / 1e6, "MB", better="higher")
             after = Usage.of(victim.pid)
             rise = max(rss) - victim.before.rss_bytes
+            kept = max(after.rss_bytes - victim.before.rss_bytes, 0)
             threads = max(after.num_threads - victim.before.num_threads, 0)
             descriptors = max(after.num_descriptors - victim.before.num_descriptors, 0)
         finally:
             victim.close()
     report.add("abuse of raw sockets", "kinds of attack", sum(map(len, kinds.values())), "count", better="higher")
     report.add("abuse of raw sockets", "rise of memory at most", rise / 1e6, "MB", goal=RISE_BYTES / 1e6)
+    report.add("abuse of raw sockets", "memory left behind", kept / 1e6, "MB", goal=KEPT_BYTES / 1e6)
     report.add("abuse of raw sockets", "threads left behind", threads, "count", goal=SPARE)
     report.add("abuse of raw sockets", "descriptors left behind", descriptors, "count", goal=SPARE)
 

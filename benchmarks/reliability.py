@@ -54,6 +54,9 @@ CPU = torch.device("cpu")
 DISK = SystemDisk()
 DIM = 256
 GB = 10**9
+SYNCED, SLOWER = "disk, each write synced", "the slower of interval and synced disk"
+SLICE_S = 1.5
+"""How long one of those that are compared goes on, before it is another's turn: three syncs of `interval`."""
 WINDOW = 4
 """Appends that wait for their sync at once: what two sessions have under way."""
 
@@ -135,23 +138,33 @@ def one_read(spec: MemorySpec, path: Path) -> float:
     return seconds
 
 
-def appends(report: Report, seconds: float) -> None:
-    """Steps of 8 sequences x 64 rows by durability, and the same bytes written by hand, in turn."""
+def appends(report: Report, rounds: int) -> None:
+    """Steps of 8 sequences x 64 rows by durability, and the same bytes written by hand, in turn.
+
+    A disk that others use is four times faster in one minute than in the next: what is compared was done within three
+    seconds, and a ratio is the median of those of the rounds. What waits for its sync has to be done as well: where the
+    disk is faster than an `interval` memory, an `always` one cannot be as fast as the disk.
+    """
     step_bytes = 8 * 64 * (DIM * 2 + 4)
     rates: dict[str, list[float]] = {}
-    for _ in range(3):
-        for name in ("volatile", "interval", "always", "disk, written", "disk, each write synced"):
+    for _ in range(rounds):
+        for name in ("volatile", "interval", "disk, written", "always", SYNCED):
             with folder() as path:
-                done = by_hand(path, name, seconds) if name.startswith("disk") else by_memory(path, name, seconds)
-            rates.setdefault(name, []).append(done * step_bytes / seconds / 1e6)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+                done = by_hand(path, name, SLICE_S) if name.startswith("disk") else by_memory(path, name, SLICE_S)
+            rates.setdefault(name, []).append(done * step_bytes / SLICE_S / 1e6)
+    rates[SLOWER] = [min(pair) for pair in zip(rates["interval"], rates[SYNCED], strict=True)]
     case = "appends of 8 x 64 x 256 fp16"
-    for name, value in medians.items():
-        report.add(case, f"{name}", value, "MB/s", better="higher")
-    each, plain = medians["disk, each write synced"], medians["disk, written"]
-    report.add(case, "always / disk, each write synced", medians["always"] / each, "ratio", goal=0.8, better="higher")
-    report.add(case, "interval / disk, written", medians["interval"] / plain, "ratio", better="higher")
-    report.add(case, "interval / volatile", medians["interval"] / medians["volatile"], "ratio", better="higher")
+    for name, values in rates.items():
+        report.add(case, f"{name}", statistics.median(values), "MB/s", better="higher")
+    pairs = (
+        ("always", SYNCED, 0.8),
+        ("always", SLOWER, None),
+        ("interval", "disk, written", None),
+        ("interval", "volatile", None),
+    )
+    for name, other, goal in pairs:
+        ratio = statistics.median([one / two for one, two in zip(rates[name], rates[other], strict=True)])
+        report.add(case, f"{name} / {other}", ratio, "ratio", goal=goal, better="higher")
 
 
 def by_memory(path: Path, name: str, seconds: float) -> int:
@@ -334,7 +347,7 @@ def main() -> int:
     torch.set_num_threads(1)
     report = Report("reliability")
     flips(report)
-    appends(report, 1.0 if options.quick else 3.0)
+    appends(report, 2 if options.quick else 10)
     stall(report, 500 if options.quick else 3000)
     restart(report, GB // 8 if options.quick else GB)
     kills(report, 15 if options.quick else options.kills)

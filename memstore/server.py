@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ import torch
 import uvloop
 from grpc_health.v1 import health_pb2_grpc
 
-from memstore import listen, logs
+from memstore import heap, listen, logs
 from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.auth import authenticator_of, check_bind
 from memstore.capacity import capacity_of
@@ -64,10 +63,11 @@ def run(config: Config, disk: Disk | None = None) -> int:
     """Serves until told to stop; the exit code. ConfigError and MemstoreError say why it could not begin."""
     logs.configure(config.log_format, config.log_level)
     check_bind(config)
-    tune_malloc()
+    heap.tune()
     if config.threads:
         torch.set_num_threads(config.threads)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, ExitStack() as stack:
+        stack.enter_context(heap.kept_small(SystemClock()))
         code = runner.run(Server(config, stack, disk or SystemDisk()).serve())
     if code == SICK:
         _leave(code)
@@ -323,12 +323,3 @@ def default_quota(config: Config, *, has_tenants: bool) -> Quota:
         spilled_bytes=config.tenant_spilled_bytes,
         leases=config.tenant_leases or (TENANT_LEASES if has_tenants else 0),
     )
-
-
-def tune_malloc() -> None:
-    """Keeps glibc from mapping and unmapping every large message, which costs more than copying it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        mallopt(-2, 64 << 20)  # M_TOP_PAD

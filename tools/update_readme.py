@@ -130,7 +130,7 @@ THROWN = (
         "abuse of raw sockets",
         "kinds of attack",
         ("calls: sent", "metrics: sent", "descriptors: sent"),
-        ("rise of memory at most", "threads left behind", "descriptors left behind"),
+        ("rise of memory at most", "memory left behind", "threads left behind", "descriptors left behind"),
     ),
     ("seeded bugs", "planted", (), ("not caught",)),
 )

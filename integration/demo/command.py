@@ -51,8 +51,12 @@ def main(words: Sequence[str] | None = None) -> int:
         demo = Demo(options)
         with contextlib.ExitStack() as stack:
             report = demo.run(options.target or stack.enter_context(running_server()))
-    except (NoText, ServerDidNotStart, MemstoreClientError, OSError) as error:
+    except (NoText, ServerDidNotStart, OSError) as error:
         sys.stderr.write(f"memstore demo: {error}\n")
+        return 1
+    except MemstoreClientError as error:
+        where = f"--target={options.target}" if options.target else "its own server"
+        sys.stderr.write(f"memstore demo: {where}: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130

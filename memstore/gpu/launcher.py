@@ -67,3 +67,9 @@ def start(
 def can_chain(device: torch.device) -> bool:
     """Whether kernels can be begun while the one before them ends: from Hopper on."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def chained(device: torch.device) -> dict[str, bool]:
+    """What a kernel is told by Triton's own way to start it, for the same."""
+    is_able = can_chain(device)
+    return {"IS_CHAINED": is_able, "launch_pdl": is_able}

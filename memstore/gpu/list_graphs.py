@@ -72,12 +72,16 @@ class ListGraphs:
         batch: SearchBatch,
         runs: Sequence[SearchBatch],
         options: RetrieveOptions,
+        *,
+        may_be_new: bool = True,
     ) -> _ListGraph | None:
-        """One that serves a batch; None where there is none. runs: what is scanned."""
+        """One that serves a batch; None where there is none, and none can or may be made. runs: what is scanned."""
         kind = _kind_of(store, batch, runs, options)
         if kind is None:
             return None
-        graph = self._graphs.get(kind) or self._captured(slab, store, kind)
+        graph = self._graphs.get(kind)
+        if graph is None and may_be_new:
+            graph = self._captured(slab, store, kind)
         if graph is not None:
             self._graphs.move_to_end(kind)
         return graph

@@ -9,9 +9,10 @@ import torch
 
 from memstore.gpu import launch
 from memstore.gpu.kernels.lists import finish_lists_kernel, score_lists_kernel
-from memstore.gpu.launcher import can_chain
+from memstore.gpu.launcher import chained
 from memstore.gpu.maxima import METRICS
-from memstore.gpu.rings import FANOUT, Ring
+from memstore.gpu.ranges import joined, scanned
+from memstore.gpu.rings import FANOUT
 from memstore.gpu.tuning import power_of_two
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ FEW_QUERIES = 16
 MANY_LEAVES = 2048
 """Of a query, from which on twice as many threads look for the best."""
 
+RUNS = 4
+"""That are scanned at most: what lies before and behind all generations, each in two pieces where the ring ends."""
+
 MOST_DIMS = 256
 """Of a row, that are read at a time."""
 
@@ -44,44 +48,22 @@ class ListStore:
 
 
 def search(
-    slab: Slab, store: ListStore, asked: Asked, lists: Asked, scanned: Sequence[Asked], found: Found
+    slab: Slab, store: ListStore, asked: Asked, lists: Asked, runs: Sequence[Asked], found: Found
 ) -> torch.Tensor:
     """Fills `found`; gives (1,) int32: queries with fewer hits than there are rows to be seen.
 
-    lists: the search for the centres; scanned: the searches of what is in no list.
+    lists: the search for the centres; runs: the searches of what is in no list.
     """
     chosen = launch.found_for(lists)
     launch.search(store.centres, lists, chosen)
-    others = [_scanned(slab, asked, other) for other in scanned]
+    others = [scanned(slab, asked, run) for run in runs]
     num_short = torch.zeros(1, dtype=torch.int32, device=slab.device)
     each = store.shape.num_chosen * store.shape.width * 4 * (FANOUT + 1) // FANOUT
     step = max(SCRATCH_BYTES // each, 1)
     for first in range(0, asked.sizes.num_queries, step):
         piece = slice(first, min(first + step, asked.sizes.num_queries))
-        _finish(slab, store, asked, (lists, chosen), piece, _joined(others), (found, num_short))
+        _finish(slab, store, asked, (lists, chosen), piece, joined(others), (found, num_short))
     return num_short
-
-
-def _chained(device: torch.device) -> dict[str, bool]:
-    """Kernels are begun while the one before them ends, where the GPU can do that."""
-    is_able = can_chain(device)
-    return {"IS_CHAINED": is_able, "launch_pdl": is_able}
-
-
-def _scanned(slab: Slab, asked: Asked, other: Asked) -> Found:
-    """Hits among positions that are scanned, their offsets from the first position that the batch sees."""
-    found = launch.found_for(other)
-    launch.search(slab, other, found)
-    apart = other.tables.rings[:, Ring.BEGIN] - asked.tables.rings[:, Ring.BEGIN]
-    offsets = found.offsets + apart.int()[asked.tables.query_rings][:, None]
-    return found._replace(offsets=torch.where(found.offsets < 0, -1, offsets))
-
-
-def _joined(some: Sequence[Found]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """All hits of each query."""
-    if len(some) < 2:
-        return (some[0].offsets, some[0].scores) if some else None
-    return torch.cat([found.offsets for found in some], 1), torch.cat([found.scores for found in some], 1)
 
 
 def _finish(
@@ -118,7 +100,7 @@ def _finish(
         BLOCK_N=16 if asked.sizes.num_queries <= FEW_QUERIES else 32,
         BLOCK_D=min(MOST_DIMS, max(power_of_two(slab.dim), 16)),
         num_warps=4,
-        **_chained(slab.device),
+        **chained(slab.device),
     )
     top = max(power_of_two(asked.top_k), 2)
     num_others = 0 if others is None else others[0].shape[1]
@@ -142,8 +124,8 @@ def _finish(
         asked.window,
         WIDTH=shape.width,
         LEAVES=max(power_of_two(leaves), top),
-        OTHERS=max(power_of_two(num_others), top) if num_others else 0,
+        OTHERS=RUNS * top if num_others else 0,
         TOP=top,
         num_warps=8 if leaves > MANY_LEAVES else 4,
-        **_chained(slab.device),
+        **chained(slab.device),
     )

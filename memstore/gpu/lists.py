@@ -7,7 +7,7 @@ of a query are found as rows are; beside each centre are the rows of its list, s
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from memstore.gpu import launch, list_launch
 from memstore.gpu.launch import Asked
 from memstore.gpu.list_graphs import ListGraphs
 from memstore.gpu.list_launch import ListStore
+from memstore.gpu.ranges import Ranges, num_supers_of_run, runs_of, scan_many
 from memstore.gpu.retriever import hits_of, positions_of
-from memstore.gpu.rings import SUPER_SLOTS, tables
+from memstore.gpu.rings import in_one_copy, tables
 from memstore.gpu.tuning import scan_shape
 from memstore.search import SearchBatch
 from memstore.slab import Slab, StagedRows
@@ -35,19 +36,11 @@ if TYPE_CHECKING:
 WARM_ROWS, WARM_COUNTS, WARM_OPTIONS = 1024, (1, 64, 512), RetrieveOptions(top_k=16, window_after=1)
 """What is retrieved beforehand: as in a step of a decode loop, a few of them, and segments."""
 
-WARM_SUPERS = (16, 32, 64, 128, 256, 512)
-"""Sizes of the rings that are scanned beforehand."""
-
-
-class Ranges(NamedTuple):
-    """What each sequence of a batch sees, all (S, 2) int64: generations by number, and positions that are scanned."""
-
-    generations: NDArray[np.int64]
-    scanned: tuple[NDArray[np.int64], ...]
-
 
 class ListRetriever:
-    """For one thread at a time. Raises DeviceMemoryFull at creation."""
+    """See PartRetriever. Raises DeviceMemoryFull at creation."""
+
+    keeps_dying = True
 
     def __init__(self, spec: MemorySpec, shape: ListShape, device: torch.device) -> None:
         centres = Slab(centre_spec(spec, shape), device)
@@ -56,7 +49,7 @@ class ListRetriever:
         self._graphs = ListGraphs()
 
     def put(self, place: int, number: int, layers: Sequence[Lists]) -> None:
-        """A generation is there, in every layer. What it is made of may have come from another stream."""
+        """See PartRetriever."""
         shape, centres, all_rows = self._store.shape, self._store.centres, self._store.rows
         slots = torch.arange(shape.num_together, device=centres.device) + self._slot(number) + place * centres.capacity
         cells = centres.in_all_layers(slots)
@@ -68,7 +61,7 @@ class ListRetriever:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
     def copy(self, source: int, target: int, number: int) -> None:
-        """A place has a generation of another one."""
+        """See PartRetriever."""
         centres, begin = self._store.centres, self._slot(number)
         end = begin + self._store.shape.num_together
         centres.copy_place(source, target, begin, end - begin)
@@ -76,7 +69,7 @@ class ListRetriever:
         rows[:, target, begin:end] = rows[:, source, begin:end]
 
     def search(self, slab: Slab, batch: SearchBatch, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """See VectorIndex.search; None where a query would have fewer hits than there are rows to be seen."""
+        """See PartRetriever."""
         groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
         asked, lists, *scanned = self._asked(slab, batch, ranges, groups, None)
         found = launch.found_for(asked)
@@ -84,11 +77,20 @@ class ListRetriever:
         return None if int(num_short) else positions_of(batch, found)
 
     def retrieve(
-        self, slab: Slab, batch: SearchBatch, ranges: Ranges, options: RetrieveOptions, groups: NDArray[np.int64]
+        self,
+        slab: Slab,
+        batch: SearchBatch,
+        ranges: Ranges,
+        options: RetrieveOptions,
+        groups: NDArray[np.int64],
+        *,
+        is_building: bool = False,
     ) -> Hits | None:
-        """See VectorIndex.retrieve; None where a query would have fewer hits than there are rows to be seen."""
-        runs = runs_of(batch, ranges, slab.capacity)
-        if len(runs) <= 1 and (graph := self._graphs.graph_of(slab, self._store, batch, runs, options)):
+        """See PartRetriever. A new CUDA graph takes some milliseconds, and is not made beside a build."""
+        runs, graph = runs_of(batch, ranges, slab.capacity), None
+        if len(runs) <= 1:
+            graph = self._graphs.graph_of(slab, self._store, batch, runs, options, may_be_new=not is_building)
+        if graph is not None:
             return graph.retrieve(slab, (batch, self._batch_of_lists(batch, ranges), *runs), groups)
         return self.retrieve_once(slab, batch, ranges, options, groups)
 
@@ -106,9 +108,7 @@ class ListRetriever:
         """Searches for nothing in rings of many sizes, for which other kernels are compiled."""
         groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
         *_, asked = self._asked(slab, batch, ranges, groups, None)
-        for num_supers in WARM_SUPERS:
-            asked = replace(asked, num_supers=num_supers)
-            launch.search(slab, asked, launch.found_for(asked))
+        scan_many(slab, asked)
 
     def free(self) -> None:
         """Gives the lists back."""
@@ -145,19 +145,18 @@ class ListRetriever:
             tables(each, some, groups, shape.queries, are_runs=at > 1)
             for at, ((each, some, _), shape) in enumerate(zip(searches, shapes, strict=True))
         ]
-        padded = [np.pad(table, (0, len(table) % 2)) for _, table in made]  # to 16 bytes, as kernels expect them
-        flat = torch.from_numpy(np.concatenate(padded)).to(slab.device, non_blocking=True)
-        parts = torch.split_with_sizes(flat, [len(table) for table in padded])
         asked = [
             Asked(
                 queries=queries,
-                tables=sizes.split(part[: sizes.size]),
+                tables=of_search,
                 sizes=sizes,
                 shape=shape,
                 top_k=some.top_k,
                 num_supers=num_supers,
             )
-            for (_, some, num_supers), shape, (sizes, _), part in zip(searches, shapes, made, parts, strict=True)
+            for (_, some, num_supers), shape, (sizes, _), of_search in zip(
+                searches, shapes, made, in_one_copy(made, slab.device), strict=True
+            )
         ]
         if options is not None:
             asked[0] = replace(asked[0], window_before=options.window_before, window=options.window)
@@ -182,25 +181,6 @@ def warm(spec: MemorySpec, shape: ListShape, device: torch.device) -> None:
         )
         lists.retrieve_once(slab, batch, ranges, WARM_OPTIONS, np.zeros((1, 1), np.int64))
         lists.scan_once(slab, batch, ranges)
-
-
-def runs_of(batch: SearchBatch, ranges: Ranges, capacity: int) -> list[SearchBatch]:
-    """What is scanned, as searches of neighbouring slots; those in which no sequence sees anything are left out."""
-    cut: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    for begins, ends in (scanned.T for scanned in ranges.scanned):
-        middles = np.minimum(ends, (begins // capacity + 1) * capacity)
-        cut += [(begins, middles), (middles, ends)]
-    return [
-        replace(batch, begins=tuple(begins.tolist()), ends=tuple(ends.tolist()))
-        for begins, ends in cut
-        if (begins != ends).any()
-    ]
-
-
-def num_supers_of_run(run: SearchBatch) -> int:
-    """Supers of the longest one."""
-    longest = max((end - begin for begin, end in zip(run.begins, run.ends, strict=True)), default=0)
-    return max(-(-longest // SUPER_SLOTS), 1)
 
 
 def centre_spec(spec: MemorySpec, shape: ListShape) -> MemorySpec:

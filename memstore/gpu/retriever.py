@@ -33,7 +33,7 @@ class GpuRetriever:
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See VectorIndex.search."""
         groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
-        asked = _asked(slab, batch, groups, None)
+        asked = asked_for(slab, batch, groups, None)
         found = launch.found_for(asked)
         launch.search(slab, asked, found)
         return positions_of(batch, found)
@@ -42,7 +42,7 @@ class GpuRetriever:
         """See VectorIndex.retrieve."""
         if is_decode(batch, options) and (hits := self._graphs.retrieve(slab, batch, options, groups)):
             return hits
-        asked = _asked(slab, batch, groups, options)
+        asked = asked_for(slab, batch, groups, options)
         found, located = launch.found_for(asked), launch.located_for(asked)
         launch.search(slab, asked, found)
         launch.locate(slab, asked, found, located)
@@ -85,7 +85,7 @@ def _gathered(slab: Slab, name: str, located: Located, num_rows: int) -> torch.T
     return rows
 
 
-def _asked(slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], options: RetrieveOptions | None) -> Asked:
+def asked_for(slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], options: RetrieveOptions | None) -> Asked:
     """options: None where no windows are wanted."""
     most_queries = max(batch.counts, default=0)
     shape = scan_shape(slab.dim, slab.keys.dtype, batch.queries.dtype, most_queries)

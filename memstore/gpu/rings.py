@@ -8,7 +8,7 @@ query_rings  the ring of each query
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,16 +16,28 @@ import torch
 from memstore import ring
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from memstore.search import SearchBatch
-    from memstore.slab import Slab
 
 
 FANOUT, SUPER_SLOTS, WORDS_OF_SUPER = 8, 512, 16
 """How rings are cut, see kernels/parts.py: tiles of a super, leaves of a tile, slots of a leaf; slots of a super; and
 words of a bitmap with a bit for each of them.
 """
+
+
+class Cells(Protocol):
+    """Places with rings of `capacity` cells, in several layers: a slab's, or those of something kept beside it."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    def first_cells(self, layers: Sequence[int], places: Sequence[int]) -> NDArray[np.int64]:
+        """See Slab.first_cells."""
+        ...
 
 
 class Ring(IntEnum):
@@ -76,13 +88,13 @@ class TableSizes(NamedTuple):
 
 
 def tables(
-    slab: Slab, batch: SearchBatch, groups: NDArray[np.int64], block: int, *, are_runs: bool = False
+    cells: Cells, batch: SearchBatch, groups: NDArray[np.int64], block: int, *, are_runs: bool = False
 ) -> tuple[TableSizes, NDArray[np.int64]]:
     """The tables of a batch, one behind the other. groups: (L, S), each ring's place in the reply.
 
     are_runs: what is seen of each ring lies in neighbouring slots, which are counted from the first one.
     """
-    rings, order = rings_of(slab, batch, are_runs=are_runs), groups.reshape(-1)
+    rings, order = rings_of(cells, batch, are_runs=are_runs), groups.reshape(-1)
     if batch.counts and min(batch.counts) == max(batch.counts):
         return _alike_tables(rings, batch.counts[0], order, block)
     counts = np.tile(np.array(batch.counts, np.int64), len(batch.layers))
@@ -101,6 +113,14 @@ def tables(
 
     sizes = TableSizes(len(rings), len(blocks), int(counts.sum()))
     return sizes, np.concatenate((in_order.reshape(-1), blocks.reshape(-1), np.repeat(order, counts)))
+
+
+def in_one_copy(made: Sequence[tuple[TableSizes, NDArray[np.int64]]], device: torch.device) -> list[Tables]:
+    """Tables of several searches, on the device."""
+    padded = [np.pad(flat, (0, len(flat) % 2)) for _, flat in made]  # to 16 bytes, as kernels expect them
+    flat = torch.from_numpy(np.concatenate(padded)).to(device, non_blocking=True)
+    parts = torch.split_with_sizes(flat, [len(each) for each in padded])
+    return [sizes.split(part[: sizes.size]) for (sizes, _), part in zip(made, parts, strict=True)]
 
 
 def _alike_tables(
@@ -148,9 +168,9 @@ class AlikeRings:
         self._order = np.arange(sizes.num_rings)
         self._num_laid = 0
 
-    def lay(self, slab: Slab, batch: SearchBatch, order: NDArray[np.int64], *, are_runs: bool = False) -> None:
+    def lay(self, cells: Cells, batch: SearchBatch, order: NDArray[np.int64], *, are_runs: bool = False) -> None:
         """Lays the rings of a batch. order: the place of each in the reply. are_runs: see `tables`."""
-        rings, num_rings = rings_of(slab, batch, are_runs=are_runs), len(order)
+        rings, num_rings = rings_of(cells, batch, are_runs=are_runs), len(order)
         self._rings[order] = rings
         self._blocks[:num_rings, : Block.FIRST_QUERY] = rings[:, : Ring.BEGIN]
         if num_rings < self._num_laid:
@@ -163,16 +183,16 @@ class AlikeRings:
         self._num_laid = num_rings
 
 
-def rings_of(slab: Slab, batch: SearchBatch, *, are_runs: bool = False) -> NDArray[np.int64]:
+def rings_of(cells: Cells, batch: SearchBatch, *, are_runs: bool = False) -> NDArray[np.int64]:
     """(L * S, 4), layer by layer: not yet in the order of the reply. are_runs: see `tables`."""
     seen = np.array((batch.places, batch.begins, batch.ends), np.int64)
     places, begins, ends = seen
     rings = np.empty((len(batch.layers), len(places), len(Ring)), np.int64)
-    rings[..., Ring.FIRST_CELL] = slab.first_cells(batch.layers, places)
-    rings[..., Ring.LAST_SLOT] = ring.slot_of(np.maximum(ends - 1, 0), slab.capacity)
+    rings[..., Ring.FIRST_CELL] = cells.first_cells(batch.layers, places)
+    rings[..., Ring.LAST_SLOT] = ring.slot_of(np.maximum(ends - 1, 0), cells.capacity)
     rings[..., Ring.NUM_SEEN] = np.maximum(ends - begins, 0)
     rings[..., Ring.BEGIN] = begins
     if are_runs:
-        rings[..., Ring.FIRST_CELL] += ring.slot_of(begins, slab.capacity)
+        rings[..., Ring.FIRST_CELL] += ring.slot_of(begins, cells.capacity)
         rings[..., Ring.LAST_SLOT] = ends - begins - 1
     return rings.reshape(-1, len(Ring))

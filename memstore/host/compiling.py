@@ -43,6 +43,13 @@ def kernel(function: Callable[..., Any]) -> Any:
     return compiled
 
 
+@cache
+def tell_once(kept: Path | None) -> None:
+    """Says that there is a wait, and what for; a warning, so that it is seen where nobody has asked for a log."""
+    message = "search is compiled for this processor, for a minute or two; what is kept, the next process reads"
+    event(logger, logging.WARNING, message, kept=kept or "nowhere")
+
+
 def inlined(function: Callable[..., Any]) -> Any:
     """The same of a function whose code is put where it is called: a call costs as much as reading a row of codes."""
     return njit(nogil=True, fastmath=FAST_MATH, inline="always")(function)
@@ -138,10 +145,13 @@ class _KernelCache(Cache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except UNREADABLE as error:
             event(logger, logging.WARNING, "compiled code cannot be read", reason=error)
-            return None
+            found = None
+        if found is None:
+            tell_once(folder())
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:

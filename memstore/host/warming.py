@@ -8,7 +8,7 @@ import time
 import numpy as np
 import torch
 
-from memstore.host.compiling import folder
+from memstore.host.compiling import folder, tell_once
 from memstore.host.helpers import NONE
 from memstore.host.merge import find
 from memstore.host.placing import norms_of, put
@@ -30,9 +30,8 @@ def warm() -> None:
 
     Takes a fraction of a second where a process before this one has left compiled code, else up to a minute of a core.
     """
-    kept = folder()
-    if kept is None or not any(kept.iterdir()):
-        event(_log, logging.INFO, "compiling search for this processor", kept=kept or "nowhere")
+    if folder() is None:
+        tell_once(None)
     begun = time.monotonic()
     _retrieve()
     _place()

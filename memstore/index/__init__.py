@@ -8,13 +8,13 @@ import torch
 
 from memstore.errors import InvalidRequest
 from memstore.index.building import build_thread
-from memstore.index.device_parts import DeviceBuilder
 from memstore.index.exact import ExactIndex, prepare
 from memstore.index.faiss_flat import FaissFlatIndex
 from memstore.index.generations import GenerationIndex
+from memstore.index.graph_parts import GraphBuilder
 from memstore.index.host_parts import HostBuilder
 from memstore.index.list_parts import ListBuilder
-from memstore.index.settings import has_lists, index_bytes, list_shape
+from memstore.index.settings import graph_shape, has_lists, index_bytes, list_shape
 from memstore.types import IndexKind
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ INDEXES: dict[IndexKind, Callable[[], VectorIndex]] = {
 }
 """Those that keep nothing between calls."""
 
-BUILDERS: dict[str, Callable[[MemorySpec, torch.device], PartBuilder]] = {"cpu": HostBuilder, "cuda": DeviceBuilder}
+
+BUILDERS: dict[str, Callable[[MemorySpec, torch.device], PartBuilder]] = {"cpu": HostBuilder, "cuda": GraphBuilder}
 """What builds the generations of the others, by type of device; but for inverted lists of rows on a GPU."""
 
 
@@ -44,12 +45,10 @@ def make_index(spec: MemorySpec, device: torch.device, executor: Executor) -> Ve
     """
     if spec.index in INDEXES:
         return INDEXES[spec.index]()
-    if has_lists(spec, device):
-        return _list_index(spec, device, executor)
-    builder = BUILDERS[device.type](spec, device)
-    if isinstance(builder, DeviceBuilder) and index_bytes(spec, device):
-        executor.submit(builder.prepare)  # what is slow at first is done before anybody waits for it
-    return GenerationIndex(spec, builder, executor)
+    if device.type == "cuda":
+        make = _list_index if has_lists(spec, device) else _graph_index
+        return make(spec, device, executor)
+    return GenerationIndex(spec, BUILDERS[device.type](spec, device), executor)
 
 
 def _list_index(spec: MemorySpec, device: torch.device, executor: Executor) -> GenerationIndex:
@@ -63,8 +62,20 @@ def _list_index(spec: MemorySpec, device: torch.device, executor: Executor) -> G
         raise InvalidRequest("spec.index", f"{spec.index.value} needs Triton, which is not here") from error
     lists = ListRetriever(spec, list_shape(spec), device)
     executor.submit(_warm, spec, device)
-    executor.submit(builder.prepare)
+    executor.submit(builder.prepare)  # what is slow at first is done before anybody waits for it
     return GenerationIndex(spec, builder, executor, lists)
+
+
+def _graph_index(spec: MemorySpec, device: torch.device, executor: Executor) -> GenerationIndex:
+    """Graphs of our own."""
+    builder = GraphBuilder(spec, device)
+    if not index_bytes(spec, device):
+        return GenerationIndex(spec, builder, executor)
+    from memstore.gpu.graphs import GraphRetriever
+
+    graphs = GraphRetriever(spec, graph_shape(spec), device)
+    executor.submit(builder.prepare)
+    return GenerationIndex(spec, builder, executor, graphs)
 
 
 def _warm(spec: MemorySpec, device: torch.device) -> None:

@@ -10,24 +10,18 @@ import os
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from memstore import ring
-from memstore.index.base import ONE_THREAD
 from memstore.index.generation import Generation
-from memstore.index.settings import CHUNK_ROWS, HOST_CHUNK_ROWS
+from memstore.index.stored_rows import StoredRows
 from memstore.logs import trouble
-from memstore.slab import inverse_norms
-from memstore.types import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from memstore.gpu.listing import Lists
-    from memstore.index.generation import Part, PartBuilder
+    from memstore.index.generation import PartBuilder
     from memstore.slab import Slab
 
 NICENESS = 10
@@ -92,55 +86,6 @@ class BuildStopped(Exception):
     """Nobody wants the generation any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRows:
-    """See RowSource. keys: (capacity, dim), one layer of one place."""
-
-    keys: torch.Tensor
-    first: int
-    end: int
-    is_cosine: bool
-    check: Callable[[], None]
-
-    @property
-    def _step(self) -> int:
-        """Rows that are read at a time; on the host as many as torch reads in this thread alone."""
-        is_on_host = self.keys.device.type == "cpu"
-        return max(ONE_THREAD // self.keys.shape[1], 1) if is_on_host else CHUNK_ROWS
-
-    @property
-    def _together(self) -> int:
-        """Rows of a chunk."""
-        return HOST_CHUNK_ROWS if self.keys.device.type == "cpu" else CHUNK_ROWS
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-    def sample(self, num: int) -> torch.Tensor:
-        """Every n-th row, read piece by piece with a call of `check` in between."""
-        step = max(len(self) // max(num, 1), 1)
-        positions = torch.arange(self.first, self.end, step, device=self.keys.device)[:num]
-        slots = ring.slot_of(positions, len(self.keys))
-        found = torch.empty((len(slots), self.keys.shape[1]), device=self.keys.device)
-        for some, target in zip(torch.split(slots, self._step), torch.split(found, self._step), strict=True):
-            self.check()
-            target.copy_(self._widened(self.keys.index_select(0, some)))
-        return found
-
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """Run by run."""
-        for run in ring.runs(self.first, self.end, len(self.keys)):
-            for rows in torch.split(self.keys[run.slot : run.slot + run.length], self._together):
-                found = torch.empty(rows.shape, device=rows.device)
-                for some, target in zip(torch.split(rows, self._step), torch.split(found, self._step), strict=True):
-                    target.copy_(self._widened(some))
-                yield found
-
-    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
-        wide = rows.float()
-        return wide * inverse_norms(wide)[:, None] if self.is_cosine else wide
-
-
 class Build:
     """One generation on its way. Made and asked to stop by the device's thread, run by the build thread.
 
@@ -164,8 +109,9 @@ class Build:
         self._builder = builder
         self._after = after
         self._precedence = precedence
-        is_cosine = slab.metric is Metric.COSINE
-        self._rows = [StoredRows(keys[place], self.first, self.end, is_cosine, self._check) for keys in slab.keys]
+        self._rows = [
+            StoredRows(slab, layer, place, self.first, self.end, self._check) for layer in range(slab.num_layers)
+        ]
         self._written = torch.cuda.current_stream(slab.device).record_event() if slab.device.type == "cuda" else None
 
     def run(self) -> None:
@@ -185,7 +131,7 @@ class Build:
     def _build(self) -> None:
         if self._written is not None:
             self._written.synchronize()
-        parts: list[Part | Lists] = []
+        parts: list[object] = []
         for rows in self._rows:
             self._check()
             parts.append(self._builder.build(rows, self._check))

@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
-    from memstore.gpu.listing import Lists
+    from memstore.gpu.ranges import Ranges
     from memstore.index.building import Build
+    from memstore.search import SearchBatch
+    from memstore.slab import Slab
+    from memstore.types import Hits, RetrieveOptions
 
 
 class Part(Protocol):
@@ -35,12 +40,24 @@ class Part(Protocol):
 class RowSource(Protocol):
     """The rows of one layer of a generation, in float32, of length 1 where the metric is cosine; read while building.
 
-    A row whose position has left the ring since may be another one, or torn: nobody is shown it. first: the position
-    of the first one.
+    A row whose position has left the ring since may be another one, or torn: nobody is shown it. They are the positions
+    [first, end) of a place of a layer of the slab, where they are as they are stored.
     """
 
     @property
+    def slab(self) -> Slab: ...
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def place(self) -> int: ...
+
+    @property
     def first(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -64,17 +81,50 @@ class PartBuilder(Protocol):
 
     def candidates(self, top_k: int) -> int: ...
 
-    def build(self, rows: RowSource, check: Callable[[], None]) -> Part | Lists:
-        """The index, ready for the device's thread. Calls `check`, which may raise, between pieces of bounded length.
+    def build(self, rows: RowSource, check: Callable[[], None]) -> Any:
+        """A Part, or what a PartRetriever takes over. Calls `check`, which may raise, between pieces of bounded length.
 
         Raises MemoryError, torch.OutOfMemoryError or RuntimeError where there is no room, and has then given all back.
         """
         ...
 
 
+class PartRetriever(Protocol):
+    """Keeps what was built of all generations of a memory on a GPU, and searches it at once. For one thread at a time.
+
+    keeps_dying: see Line.
+    """
+
+    keeps_dying: bool
+
+    def put(self, place: int, number: int, layers: Sequence[Any]) -> None:
+        """Takes over what was built of every layer of a generation, perhaps on another stream."""
+
+    def copy(self, source: int, target: int, number: int) -> None:
+        """A place has a generation of another one."""
+
+    def search(self, slab: Slab, batch: SearchBatch, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See VectorIndex.search; None where a query would have fewer hits than there are rows to be seen."""
+
+    def retrieve(
+        self,
+        slab: Slab,
+        batch: SearchBatch,
+        ranges: Ranges,
+        options: RetrieveOptions,
+        groups: NDArray[np.int64],
+        *,
+        is_building: bool = False,
+    ) -> Hits | None:
+        """See VectorIndex.retrieve; None as above. is_building: beside a build, when nothing shall take long."""
+
+    def free(self) -> None:
+        """Gives all of it back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Positions [first, end) of one sequence, with a Part or Lists for each layer, unless kept elsewhere."""
+    """Positions [first, end) of one sequence, with what was built of each layer, unless a PartRetriever keeps it."""
 
     first: int
     end: int

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from memstore.gpu.lists import ListRetriever, Ranges
+    from memstore.gpu.ranges import Ranges
     from memstore.index.base import Steady
-    from memstore.index.generation import PartBuilder, View
+    from memstore.index.generation import PartBuilder, PartRetriever, View
     from memstore.seams import Clock
     from memstore.search import SearchBatch
     from memstore.slab import Slab
@@ -60,10 +60,11 @@ class GenerationIndex:
         spec: MemorySpec,
         builder: PartBuilder,
         executor: Executor,
-        lists: ListRetriever | None = None,
+        lists: PartRetriever | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """executor: runs builds one after the other. lists: searches what the builder builds, if that is Lists."""
+        """executor: runs builds one after the other. lists: keeps and searches what the builder builds, if that
+        is no Part."""
         self._rows = settings_of(spec).generation_rows
         self._num_layers = spec.num_layers
         self._builder = builder
@@ -104,7 +105,8 @@ class GenerationIndex:
                 return staged_retrieve(self, slab, batch, options, groups)
             hits = None
             if self._has_room(batch):
-                hits = self._lists.retrieve(slab, batch, self._ranges(views), options, groups)
+                ranges, is_building = self._ranges(views), bool(self._under_way)
+                hits = self._lists.retrieve(slab, batch, ranges, options, groups, is_building=is_building)
             return hits or self._exact.retrieve(slab, batch, options, groups)
 
     def _in_parts(
@@ -134,7 +136,7 @@ class GenerationIndex:
 
     def _ranges(self, views: Sequence[View]) -> Ranges:
         """Views as numbers."""
-        from memstore.gpu.lists import Ranges
+        from memstore.gpu.ranges import Ranges
 
         numbers = [
             (self._number(view.generations[0]), self._number(view.generations[-1]) + 1) if view.generations else (0, 0)
@@ -145,7 +147,7 @@ class GenerationIndex:
 
     def _line(self) -> Line:
         """Nothing yet."""
-        return Line(keeps_dying=self._lists is not None)
+        return Line(keeps_dying=self._lists is not None and self._lists.keeps_dying)
 
     def _number(self, generation: Generation) -> int:
         """Which of the spans that positions are cut into it lies in."""

@@ -13,14 +13,15 @@ import torch
 
 from memstore.gpu.listing import listed
 from memstore.index.clustering import centres, nearest_centres, pieces
-from memstore.index.settings import SAMPLES_A_CENTRE, list_shape
+from memstore.index.settings import CHUNK_ROWS, SAMPLES_A_CENTRE, list_shape
+from memstore.index.stored_rows import random_rows
 from memstore.types import Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from memstore.gpu.listing import Lists, ListShape
+    from memstore.gpu.listing import Lists
     from memstore.index.generation import RowSource
     from memstore.types import MemorySpec
 
@@ -35,7 +36,7 @@ class ListBuilder:
 
     def __init__(self, spec: MemorySpec, device: torch.device) -> None:
         self._shape = list_shape(spec)
-        self._dim = spec.dim
+        self._spec = spec
         self._device = device
         self._is_l2 = spec.metric is Metric.L2
         self._stream: torch.cuda.Stream | None = None
@@ -45,8 +46,16 @@ class ListBuilder:
         return top_k
 
     def prepare(self) -> None:
-        """Builds lists of random rows, so that every kernel is loaded and the working memory is there."""
-        self.build(_Random(self._device, self._dim, self._shape), lambda: None)
+        """Builds lists of random rows, so that every kernel is loaded and the working memory is there.
+
+        There are as many of them as are worked on together, and as many numbers of lists as a generation has rows.
+        """
+        shape = self._shape
+        rows = random_rows(self._spec, self._device, min(shape.span, max(CHUNK_ROWS, _num_samples(shape.num_centres))))
+        found = self.build(rows, lambda: None)
+        with self._on_stream(), torch.no_grad():
+            owners = torch.randint(shape.num_centres, (shape.span,), device=self._device)
+            listed(found.centres[: shape.num_centres], owners, 0, shape)
 
     def build(self, rows: RowSource, check: Callable[[], None]) -> Lists:
         """On a stream of its own, which is never far ahead of the device."""
@@ -59,7 +68,7 @@ class ListBuilder:
 
         with self._on_stream(), torch.no_grad():
             num = min(shape.num_centres, len(rows))
-            found = centres(rows.sample(num * SAMPLES_A_CENTRE)[None], num, CLUSTERING_ROUNDS, self._is_l2, wait)
+            found = centres(rows.sample(_num_samples(num))[None], num, CLUSTERING_ROUNDS, self._is_l2, wait)
             assigned = torch.empty(len(rows), dtype=torch.int64, device=self._device)
             first = 0
             for chunk in rows.chunks():
@@ -81,23 +90,6 @@ class ListBuilder:
         return torch.cuda.stream(self._stream)
 
 
-class _Random:
-    """Rows for a first build, of which nothing is kept."""
-
-    first = 0
-
-    def __init__(self, device: torch.device, dim: int, shape: ListShape) -> None:
-        self._rows = torch.randn(min(shape.span, 4 * shape.num_centres), dim, device=device)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # they are read on another stream
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def sample(self, num: int) -> torch.Tensor:
-        """The first ones."""
-        return self._rows[:num]
-
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """All at once."""
-        yield self._rows
+def _num_samples(num_centres: int) -> int:
+    """Rows that so many centres are learnt from."""
+    return num_centres * SAMPLES_A_CENTRE

@@ -6,12 +6,13 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
+from memstore.gpu.graphing import GraphShape
 from memstore.gpu.listing import ListShape
 from memstore.types import IndexKind, IndexSettings, Metric
 
 if TYPE_CHECKING:
+    import torch
+
     from memstore.types import MemorySpec
 
 SETTINGS: dict[IndexKind, tuple[str, ...]] = {
@@ -39,8 +40,20 @@ SCORE_BYTES = 256 << 20
 USUAL_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 """The numbers of codes a row among which one is chosen when nobody says how many."""
 
-ENGINE_BYTES = 192 << 20
-"""What FAISS takes for each graph on a GPU beside its rows: cuBLAS, streams and working memory."""
+MOST_MET = 128
+"""Rows that a walk on a GPU keeps at most, however many are asked for."""
+
+ENTRIES = 128
+"""Rows of a generation at least among which its graph is entered, where there are so many."""
+
+ENTRY_STRIDE = 16
+"""Rows for each of them, where there are more."""
+
+GRAPH_BYTES = 1 << 30
+"""What the build of a graph on a GPU takes whatever its rows: the maxima and the scores of what it searches for."""
+
+LINK_BYTES = 72
+"""And for each link, of the rows near it and of ways to turn links round."""
 
 SAMPLES_A_CENTRE = 32
 """Rows that the centre of a list on a GPU is learnt from, on average."""
@@ -110,8 +123,24 @@ def list_shape(spec: MemorySpec) -> ListShape:
     return replace(shape, num_chosen=min(probed, MOST_LISTS))
 
 
+def graph_shape(spec: MemorySpec) -> GraphShape:
+    """What graphs on a GPU are like."""
+    settings = settings_of(spec)
+    span = settings.generation_rows
+    return GraphShape(
+        span=span,
+        num_links=settings.graph_degree,
+        num_met=min(MOST_MET, 1 << (settings.itopk - 1).bit_length()),
+        num_generations=-(-spec.capacity // span),
+        stride=min(ENTRY_STRIDE, max(span // ENTRIES, 1)),
+        nowhere=FAR_AWAY if spec.metric is Metric.L2 else 0.0,
+    )
+
+
 def must_read_all(spec: MemorySpec) -> bool:
     """Whether every list shall be read, and these are more than can be: then everything is scanned."""
+    if spec.index is IndexKind.FAISS_CAGRA:
+        return False
     settings, shape = settings_of(spec), list_shape(spec)
     return settings.nprobe >= settings.nlist and shape.num_chosen < shape.num_together * shape.num_generations
 
@@ -123,11 +152,11 @@ def index_bytes(spec: MemorySpec, device: torch.device) -> int:
     settings = settings_of(spec)
     if settings.generation_rows > spec.capacity:
         return 0
-    if has_lists(spec, device):
-        return _lists_bytes(spec)
+    if device.type == "cuda":
+        return _lists_bytes(spec) if has_lists(spec, device) else _graphs_bytes(spec)
     num_generations = -(-spec.capacity // settings.generation_rows) * spec.max_sequences
-    each = _part_bytes(spec, settings, device.type == "cuda") * spec.num_layers
-    return num_generations * each + _build_bytes(spec, settings, device)
+    each = _part_bytes(spec, settings) * spec.num_layers
+    return num_generations * each + _build_bytes(spec, settings)
 
 
 def _lists_bytes(spec: MemorySpec) -> int:
@@ -140,14 +169,19 @@ def _lists_bytes(spec: MemorySpec) -> int:
     return generations * spec.num_layers * shape.num_together * each + sample + chunk + 64 * shape.span + SCORE_BYTES
 
 
-def _part_bytes(spec: MemorySpec, settings: IndexSettings, is_on_gpu: bool) -> int:
+def _graphs_bytes(spec: MemorySpec) -> int:
+    """Bytes of the links and entries of all generations, of those being built, and of working memory of a build."""
+    shape = graph_shape(spec)
+    generations = shape.num_generations * spec.max_sequences + 2
+    each = 4 * shape.num_links * shape.span + shape.num_entries * (spec.dim * spec.dtype.itemsize + 4)
+    return generations * spec.num_layers * each + LINK_BYTES * shape.num_links * shape.span + GRAPH_BYTES
+
+
+def _part_bytes(spec: MemorySpec, settings: IndexSettings) -> int:
     """Bytes of the index of one generation in one layer. What grows while it is built may take twice its size."""
     rows, row_bytes = settings.generation_rows, spec.dim * spec.dtype.itemsize
     if spec.index is IndexKind.FAISS_CAGRA:
-        engine = ENGINE_BYTES if is_on_gpu else 0
-        if is_on_gpu and spec.dtype != torch.float16:
-            row_bytes = spec.dim * 4
-        return engine + 2 * rows * (row_bytes + 6 * settings.graph_degree + 32)
+        return 2 * rows * (row_bytes + 6 * settings.graph_degree + 32)
     fixed = settings.nlist * (4 * spec.dim + _LIST_BYTES)
     if spec.index is IndexKind.FAISS_IVF_PQ:
         row_bytes = -(-settings.pq_m * settings.pq_bits // 8)
@@ -155,12 +189,12 @@ def _part_bytes(spec: MemorySpec, settings: IndexSettings, is_on_gpu: bool) -> i
     return fixed + rows * (row_bytes + 8)
 
 
-def _build_bytes(spec: MemorySpec, settings: IndexSettings, device: torch.device) -> int:
+def _build_bytes(spec: MemorySpec, settings: IndexSettings) -> int:
     """Bytes of working memory of one build."""
     rows = settings.generation_rows
     chunk = 4 * min(CHUNK_ROWS, rows) * (2 * spec.dim + max(settings.nlist, 1))
     if spec.index is IndexKind.FAISS_CAGRA:
-        return chunk + (rows * 32 * settings.graph_degree if device.type == "cuda" else 0)
+        return chunk
     sample = min(rows, max(settings.nlist * SAMPLES_A_LIST, CODED_ROWS))
     return chunk + 16 * rows + 12 * sample * spec.dim
 

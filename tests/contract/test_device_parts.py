@@ -10,14 +10,12 @@ import torch
 
 from memstore.errors import MemstoreError
 from memstore.index import list_parts
-from memstore.index.device_parts import DeviceBuilder
 from memstore.memory import Memory
 from memstore.types import IndexCounts, IndexKind, MemorySpec, RetrieveOptions, SequencePart, StepBatch
 from tests.building import KINDS
 from tests.contract.test_large_index import DIM, kin, spec_of
 from tests.device_memory import device_bytes
 
-pytest.importorskip("faiss")
 pytestmark = pytest.mark.gpu
 LEAST_RECALL = 0.9
 
@@ -112,7 +110,7 @@ def test_no_memory_for_a_build_leaves_the_rows_in_the_tail(
     def no_room(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(DeviceBuilder, "_graph", no_room)
+    monkeypatch.setattr("memstore.gpu.linking.nearest_rows", no_room)
     monkeypatch.setattr(list_parts, "centres", no_room)
     text = Text(spec_of(kind), gpu)
     text.append(8192)

@@ -197,4 +197,4 @@ def test_a_server_that_is_not_there_is_named(
     monkeypatch.setattr(command, "CALL_S", 0.2)
     words = ["--text", str(texts / "text.py"), "--other-text", str(texts / "other.py"), "--out", str(tmp_path)]
     assert main(["demo", *words, "--target", f"unix://{tmp_path}/nothing"]) == 1
-    assert "memstore demo: " in capsys.readouterr().err.splitlines()[-1]
+    assert f"memstore demo: --target=unix://{tmp_path}/nothing: " in capsys.readouterr().err.splitlines()[-1]

@@ -33,6 +33,7 @@ class Target:
     """Where a server listens: host:port, or the path of a Unix socket."""
 
     def __init__(self, address: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
+        self.address = address
         self._address = address.removeprefix("unix://").removeprefix("http://")
         self._kind = kind
         self.num_sent = 0

@@ -6,6 +6,7 @@ import os
 import resource
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 
 from memstore import listen, metrics
@@ -17,7 +18,7 @@ from tests.calling import bearer, hashed
 from tests.processes import Usage
 from tests.security import attacks
 from tests.security.attacks import Target
-from tests.security.victim import Victim
+from tests.security.victim import KEPT_BYTES, OPEN_BYTES, Victim
 from tests.serving import Setting, serving
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 NUMBER = int(os.environ.get("ABUSE", "50"))
+UNPACKED_BYTES = 192 << 20
+"""What a message may take that is unpacked until it is too large: the longest one, and what copies and buffers add."""
 STRANGERS_BYTES = 64 << 20
-"""What those may make a server take who have no credential; glibc takes much of it at a time."""
+"""What those may make a server take who have no credential, beside what open connections cost."""
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -115,9 +118,32 @@ def test_messages_of_strangers_are_not_held(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "--token-file", str(path), metadata=bearer("t"))
     try:
         victim.endure(attacks.strangers, victim.front, NUMBER)
-        assert Usage.of(victim.pid).peak_bytes < victim.before.peak_bytes + STRANGERS_BYTES
+        allowed = STRANGERS_BYTES + OPEN_BYTES * (NUMBER // 5)
+        assert Usage.of(victim.pid).peak_bytes < victim.before.peak_bytes + allowed
     finally:
         victim.close()
+
+
+def test_what_large_messages_took_is_given_back(victim: Victim) -> None:
+    """Of the longest messages that there may be glibc would keep 180 MB and more, for good."""
+    with grpc.insecure_channel(victim.front.address) as channel:
+        call = channel.unary_unary("/memstore.v1.MemoryService/Step", bytes, bytes)
+        for _ in range(3):
+            with pytest.raises(grpc.RpcError):
+                call(bytes(60 << 20), timeout=60)
+    victim.until(lambda now: now.rss_bytes <= victim.before.rss_bytes + KEPT_BYTES)
+
+
+def test_a_message_that_grows_beyond_its_limit_is_not_unpacked(victim: Victim) -> None:
+    """400 MB of nothing, which are 400 KB when they are sent."""
+    before = Usage.of(victim.pid)
+    with grpc.insecure_channel(victim.front.address, options=[("grpc.max_send_message_length", -1)]) as channel:
+        call = channel.unary_unary("/memstore.v1.MemoryService/Step", bytes, bytes)
+        with pytest.raises(grpc.RpcError) as refused:
+            call(bytes(400 << 20), timeout=60, compression=grpc.Compression.Gzip)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+    assert Usage.of(victim.pid).peak_bytes < before.peak_bytes + UNPACKED_BYTES
+    victim.serve()
 
 
 def test_a_unix_socket_endures(tmp_path: Path) -> None:

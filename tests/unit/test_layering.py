@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each module of memstore may import those that stand before it.
 ORDER = """
     v1 types errors futures config seams logs
-    descriptors
+    heap descriptors
     ring window places codes region slab control lease search host gpu index sequence lent
     retrieval known appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
     seating lifecycle lender planner log journal ledger refill repeated memory
@@ -46,7 +46,7 @@ FOREIGN = {
         "memstore/console.py",
     },
     "redis": {"memstore/catalog.py"},
-    "faiss": {f"memstore/index/{name}.py" for name in ("device_parts", "faiss_flat", "host_parts")},
+    "faiss": {f"memstore/index/{name}.py" for name in ("faiss_flat", "host_parts")},
     "numba": {
         "memstore/host/compiling.py",
         "memstore/host/dots.py",
@@ -57,7 +57,10 @@ FOREIGN = {
     "prometheus_client": {"memstore/metrics.py"},
     "triton": {
         "memstore/gpu/launcher.py",
-        *(f"memstore/gpu/kernels/{name}.py" for name in ("coded", "lists", "parts", "reply", "rows", "scan", "select")),
+        *(
+            f"memstore/gpu/kernels/{name}.py"
+            for name in ("coded", "graphs", "lists", "parts", "reply", "rows", "scan", "select")
+        ),
     },
 }
 GRPC_OF_CLIENT = "model_client/transport/"

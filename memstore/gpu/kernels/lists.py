@@ -104,11 +104,33 @@ def score_lists_kernel(
 
 
 @triton.jit
-def _packed(scores, offsets, is_hit):
+def packed_hits(scores, offsets, is_hit):
     """int64 that are the larger the better, and of equal scores the lower the offset; the least of all for no hit."""
     order = (BEYOND_OFFSETS - tl.where(is_hit, offsets, 0)).to(tl.uint64)
     both = tl.where(is_hit, (_ordered(scores, is_hit).to(tl.uint64) << 32) | order, 0)
     return both.to(tl.int64, bitcast=True) ^ (-(1 << 63))
+
+
+@triton.jit
+def keep_hits(hits, query, num_seen, offsets, scores, words, num_short, top_k, before, window, TOP: tl.constexpr):
+    """Writes what packed_hits made of the TOP best of one query, the best first. words: of its ring's bitmap.
+
+    num_short: (1,) int32, to which 1 is added if fewer hits are found than there are rows.
+    """
+    bits_of = hits ^ (-(1 << 63))
+    ranks = tl.arange(0, TOP)
+    is_hit = (bits_of != 0) & (ranks < top_k)
+    hit = tl.where(is_hit, BEYOND_OFFSETS - (bits_of & BEYOND_OFFSETS).to(tl.int32), -1)
+    bits = ((bits_of >> 32) ^ 0x80000000).to(tl.int32)
+    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    tl.store(offsets + query * top_k + ranks, hit, ranks < top_k)
+    tl.store(scores + query * top_k + ranks, tl.where(is_hit, score, float("-inf")), ranks < top_k)
+    if tl.sum(is_hit.to(tl.int32)) < tl.minimum(num_seen, top_k):
+        tl.atomic_add(num_short, 1, sem="relaxed")
+    for at in range(0, window):
+        near = hit + at - before
+        is_near = is_hit & (near >= 0) & (near < num_seen)
+        tl.atomic_or(words + (near >> 5), tl.full([TOP], 1, tl.int32) << (near & 31), is_near, sem="relaxed")
 
 
 @triton.jit(
@@ -179,26 +201,12 @@ def finish_lists_kernel(
     which = tl.load(chosen + query * num_lists + places // WIDTH, is_row, 0)
     cell, base = _list_of(lists, number, which, lists_capacity, num_together, span)
     rows = tl.load(rows_of + cell * WIDTH + places % WIDTH, is_row, 0)
-    hits = tl.topk(_packed(found, rows + (base - begin).to(tl.int32), is_row), TOP)
+    hits = tl.topk(packed_hits(found, rows + (base - begin).to(tl.int32), is_row), TOP)
     if OTHERS > 0:
         numbers = tl.arange(0, OTHERS)
         other = tl.load(others + query * num_others + numbers, numbers < num_others, -1)
         other_score = tl.load(other_scores + query * num_others + numbers, other >= 0, 0.0)
-        more = tl.topk(_packed(other_score, other, other >= 0), TOP)
+        more = tl.topk(packed_hits(other_score, other, other >= 0), TOP)
         hits = tl.topk(tl.reshape(tl.join(hits, more), [2 * TOP]), TOP)
-    hits = hits ^ (-(1 << 63))
-
-    ranks = tl.arange(0, TOP)
-    is_hit = (hits != 0) & (ranks < top_k)
-    hit = tl.where(is_hit, BEYOND_OFFSETS - (hits & BEYOND_OFFSETS).to(tl.int32), -1)
-    bits = ((hits >> 32) ^ 0x80000000).to(tl.int32)
-    score = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    tl.store(offsets + query * top_k + ranks, hit, ranks < top_k)
-    tl.store(scores + query * top_k + ranks, tl.where(is_hit, score, float("-inf")), ranks < top_k)
-    if tl.sum(is_hit.to(tl.int32)) < tl.minimum(num_seen, top_k):
-        tl.atomic_add(num_short, 1, sem="relaxed")
     words = bitmap + number * num_words
-    for at in range(0, window):
-        near = hit + at - before
-        is_near = is_hit & (near >= 0) & (near < num_seen)
-        tl.atomic_or(words + (near >> 5), tl.full([TOP], 1, tl.int32) << (near & 31), is_near, sem="relaxed")
+    keep_hits(hits, query, num_seen, offsets, scores, words, num_short, top_k, before, window, TOP)

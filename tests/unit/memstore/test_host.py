@@ -299,6 +299,20 @@ def test_spoilt_code_is_compiled_again(sources: Path, caplog: pytest.LogCaptureF
     assert "compiled code cannot be read" in caplog.text
 
 
+def test_who_waits_for_code_to_be_compiled_is_told_once(sources: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compiling.tell_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "memstore"):
+        assert compiling.kernel(twice)(4) == 8
+        assert compiling.kernel(twice)(4.5) == 9.0
+    (told,) = caplog.messages
+    assert "search is compiled for this processor" in told
+    caplog.clear()
+    compiling.tell_once.cache_clear()
+    with caplog.at_level(logging.DEBUG, "memstore"):
+        assert compiling.kernel(twice)(4) == 8
+    assert not caplog.messages
+
+
 def test_an_index_searches_with_compiled_code() -> None:
     assert isinstance(INDEXES[IndexKind.EXACT]()._host, HostRetriever)  # type: ignore[attr-defined]
 

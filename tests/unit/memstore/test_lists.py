@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from memstore.gpu.listing import ListShape, listed
-from memstore.index.building import BuildThread, Precedence, StoredRows, precedence_of
+from memstore.index.building import BuildThread, Precedence, precedence_of
 from memstore.index.generation import Generation, Line
 from memstore.index.generations import GenerationIndex
 from memstore.index.list_parts import ListBuilder
 from memstore.index.settings import MOST_LISTS, has_lists, index_bytes, list_shape
+from memstore.index.stored_rows import StoredRows
 from memstore.slab import Slab
 from memstore.types import IndexKind, IndexSettings, MemorySpec, Metric
 from tests.fakes import HeldBuilds
@@ -54,6 +55,13 @@ def test_each_row_is_in_one_list_of_its_centre(num_rows: int, skew: str) -> None
         assert not num or of_centre.max() - of_centre.min() <= 1  # they share its rows evenly
 
 
+def slab_with(spec: MemorySpec, keys: torch.Tensor) -> Slab:
+    """A slab whose only ring these rows fill."""
+    slab = Slab(spec, CPU)
+    slab.write(slab.stage(keys[None], {}), torch.arange(len(keys)))
+    return slab
+
+
 @pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)
 def test_rows_are_listed_with_the_centre_that_they_are_nearest_to(metric: Metric) -> None:
     settings = IndexSettings(generation_rows=512, nlist=8, nprobe=2)
@@ -62,7 +70,7 @@ def test_rows_are_listed_with_the_centre_that_they_are_nearest_to(metric: Metric
     )
     groups = 10 * torch.randn(8, 16)
     keys = (groups[torch.randint(8, (1024,))] + 0.1 * torch.randn(1024, 16)).half()
-    rows = StoredRows(keys, 512, 1024, metric is Metric.COSINE, lambda: None)
+    rows = StoredRows(slab_with(spec, keys), 0, 0, 512, 1024, lambda: None)
     lists = ListBuilder(spec, CPU).build(rows, lambda: None)
     wide = keys.float()[512:]
     if metric is Metric.COSINE:
@@ -81,7 +89,7 @@ def test_a_build_of_lists_stops_where_it_is_told_to() -> None:
     def check() -> None:
         raise InterruptedError
 
-    rows = StoredRows(torch.randn(64, 8), 0, 64, False, lambda: None)
+    rows = StoredRows(slab_with(spec, torch.randn(64, 8)), 0, 0, 0, 64, lambda: None)
     with pytest.raises(InterruptedError):
         ListBuilder(spec, CPU).build(rows, check)
 
@@ -145,6 +153,8 @@ def test_memories_of_a_device_share_one_precedence() -> None:
 
 class FullLists:
     """Searches nothing; has no room for what is put there while `is_full`."""
+
+    keeps_dying = True
 
     def __init__(self) -> None:
         self.is_full = True

@@ -71,6 +71,17 @@ def test_without_files_replies_beyond_their_room_refuse_the_call_and_change_noth
     assert watched.tiers == (1, 1, 0)
 
 
+def test_what_is_kept_of_the_writers_of_one_sequence_is_bounded() -> None:
+    sequence, most = Sequence(0, 1), 64 * 85 * 1024
+    for each in range(70):
+        for seq in range(260):
+            sequence.remember(f"{each}", Reply(num_rows=1, fingerprint=seq, as_of=seq, first_position=seq))
+    assert held_bytes(sequence) == most
+    for seq in range(600):
+        sequence.remember(f"{seq}", Reply(num_rows=1, fingerprint=seq, as_of=seq, first_position=seq))
+    assert held_bytes(sequence) < most
+
+
 def test_what_is_counted_of_replies_is_at_least_what_they_take() -> None:
     tracemalloc.start()
     try:

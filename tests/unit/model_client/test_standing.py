@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from memstore.memory import Memory
 from memstore.standing import Guests
+from memstore.types import Durability, MemorySpec, RetrieveOptions, SequencePart, StepBatch
 from model_client import MemoryClient, Retrieval, errors
 from tests.leasing import client_of, create, rows, until
 from tests.serving import Setting, serving
@@ -132,15 +134,23 @@ def test_an_open_circuit_allows_no_run(client: MemoryClient) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"durability": "interval"}, {"max_spilled_sequences": 2, "host_spilled_sequences": 2}, {"idle_ttl_s": 60}],
+    [{"max_spilled_sequences": 2, "host_spilled_sequences": 2}, {"idle_ttl_s": 60}],
 )
-def test_what_a_retrieval_changes_or_waits_for_is_asked_step_by_step(options: dict[str, Any]) -> None:
+def test_what_a_retrieval_changes_is_asked_step_by_step(options: dict[str, Any]) -> None:
     with MemoryClient(":memory:", timeout_s=20.0) as client:
-        try:
-            client.create_memory("m", dim=2, capacity=16, max_sequences=4, dtype=torch.float32, **options)
-        except errors.InvalidRequest:
-            pytest.skip("no such memory in a process of its own")
+        client.create_memory("m", dim=2, capacity=16, max_sequences=4, dtype=torch.float32, **options)
         assert client.session("m", NAMES).stand(rows(1, 2), WANTED) is None
+
+
+@pytest.mark.parametrize("durability", Durability)
+def test_what_is_shown_only_once_it_is_synced_is_asked_step_by_step(durability: Durability) -> None:
+    """There is none in a process of its own, so this asks the engine, as a server's own processes would."""
+    spec = MemorySpec(name="m", dim=2, capacity=16, max_sequences=2, dtype=torch.float32, durability=durability)
+    memory = Memory(spec, torch.device("cpu"), new_epoch=iter(range(1, 9)).__next__)
+    keys, parts = rows(1, 2).view(1, 2, 2), tuple(SequencePart(sequence=name, num_rows=1) for name in NAMES)
+    batch = StepBatch(parts=parts, layers=(0,), keys=keys, retrieve=RetrieveOptions(top_k=1))
+    assert (memory.repeat(batch) is not None) == (durability is Durability.VOLATILE)
+    memory.free()
 
 
 def test_what_a_step_would_be_refused_is_refused(client: MemoryClient) -> None:
