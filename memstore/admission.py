@@ -33,27 +33,25 @@ class Admission:
         self._limits = limits
         self._lock = threading.Lock()
         self._held: dict[str, tuple[int, int]] = {}
+        self._total = self._total_bytes = 0
         self._mean_s = 0.001
 
     @property
     def num_requests(self) -> int:
         """Requests admitted and not yet released."""
-        with self._lock:
-            return sum(requests for requests, _ in self._held.values())
+        return self._total
 
     @property
     def num_bytes(self) -> int:
         """Bytes of those requests."""
-        with self._lock:
-            return sum(size for _, size in self._held.values())
+        return self._total_bytes
 
     def admit(self, tenant: str, num_bytes: int) -> None:
         """Takes the request into the budget. Overloaded when it has no room; a lone request is never refused."""
         limits = self._limits
         with self._lock:
             requests, size = self._held.get(tenant, (0, 0))
-            total = sum(held for held, _ in self._held.values())
-            total_bytes = sum(held for _, held in self._held.values())
+            total, total_bytes = self._total, self._total_bytes
             own_full = requests >= max(1, int(limits.max_requests * limits.tenant_ratio))
             own_full |= requests > 0 and size + num_bytes > limits.max_bytes * limits.tenant_ratio
             full = total >= limits.max_requests or (total > 0 and total_bytes + num_bytes > limits.max_bytes)
@@ -66,6 +64,7 @@ class Admission:
                 whose = "this tenant's share of the queue" if own_full and not full else "the queue"
                 raise Overloaded(f"{whose} is full", delay)
             self._held[tenant] = (requests + 1, size + num_bytes)
+            self._total, self._total_bytes = total + 1, total_bytes + num_bytes
 
     def release(self, tenant: str, num_bytes: int, served_s: float) -> None:
         """Gives the room back. `served_s`: the device's time it took, for the delay told to others."""
@@ -73,6 +72,8 @@ class Admission:
             requests, size = self._held.pop(tenant)
             if requests > 1:
                 self._held[tenant] = (requests - 1, size - num_bytes)
+            self._total -= 1
+            self._total_bytes -= num_bytes
             if served_s > 0:
                 self._mean_s += 0.1 * (served_s - self._mean_s)
 

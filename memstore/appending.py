@@ -24,15 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StagedAppend:
-    """Everything that appending takes device memory for; what is left cannot fail. cells: (n,) int64, on the device."""
+    """Everything that appending takes device memory for; what is left cannot fail.
+
+    first_cells: (n,) of layer 0. cells: (layers * n,) int64, on the device, or as compiled code takes them on the host.
+    """
 
     rows: StagedRows
-    cells: torch.Tensor
-
-    @property
-    def first_cells(self) -> torch.Tensor:
-        """The cells of layer 0."""
-        return self.cells[: self.rows.keys.shape[1]]
+    first_cells: NDArray[np.int64]
+    cells: torch.Tensor | NDArray[np.int64]
 
 
 def stage(
@@ -45,18 +44,19 @@ def stage(
     appending = [plan for plan in plans if plan.batch.append]
     places = places_of_new([part.part.sequence for plan in appending for part in plan.parts if part.sequence is None])
     kept: list[tuple[int, int, int, int]] = []
-    num_rows = 0
-    for part in (part for plan in appending for part in plan.parts):
-        place = next(places) if part.sequence is None else part.sequence.place
-        num_kept = 0 if part.is_replay else min(part.part.num_rows, slab.capacity)
-        num_rows += part.part.num_rows
-        if num_kept:  # only the last ones: those before would have left again
-            end = part.first_position + part.part.num_rows
-            kept.append((place * slab.capacity, end - num_kept, num_rows - num_kept, num_kept))
+    capacity, num_rows = slab.capacity, 0
+    for plan in appending:
+        for part in plan.parts:
+            place = next(places) if part.sequence is None else part.sequence.place
+            count = part.part.num_rows
+            num_rows += count
+            num_kept = 0 if part.is_replay else min(count, capacity)
+            if num_kept:  # only the last ones: those before would have left again
+                end = part.first_position + count
+                kept.append((place * capacity, end - num_kept, num_rows - num_kept, num_kept))
     if not kept:
         return None
-    first_cells, positions, columns = _each_row(kept)
-    cells = torch.from_numpy(first_cells + ring.slot_of(positions, slab.capacity)).to(slab.device, non_blocking=True)
+    first_cells, columns = _cells_and_columns(kept, capacity)
     chosen = None if len(columns) == num_rows else torch.from_numpy(columns).to(slab.device, non_blocking=True)
 
     def rows(batches: list[torch.Tensor]) -> torch.Tensor:
@@ -67,15 +67,22 @@ def stage(
     payloads = {name: rows([plan.batch.payloads[name] for plan in appending]) for name in slab.payloads}
     compiled = _compiled(slab)
     staged = slab.stage(keys, payloads, None if compiled is None else compiled.norms_of)
-    return StagedAppend(staged, slab.in_all_layers(cells))
+    return StagedAppend(staged, first_cells, _everywhere(slab, first_cells, is_compiled=compiled is not None))
+
+
+def _everywhere(slab: Slab, first_cells: NDArray[np.int64], *, is_compiled: bool) -> torch.Tensor | NDArray[np.int64]:
+    """Cells of layer 0, in all layers, for `write`."""
+    if is_compiled and slab.num_layers == 1:
+        return first_cells
+    cells = slab.in_all_layers(torch.from_numpy(first_cells).to(slab.device, non_blocking=True))
+    return cells.numpy() if is_compiled else cells
 
 
 def write(slab: Slab, staged: StagedAppend) -> None:
     """Puts staged rows into their cells. Cannot fail, and takes no memory."""
-    compiled = _compiled(slab)
-    if compiled is None:
+    if isinstance(staged.cells, torch.Tensor):
         slab.write(staged.rows, staged.cells)
-    else:
+    elif (compiled := _compiled(slab)) is not None:
         compiled.put(slab, staged.rows, staged.cells)
 
 
@@ -96,22 +103,21 @@ def _placing() -> ModuleType | None:
 def cells_of(kept: Sequence[tuple[int, int, int]], capacity: int) -> torch.Tensor:
     """The cells of layer 0 of rows that follow one another. kept: (place, first position, rows) of each sequence."""
     table = [(place * capacity, position, 0, count) for place, position, count in kept if count]
-    if not table:
-        return torch.empty(0, dtype=torch.int64)
-    first_cells, positions, _ = _each_row(table)
-    return torch.from_numpy(first_cells + ring.slot_of(positions, capacity))
+    return torch.from_numpy(_cells_and_columns(table, capacity)[0]) if table else torch.empty(0, dtype=torch.int64)
 
 
-def _each_row(kept: Sequence[tuple[int, int, int, int]]) -> NDArray[np.int64]:
-    """(first cell of the place, first position, first column, number of rows) of each -> (3, rows) int64, one a row.
+def _cells_and_columns(
+    kept: Sequence[tuple[int, int, int, int]], capacity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(first cell of the place, first position, first column, rows) of each -> the cell and the column of every row.
 
     Positions and columns count on from the first ones.
     """
-    parts = np.array(kept, np.int64).T
-    firsts, counts = parts[:3], parts[3]
-    if counts.max() == 1:
-        return firsts
+    if all(count == 1 for _, _, _, count in kept):
+        cells = [first + ring.slot_of(position, capacity) for first, position, _, _ in kept]
+        return np.array(cells), np.array([column for _, _, column, _ in kept])
+    first_cells, positions, columns, counts = np.array(kept, np.int64).T
     ends = counts.cumsum()
-    table = np.repeat(firsts, counts, axis=1)
-    table[1:] += np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-    return table
+    nth = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    slots = ring.slot_of(np.repeat(positions, counts) + nth, capacity)
+    return np.repeat(first_cells, counts) + slots, np.repeat(columns, counts) + nth

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -19,6 +18,7 @@ from memstore.errors import Expired, InvalidRequest, MemstoreError, NotReady, Ov
 from memstore.outcomes import abort
 from memstore.replies import Reader, ReplyBudget, ReplyPlane
 from memstore.service import Caller
+from memstore.talk import Flight, Talk
 from memstore.v1 import memstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import MethodDescriptor
 
     from memstore.arrival import Context
-    from memstore.auth import Credentials
     from memstore.gate import Gate
     from memstore.lending import Lending
     from memstore.outcomes import Outcomes
@@ -35,8 +34,19 @@ if TYPE_CHECKING:
     from memstore.service import Service
 
 SERVICE = pb.DESCRIPTOR.services_by_name["MemoryService"]
+M = TypeVar("M", bound=Message)
 HEAD_BYTES = 1 << 20
 """Room that a reply has beside its tensors: 4,096 sequences need 0.3 MiB."""
+
+
+class Arrived(NamedTuple, Generic[M]):
+    """A message, and the bytes that it came in."""
+
+    message: M
+    num_bytes: int
+
+
+Steps: TypeAlias = "Arrived[pb.StepStreamRequest]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,68 +67,6 @@ class FrontLimits:
     stream_in_flight: int = 16
     reply_bytes: int = 256 << 20
     stall_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A step of a stream on its way. began, deadline: monotonic seconds."""
-
-    call_id: int
-    piece_bytes: int
-    future: Future[Message]
-    plane: ReplyPlane
-    began: float
-    deadline: float | None
-
-    def drop(self) -> None:
-        """Nobody wants the answer."""
-        self.future.cancel()
-        self.plane.release()
-
-
-class _Talk:
-    """One stream: what its caller carries, who takes its answers, and the steps on their way.
-
-    deadline: of the stream, in monotonic seconds.
-    """
-
-    def __init__(
-        self, context: Context, credentials: Credentials, request_id: str, deadline: float | None, reader: Reader
-    ) -> None:
-        self.context = context
-        self.credentials = credentials
-        self.request_id = request_id
-        self.deadline = deadline
-        self.reader = reader
-        self.flights: asyncio.Queue[_Flight | None] = asyncio.Queue()
-        self.current: _Flight | None = None
-        self.taken = asyncio.Event()
-        self.has_stalled = False
-
-    async def next(self) -> _Flight | None:
-        """The next step, in order; None at the end of them."""
-        self.current = None  # or an idle stream would keep its last answer
-        self.current = await self.flights.get()
-        return self.current
-
-    def stall(self) -> None:
-        """Gives up all but the message that is with gRPC already: that cannot be called back, nor the stream ended."""
-        self.has_stalled = True
-        if self.current is not None and self.current.piece_bytes:
-            self.current.plane.release()
-        self._drop_waiting()
-
-    def close(self) -> None:
-        """Gives up whatever is on its way."""
-        if self.current is not None:
-            self.current.drop()
-        self._drop_waiting()
-
-    def _drop_waiting(self) -> None:
-        while not self.flights.empty():
-            flight = self.flights.get_nowait()
-            if flight is not None:
-                flight.drop()
 
 
 class GrpcFront:
@@ -165,7 +113,7 @@ class GrpcFront:
             partial(self._unary, method.name), request_deserializer=parse, response_serializer=_serialize
         )
 
-    async def _unary(self, method: str, request: Message | Malformed, context: Context) -> Message:
+    async def _unary(self, method: str, request: Arrived[Message] | Malformed, context: Context) -> Message:
         began = self._clock.monotonic()
         metadata = metadata_of(context)
         request_id = request_id_of(metadata)
@@ -174,10 +122,12 @@ class GrpcFront:
             path = _path(method)
             credentials = credentials_of(metadata, context, self._gate.authenticator)
             identity = self._gate.enter(path, credentials)
-            whole = _whole(request)
+            whole, num_bytes = _whole(request)
             self._gate.admit(path, identity, whole)
             deadline = _deadline(began, context.time_remaining())
-            caller = Caller(tenant=identity.tenant, plane=plane, deadline=deadline, request_id=request_id)
+            caller = Caller(
+                tenant=identity.tenant, plane=plane, deadline=deadline, request_id=request_id, num_bytes=num_bytes
+            )
             lending = self._lending if is_local(context.peer()) else None
             if lending is not None and isinstance(whole, pb.OpenPlaneRequest):
                 reply: Message = lending.offer(whole, caller.tenant, lambda: self._gate.is_open(path, credentials))
@@ -200,7 +150,7 @@ class GrpcFront:
         await abort(context, failure, request_id)
         raise AssertionError("abort raises")
 
-    async def _stream(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], context: Context) -> None:
+    async def _stream(self, requests: AsyncIterator[Steps | Malformed], context: Context) -> None:
         metadata = metadata_of(context)
         request_id = request_id_of(metadata)
         began = self._clock.monotonic()
@@ -208,7 +158,7 @@ class GrpcFront:
         try:
             credentials = credentials_of(metadata, context, self._gate.authenticator)
             self._gate.enter(STREAM, credentials)
-            talk = _Talk(context, credentials, request_id, _deadline(began, context.time_remaining()), reader)
+            talk = Talk(context, credentials, request_id, _deadline(began, context.time_remaining()), reader)
             with self._outcomes.stream():
                 await self._converse(requests, talk)
             if not self._is_draining:
@@ -222,19 +172,16 @@ class GrpcFront:
             failure = self._outcomes.failure("StepStream", error, request_id, began)
         await abort(context, failure, request_id)
 
-    async def _converse(self, requests: AsyncIterator[pb.StepStreamRequest | Malformed], talk: _Talk) -> None:
+    async def _converse(self, requests: AsyncIterator[Steps | Malformed], talk: Talk) -> None:
         """Reads and answers side by side, in order, with a bounded number of steps between."""
-        room = asyncio.Semaphore(self._limits.stream_in_flight - 1)  # a step takes its room once it is begun
-        reading = asyncio.create_task(self._read(requests, talk, room))
+        reading = asyncio.create_task(self._read(requests, talk))
         reading.add_done_callback(_heard)
         self._readers.add(reading)
         try:
             while (flight := await talk.next()) is not None:
-                for frame in await self._settle(flight, talk.request_id):
+                for frame in self._settle(flight, talk.request_id):
                     await self._write(frame, talk)
-                flight.plane.release()
-                talk.taken.set()
-                room.release()
+                talk.take(flight)
             if not self._is_draining:
                 await reading  # what it failed with
         finally:
@@ -242,7 +189,7 @@ class GrpcFront:
             reading.cancel()
             talk.close()
 
-    async def _write(self, frame: bytes, talk: _Talk) -> None:
+    async def _write(self, frame: bytes, talk: Talk) -> None:
         """One message, once the caller has room for it. Overloaded where that has taken too long."""
         alarm = asyncio.get_running_loop().call_later(self._limits.stall_s, talk.stall)
         try:
@@ -252,12 +199,7 @@ class GrpcFront:
         if talk.has_stalled:
             raise Overloaded(f"no answer was taken for {self._limits.stall_s:g} s", 0.0)
 
-    async def _read(
-        self,
-        requests: AsyncIterator[pb.StepStreamRequest | Malformed],
-        talk: _Talk,
-        room: asyncio.Semaphore,
-    ) -> None:
+    async def _read(self, requests: AsyncIterator[Steps | Malformed], talk: Talk) -> None:
         try:
             if self._is_draining:
                 return
@@ -265,45 +207,52 @@ class GrpcFront:
                 if isinstance(request, Malformed):
                     raise InvalidRequest("request", request.problem)
                 while talk.reader.is_behind:
-                    talk.taken.clear()
-                    await talk.taken.wait()
+                    await talk.taken()
                 if talk.has_stalled:
                     return
-                talk.flights.put_nowait(self._begin(request, talk))
-                await room.acquire()
+                flight = self._begin(request, talk)
+                talk.put(flight, self._left_s(flight))
+                while talk.num_open >= self._limits.stream_in_flight:
+                    await talk.taken()
         finally:
-            talk.flights.put_nowait(None)
+            talk.end()
 
-    def _begin(self, request: pb.StepStreamRequest, talk: _Talk) -> _Flight:
+    def _begin(self, arrived: Steps, talk: Talk) -> Flight:
         """Sends a step on its way. NotAuthenticated, which ends the stream, once its credential is good no more."""
+        request = arrived.message
         identity = self._gate.enter(STREAM, talk.credentials)
         began = self._clock.monotonic()
-        timeout_s = request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
-        ends = [end for end in (talk.deadline, _deadline(began, timeout_s)) if end is not None]
-        deadline = min(ends, default=None)
+        deadline = talk.deadline
+        if request.HasField("timeout"):
+            own = began + request.timeout.seconds + request.timeout.nanos / 1e9
+            deadline = own if deadline is None else min(own, deadline)
         plane = ReplyPlane(talk.reader, self.max_reply_bytes, request.call_id if request.max_piece_bytes else None)
-        caller = Caller(tenant=identity.tenant, plane=plane, deadline=deadline, request_id=talk.request_id)
-        future: Future[Message] = Future()
+        caller = Caller(
+            tenant=identity.tenant,
+            plane=plane,
+            deadline=deadline,
+            request_id=talk.request_id,
+            num_bytes=arrived.num_bytes,
+        )
         piece_bytes = 0
         try:
             self._gate.admit(STREAM, identity, request.step)
             piece_bytes = wire.piece_bytes(request.max_piece_bytes)
         except MemstoreError as error:
+            future: Future[Message] = Future()
             future.set_exception(error)
         else:
             future = self._service.call("Step", request.step, caller)
-        return _Flight(request.call_id, piece_bytes, future, plane, began, deadline)
+        return Flight(request.call_id, piece_bytes, future, plane, began, deadline)
 
-    async def _settle(self, flight: _Flight, request_id: str) -> Iterable[bytes]:
-        """The messages of the answer to a step."""
+    def _settle(self, flight: Flight, request_id: str) -> Iterable[bytes]:
+        """The messages of the answer to a step that is over."""
+        future = flight.future
         try:
-            if not flight.future.done():
-                await _outcome(flight.future, self._left_s(flight))
-            reply = flight.future.result()
-        except TimeoutError:
-            flight.future.cancel()
-            late = Expired("the step's timeout is over; what the device had begun is done nevertheless")
-            failure = self._outcomes.failure("StepStream", late, request_id, flight.began)
+            if not future.done():
+                future.cancel()
+                raise Expired("the step's timeout is over; what the device had begun is done nevertheless")
+            reply = future.result()
         except Exception as error:  # the root of the servicer, as in _unary
             failure = self._outcomes.failure("StepStream", error, request_id, flight.began)
         else:
@@ -311,32 +260,8 @@ class GrpcFront:
             return wire.answer_frames(flight.call_id, reply, flight.plane, flight.piece_bytes)
         return (wire.failure_frame(flight.call_id, status.to_failure(failure)),)
 
-    def _left_s(self, flight: _Flight) -> float | None:
+    def _left_s(self, flight: Flight) -> float | None:
         return None if flight.deadline is None else max(0.0, flight.deadline - self._clock.monotonic())
-
-
-async def _outcome(future: Future[Message], seconds: float | None) -> None:
-    """Waits until another thread has settled a future, which is left alone. TimeoutError where that takes too long."""
-    loop = asyncio.get_running_loop()
-    waiting = loop.create_future()
-
-    def wake() -> None:
-        if not waiting.done():
-            waiting.set_result(None)
-
-    def tell(_: Future[Message]) -> None:
-        with suppress(RuntimeError):  # the loop may be closed by then
-            loop.call_soon_threadsafe(wake)
-
-    future.add_done_callback(tell)
-    alarm = None if seconds is None else loop.call_later(seconds, wake)
-    try:
-        await waiting
-    finally:
-        if alarm is not None:
-            alarm.cancel()
-    if not future.done():
-        raise TimeoutError
 
 
 def _heard(reader: asyncio.Task[None]) -> None:
@@ -345,23 +270,23 @@ def _heard(reader: asyncio.Task[None]) -> None:
         reader.exception()
 
 
-def _parser(kind: type[Message]) -> Callable[[bytes], Message | Malformed]:
+def _parser(kind: type[Message]) -> Callable[[bytes], Arrived[Message] | Malformed]:
     descriptor: Any = kind.DESCRIPTOR
     malformed = Malformed(f"not a {kind.DESCRIPTOR.name}")
     crowd = Malformed(f"{malformed.problem} of {wire.MAX_MESSAGE_PARTS:,} fields at most")
 
-    def parse(content: bytes) -> Message | Malformed:
+    def parse(content: bytes) -> Arrived[Message] | Malformed:
         if wire.is_crowd(descriptor, content):
             return crowd
         try:
-            return kind.FromString(content)
+            return Arrived(kind.FromString(content), len(content))
         except DecodeError:
             return malformed
 
     return parse
 
 
-def _whole(request: Message | Malformed) -> Message:
+def _whole(request: Arrived[Message] | Malformed) -> Arrived[Message]:
     if isinstance(request, Malformed):
         raise InvalidRequest("request", request.problem)
     return request

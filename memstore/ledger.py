@@ -96,7 +96,8 @@ class Ledger:
         sequence.next_position += num_rows
         sequence.num_appended += num_rows
         self.appended_rows += num_rows * num_layers
-        self.evicted_rows += (sequence.begin(capacity) - begin) * num_layers
+        if sequence.next_position > capacity:  # or none can have left
+            self.evicted_rows += (sequence.begin(capacity) - begin) * num_layers
         if change.reply is not None:
             sequence.remember(change.writer, change.reply)
 

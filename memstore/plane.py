@@ -81,7 +81,7 @@ def element_format(tensor: pb.Tensor, field: str) -> tuple[torch.dtype, tuple[in
     shape = tuple(tensor.shape)
     if len(shape) > MAX_TENSOR_DIMS:
         raise InvalidRequest(f"{field}.shape", f"{len(shape)} extents, at most {MAX_TENSOR_DIMS}")
-    if any(extent < 0 for extent in shape):
+    if min(shape, default=0) < 0:
         raise InvalidRequest(f"{field}.shape", f"{list(shape)} has an extent below 0")
     return dtype, shape
 
@@ -135,7 +135,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The elements of a tensor on the host, row-major; its own where they lie so."""
     plain = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor  # which numpy does not have
     rows = plain.detach().numpy() if plain.requires_grad else plain.numpy()
-    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+    return rows.ravel().view(np.uint8).data
 
 
 def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -54,9 +54,10 @@ class Planner:
 
     def _plan_one(self, batch: StepBatch, num_free: int) -> BatchPlan:
         """Decides a batch against the state, changing nothing. Raises what makes it impossible."""
-        for part in batch.parts:
-            if batch.append or part.start_of_sequence:
-                self._lender.check_writable(part.sequence, batch.writer)
+        if len(self._lender):
+            for part in batch.parts:
+                if batch.append or part.start_of_sequence:
+                    self._lender.check_writable(part.sequence, batch.writer)
         fingerprints = batch.fingerprints or (0,) * len(batch.parts)
         writer = batch.writer if batch.append else None
         parts = tuple(

@@ -84,7 +84,7 @@ class ReplyPlane(InlinePlane):
 
     def fill(self, targets: Sequence[pb.Tensor], tensors: Sequence[torch.Tensor]) -> None:
         """See Plane.fill. Overloaded where too much waits to be taken."""
-        self._hold(sum(tensor.nbytes for tensor in tensors))
+        self._hold(sum([tensor.nbytes for tensor in tensors]))
         if self._call_id is None:
             super().fill(targets, tensors)
             return

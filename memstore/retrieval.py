@@ -34,14 +34,19 @@ def retrieve(slab: Slab, index: VectorIndex, plans: Sequence[BatchPlan]) -> list
 
 def search_batch(plans: Sequence[BatchPlan], top_k: int) -> SearchBatch:
     """What is searched for the plans, all of them together."""
-    parts = [part for plan in plans for part in plan.parts]
+    parts = [
+        (0 if part.sequence is None else part.sequence.place, part.part.num_rows, part.begin, part.as_of)
+        for plan in plans
+        for part in plan.parts
+    ]
+    places, counts, begins, ends = zip(*parts, strict=True)
     return SearchBatch(
         queries=joined_rows([plan.batch.keys for plan in plans]),
         layers=plans[0].batch.layers,
-        places=tuple(0 if part.sequence is None else part.sequence.place for part in parts),
-        counts=tuple(part.part.num_rows for part in parts),
-        begins=tuple(part.begin for part in parts),
-        ends=tuple(part.as_of for part in parts),
+        places=places,
+        counts=counts,
+        begins=begins,
+        ends=ends,
         top_k=top_k,
     )
 

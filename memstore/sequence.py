@@ -105,10 +105,11 @@ class Sequence:
         known = self.writers.get(writer)
         if known is None:
             known = self.writers[writer] = Writer()
+            if len(self.writers) > MAX_WRITERS:
+                self.writers.popitem(last=False)
+        else:
+            self.writers.move_to_end(writer)
         known.remember(reply)
-        self.writers.move_to_end(writer)
-        if len(self.writers) > MAX_WRITERS:
-            self.writers.popitem(last=False)
 
 
 class SequenceTable:

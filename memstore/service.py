@@ -36,12 +36,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who calls, how tensors travel, and until when (monotonic seconds) the answer is wanted; None: for ever."""
+    """Who calls, how tensors travel, and until when (monotonic seconds) the answer is wanted; None: for ever.
+
+    num_bytes: of the message that the request came in; 0 where nobody has counted them, which means to write it anew.
+    """
 
     tenant: str
     plane: Plane
     deadline: float | None = None
     request_id: str = ""
+    num_bytes: int = 0
 
 
 class Service:
@@ -262,9 +266,10 @@ def stand_job(
 
 
 def _ticket(request: Message, caller: Caller) -> Ticket:
+    num_bytes = caller.num_bytes or (request.ByteSize() if caller.plane.has_bytes else tensor_bytes(request))
     return Ticket(
         tenant=caller.tenant,
-        num_bytes=request.ByteSize() if caller.plane.has_bytes else tensor_bytes(request),
+        num_bytes=num_bytes,
         deadline=caller.deadline,
         request_id=caller.request_id,
     )

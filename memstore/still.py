@@ -21,6 +21,8 @@ from memstore.row_bytes import RowFormat
 from memstore.sequence import Sequence, Writer
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from memstore.sequence import SequenceTable
     from memstore.slab import Slab, StagedRows
     from memstore.tiers import Tiers
@@ -180,15 +182,15 @@ class Pictures:
         if self.tiers is not None:
             self.tiers.thaw()
 
-    def preserve(self, cells: torch.Tensor) -> None:
+    def preserve(self, cells: NDArray[np.int64]) -> None:
         """Lets the picture put aside what is about to be overwritten. cells: of layer 0. May run out of memory."""
         if self._still is not None:
-            self._still.preserve(cells)
+            self._still.preserve(torch.from_numpy(cells))
 
     def preserve_rows(self, place: int, position: int, num_rows: int) -> None:
         """The same for the cells of rows that follow one another in one place."""
         if self._still is not None:
-            self.preserve(cells_of([(place, position, num_rows)], self._spec.capacity))
+            self._still.preserve(cells_of([(place, position, num_rows)], self._spec.capacity))
 
 
 def copy_of(sequence: Sequence) -> Sequence:

@@ -6,8 +6,9 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
+import numpy as np
 import torch
 
 from memstore.v1 import memstore_pb2 as pb
@@ -16,7 +17,6 @@ from model_client.errors import Internal, InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
     from google.protobuf.message import Message
     from numpy.typing import NDArray
 
@@ -35,6 +35,16 @@ _TO_WIRE = {
     torch.uint8: pb.DATA_TYPE_UINT8,
 }
 _FROM_WIRE = {code: dtype for dtype, code in _TO_WIRE.items()}
+
+_TO_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.int64: np.dtype(np.int64),
+    torch.int32: np.dtype(np.int32),
+    torch.int8: np.dtype(np.int8),
+    torch.uint8: np.dtype(np.uint8),
+}
+"""All but bfloat16, which numpy does not have."""
 
 _METRICS = {"l2": pb.METRIC_L2, "ip": pb.METRIC_INNER_PRODUCT, "cosine": pb.METRIC_COSINE}
 _FIRST_PASSES = {
@@ -59,8 +69,9 @@ _SETTINGS = sorted(pb.IndexSettings.DESCRIPTOR.fields_by_name)
 
 with warnings.catch_warnings():
     # Torch says once a process that it does not know whether bytes may be written to; here it says so to nobody.
-    warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+    warnings.filterwarnings("ignore", message="The given .* is not writable", category=UserWarning)
     torch.frombuffer(b"\0", dtype=torch.uint8)
+    torch.from_numpy(np.ndarray((1,), np.uint8, b"\0"))
 
 
 class MemoryOptions(TypedDict, total=False):
@@ -181,15 +192,17 @@ def tensor_of(
 ) -> torch.Tensor:
     """The tensor that a message describes, whose elements are these bytes of a buffer. Raises Internal."""
     dtype, shape = element_format(message, offset, num_bytes)
-    count = num_bytes // dtype.itemsize
-    if not count:
+    if not num_bytes:
         return torch.empty(shape, dtype=dtype, device=device)
+    kind = _TO_NUMPY.get(dtype)
     try:
-        flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
-        shaped = flat if len(shape) == 1 else flat.view(shape)
-        return shaped if device.type == "cpu" else shaped.to(device)
-    except ValueError as error:
+        if kind is None:
+            tensor = torch.frombuffer(buffer, dtype=dtype, count=num_bytes // dtype.itemsize, offset=offset).view(shape)
+        else:  # a single call of torch, which costs more than what numpy does
+            tensor = torch.from_numpy(np.ndarray(shape, kind, buffer, offset))
+    except (ValueError, TypeError) as error:
         raise Internal(f"the reply has a tensor beyond its bytes: {num_bytes} at {offset}") from error
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def element_format(message: pb.Tensor, offset: int, num_bytes: int) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -25,11 +25,10 @@ def norms_of(keys: torch.Tensor, metric: Metric) -> torch.Tensor:
     return torch.from_numpy(norms)
 
 
-def put(slab: Slab, rows: StagedRows, cells: torch.Tensor) -> None:
+def put(slab: Slab, rows: StagedRows, cells: NDArray[np.int64]) -> None:
     """See Slab.write; the rows have all arrays of the slab."""
-    numbers = cells.numpy()
     for array, new in zip(slab.cells, rows.arrays, strict=True):
-        scatter(array, numbers, _as_rows(new))
+        scatter(array, cells, _as_rows(new))
 
 
 @kernel
@@ -64,5 +63,6 @@ def _measure(keys: NDArray[Any], metric: int, norms: NDArray[Any]) -> None:
 
 def _as_rows(array: torch.Tensor) -> NDArray[np.uint8]:
     """(L, n, ...) -> (L * n, bytes), the same memory."""
-    flat: NDArray[np.uint8] = array.view(torch.uint8).numpy()
-    return flat.reshape(array.shape[0] * array.shape[1], -1)
+    plain = array.view(torch.int16) if array.dtype is torch.bfloat16 else array  # which numpy does not have
+    rows: NDArray[Any] = plain.numpy()
+    return rows.reshape(rows.shape[0] * rows.shape[1], -1).view(np.uint8)

@@ -59,7 +59,7 @@ def _retrieve() -> None:
 
 def _place() -> None:
     slab = Slab(MemorySpec(name="warm", dim=16, capacity=4), torch.device("cpu"))
-    put(slab, slab.stage(torch.ones(1, 1, slab.dim), {}, norms_of), torch.zeros(1, dtype=torch.int64))
+    put(slab, slab.stage(torch.ones(1, 1, slab.dim), {}, norms_of), np.zeros(1, np.int64))
 
 
 def _help(slab: Slab, batch: SearchBatch) -> None:

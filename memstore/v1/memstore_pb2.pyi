@@ -145,11 +145,11 @@ class _IndexKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_IndexKind.V
     INDEX_KIND_FAISS_FLAT: _IndexKind.ValueType  # 2
     """FAISS brute force over the same rows; equal to EXACT in results."""
     INDEX_KIND_FAISS_IVF_FLAT: _IndexKind.ValueType  # 3
-    """For a million rows and more: old rows in FAISS inverted lists, the others as EXACT. May miss rows."""
+    """For a million rows and more: old rows in inverted lists, the others as EXACT. May miss rows."""
     INDEX_KIND_FAISS_IVF_PQ: _IndexKind.ValueType  # 4
     """The same with rows in product codes, which take less memory; hits are ranked by the rows themselves all the same."""
     INDEX_KIND_FAISS_CAGRA: _IndexKind.ValueType  # 5
-    """The same with a graph: CAGRA on a GPU, HNSW on the host."""
+    """The same with a graph: after CAGRA on a GPU, HNSW on the host."""
 
 class IndexKind(_IndexKind, metaclass=_IndexKindEnumTypeWrapper):
     """How rows are found."""
@@ -161,11 +161,11 @@ INDEX_KIND_EXACT: IndexKind.ValueType  # 1
 INDEX_KIND_FAISS_FLAT: IndexKind.ValueType  # 2
 """FAISS brute force over the same rows; equal to EXACT in results."""
 INDEX_KIND_FAISS_IVF_FLAT: IndexKind.ValueType  # 3
-"""For a million rows and more: old rows in FAISS inverted lists, the others as EXACT. May miss rows."""
+"""For a million rows and more: old rows in inverted lists, the others as EXACT. May miss rows."""
 INDEX_KIND_FAISS_IVF_PQ: IndexKind.ValueType  # 4
 """The same with rows in product codes, which take less memory; hits are ranked by the rows themselves all the same."""
 INDEX_KIND_FAISS_CAGRA: IndexKind.ValueType  # 5
-"""The same with a graph: CAGRA on a GPU, HNSW on the host."""
+"""The same with a graph: after CAGRA on a GPU, HNSW on the host."""
 Global___IndexKind: _TypeAlias = IndexKind  # noqa: Y015
 
 class _EvictionPolicy:
@@ -310,7 +310,9 @@ class IndexSettings(_message.Message):
     graph_degree: _builtins.int
     """FAISS_CAGRA: links of a row, 4 to 128, even, at most a quarter of generation_rows. Default 64."""
     itopk: _builtins.int
-    """FAISS_CAGRA: rows that a walk through the graph keeps, 16 to 512; top_k where that is more. Default 128."""
+    """FAISS_CAGRA: rows that a walk through the graph keeps, 16 to 512; top_k where that is more. Default 128, and no more
+    than that on a GPU.
+    """
     def __init__(
         self,
         *,

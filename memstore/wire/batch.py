@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +27,8 @@ StepLike = pb.StepRequest | pb.RetrieveRequest | pb.AppendRequest
 _KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ask:
-    """What the three kinds of request have in common."""
+class _Ask(NamedTuple):
+    """What the three kinds of request have in common. A tuple: every step makes one."""
 
     layers: Sequence[int]
     retrieve: pb.RetrieveOptions | None
@@ -67,9 +65,14 @@ def decode_batch(request: StepLike, spec: MemorySpec, plane: Plane) -> StepBatch
     num_rows = sum(part.num_rows for part in parts)
     if retrieve is not None:
         _check_reply_size(retrieve, len(layers) * num_rows, plane)
-    keys = _keys(request, (len(layers), num_rows, spec.dim), spec if ask.append else None, plane)
-    payloads = _payloads(ask, spec, keys.shape[:2], plane)
-    is_resendable = plane.has_bytes and ask.append and writer != ""
+    keys = _keys(request, (len(layers), num_rows, spec.dim), plane)
+    content = None if keys.is_cuda else bytes_of(keys)
+    _check_magnitude(keys, content, spec.dtype if ask.append else None)
+    payloads = _payloads(ask, spec, (len(layers), num_rows), plane)
+    fingerprints: tuple[int, ...] = ()
+    if plane.has_bytes and ask.append and writer and content is not None:  # or else nothing can be sent again
+        contents = content, *map(bytes_of, payloads.values())
+        fingerprints = _fingerprints(parts, len(layers), num_rows, contents)
     return StepBatch(
         parts=parts,
         layers=layers,
@@ -78,7 +81,7 @@ def decode_batch(request: StepLike, spec: MemorySpec, plane: Plane) -> StepBatch
         retrieve=retrieve,
         append=ask.append,
         writer=writer,
-        fingerprints=_fingerprints(parts, (keys, *payloads.values())) if is_resendable else (),
+        fingerprints=fingerprints,
         known=() if ask.retrieve is None else _known(ask.retrieve.known, len(layers) * len(parts)),
     )
 
@@ -157,38 +160,49 @@ def _check_reply_size(options: RetrieveOptions, num_queries: int, plane: Plane) 
         )
 
 
-def _keys(request: StepLike, shape: tuple[int, int, int], stored: MemorySpec | None, plane: Plane) -> torch.Tensor:
-    """The keys, of this shape, finite, and within the range of `stored` where they are to be kept."""
+def _keys(request: StepLike, shape: tuple[int, int, int], plane: Plane) -> torch.Tensor:
+    """The keys, of this shape; whether they are finite is still to be asked."""
     if not request.HasField("keys"):
         raise InvalidRequest("keys", "missing")
-    if tuple(request.keys.shape) != shape:
+    message = request.keys
+    if tuple(message.shape) != shape:
         raise InvalidRequest(
-            "keys.shape",
-            f"{list(request.keys.shape)} given, {list(shape)} expected: [layers, rows of all sequences, dim]",
+            "keys.shape", f"{list(message.shape)} given, {list(shape)} expected: [layers, rows of all sequences, dim]"
         )
-    keys = plane.read(request.keys, "keys")
+    keys = plane.read(message, "keys")
     if keys.dtype not in _KEY_DTYPES:
         raise InvalidRequest("keys.dtype", f"{keys.dtype}: keys are FP32, FP16 or BF16")
-    if keys.numel():
-        most = min(limits.MAX_KEY_ABS, torch.finfo(keys.dtype if stored is None else stored.dtype).max)
-        if not _is_within(keys, most):
-            raise InvalidRequest("keys", f"an element is NaN, infinite or beyond +-{most:g}")
     return keys
 
 
-def _is_within(keys: torch.Tensor, most: float) -> bool:
-    """True where every element is a number from -most to most. On the host its bits are asked, whose order is theirs.
+def _check_magnitude(keys: torch.Tensor, content: memoryview | None, stored: torch.dtype | None) -> None:
+    """InvalidRequest unless all keys are finite, and within the range of `stored` where they are to be kept.
+
+    content: their bytes where they are on the host.
+    """
+    kept = keys.dtype if stored is None else stored
+    if content is None:
+        is_within = not keys.numel() or largest(keys) <= _most(kept)
+    else:
+        is_within = not content or _is_within(content, keys.dtype, _most(kept))
+    if not is_within:
+        raise InvalidRequest("keys", f"an element is NaN, infinite or beyond +-{_most(kept):g}")
+
+
+@cache
+def _most(stored: torch.dtype) -> float:
+    """The largest magnitude of an element that may be kept so."""
+    return min(limits.MAX_KEY_ABS, torch.finfo(stored).max)
+
+
+def _is_within(content: memoryview, dtype: torch.dtype, most: float) -> bool:
+    """True where every element is a number from -most to most. Its bits are asked, whose order is that of magnitudes.
 
     Those of NaN come after those of infinity.
     """
-    if keys.is_cuda:
-        return largest(keys) <= most
-    content = bytes_of(keys)
-    if keys.element_size() == 2:
-        bits: NDArray[Any] = np.frombuffer(content, np.int16) & 0x7FFF
-    else:
-        bits = np.frombuffer(content, np.int32) & 0x7FFFFFFF
-    return int(bits.max()) <= _largest_bits(keys.dtype, most)
+    bits: NDArray[Any] = np.frombuffer(content, np.int16 if dtype.itemsize == 2 else np.int32)
+    without_sign = bits & (0x7FFF if dtype.itemsize == 2 else 0x7FFFFFFF)
+    return int(np.maximum.reduce(without_sign)) <= _largest_bits(dtype, most)
 
 
 def largest(keys: torch.Tensor) -> float:
@@ -222,13 +236,15 @@ def _payloads(ask: _Ask, spec: MemorySpec, rows: Sequence[int], plane: Plane) ->
     return {name: payloads[name] for name in expected}
 
 
-def _fingerprints(parts: Sequence[SequencePart], arrays: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """CRC-32 of each part's rows in every array and layer, in the order of the spec."""
+def _fingerprints(
+    parts: Sequence[SequencePart], num_layers: int, num_rows: int, contents: Sequence[memoryview]
+) -> tuple[int, ...]:
+    """CRC-32 of each part's rows in every array and layer, in the order of the spec. contents: of the arrays, whole."""
     layers: list[tuple[memoryview, int]] = []
-    for array in arrays:
-        content, layer_bytes = bytes_of(array), array.nbytes // array.shape[0]
-        row_bytes = layer_bytes // max(array.shape[1], 1)
-        layers += [(content[at : at + layer_bytes], row_bytes) for at in range(0, array.nbytes, layer_bytes or 1)]
+    for content in contents:
+        layer_bytes = len(content) // num_layers
+        row_bytes = layer_bytes // max(num_rows, 1)
+        layers += [(content[at : at + layer_bytes], row_bytes) for at in range(0, len(content), layer_bytes or 1)]
     fingerprints, begin = [], 0
     for part in parts:
         end = begin + part.num_rows

@@ -72,7 +72,7 @@ def _fill_hits(into: pb.Hits, hits: Hits, plane: Plane) -> None:
     if hits.left_out is not None:
         tensors.append(hits.left_out)
         targets.append(into.left_out)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    size = sum([tensor.nbytes for tensor in tensors])
     if size > plane.max_reply_bytes:
         raise QuotaExceeded(
             f"the reply has {size:,} bytes, at most {plane.max_reply_bytes:,}: ask for fewer hits, rows or arrays; "

@@ -91,12 +91,13 @@ class PiecesPlane(InlinePlane):
         if not message.HasField("region"):
             return super().read(message, device)
         region = message.region
-        kept = self._kept.get(region.region)
+        number = region.region
+        kept = self._kept.get(number)
         if kept is None or region.plane != pb.PLANE_INLINE:
-            raise Internal(f"the reply has a tensor in region {region.region}, which is not here")
+            raise Internal(f"the reply has a tensor in region {number}, which is not here")
         kept.num_unread -= 1
         if kept.num_unread == 0:
-            del self._kept[region.region]
+            del self._kept[number]
         if device.type == "cpu":
             return tensor_of(message, kept.buffer, region.offset_bytes, region.length_bytes, device)
         return _slice(message, kept.on(device))

@@ -137,7 +137,7 @@ class StepStream:
 def _framed(number: int, timeout_s: float, step: bytes) -> bytes:
     """A StepStreamRequest in wire form, without another copy of the step as a message."""
     head = pb.StepStreamRequest(call_id=number, max_piece_bytes=MAX_PIECE_BYTES)
-    head.timeout.FromNanoseconds(int(timeout_s * 1e9))
+    head.timeout.seconds, head.timeout.nanos = divmod(int(timeout_s * 1e9), 1_000_000_000)
     return b"".join((head.SerializeToString(), _STEP_TAG, _varint(len(step)), step))
 
 

@@ -21,7 +21,7 @@ ORDER = """
     admission capacity catalog store pace turns errands joining standing device plane replies
     wire status access followed tokens auth quotas gate
     entries rooms removals registry snapshotter expirer metrics service
-    embedded mapped lending listen arrival outcomes lobby door grpc_front health
+    embedded mapped lending listen arrival outcomes talk lobby door grpc_front health
     server console issuing backup __main__
 """.split()
 PACKAGES = ("memstore", "model_client", "integration")

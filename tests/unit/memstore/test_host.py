@@ -340,7 +340,7 @@ def test_rows_are_put_where_torch_puts_them(metric: Metric, dtype: torch.dtype, 
     cells = plain.in_all_layers(torch.tensor([20, 0, 6, 7, 13]))
     keys = torch.randn(2, 5, spec.dim) * torch.tensor([0.0, 1e-3, 1.0, 100.0, 1.0])[:, None]
     kept = {"norm": torch.randn(2, 5, 2, 3).bfloat16(), "at": torch.arange(10).view(2, 5)}
-    placing.put(compiled, compiled.stage(keys, kept, placing.norms_of), cells)
+    placing.put(compiled, compiled.stage(keys, kept, placing.norms_of), cells.numpy())
     plain.write(plain.stage(keys, kept), cells)
     every = torch.arange(spec.capacity * spec.max_sequences)
     for mine, theirs in zip(compiled.rows(every).arrays, plain.rows(every).arrays, strict=True):

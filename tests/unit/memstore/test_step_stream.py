@@ -12,7 +12,7 @@ from grpc._cython.cygrpc import ExecuteBatchError
 from memstore.errors import (
     NotReady,
 )
-from memstore.grpc_front import SERVICE
+from memstore.grpc_front import SERVICE, Arrived, Steps
 from memstore.v1 import memstore_pb2 as pb
 from tests.calling import Conversation, fails, failure, until_queued, until_streams_ended
 from tests.fakes import FakeClock, held
@@ -97,9 +97,10 @@ class Gone:
 
 
 def test_a_reader_that_has_gone_is_no_bug(server: Serving, caplog: pytest.LogCaptureFixture) -> None:
-    async def requests() -> AsyncIterator[pb.StepStreamRequest]:
+    async def requests() -> AsyncIterator[Steps]:
         for seq in range(3):
-            yield pb.StepStreamRequest(call_id=seq, step=step(seq=seq))
+            request = pb.StepStreamRequest(call_id=seq, step=step(seq=seq))
+            yield Arrived(request, request.ByteSize())
 
     context = cast("Context", Gone())
     asyncio.run_coroutine_threadsafe(server.front._stream(requests(), context), server.loop).result()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memstore import wire
 from memstore.errors import InvalidRequest, QuotaExceeded
 from memstore.index.settings import SETTINGS, filled_in
-from memstore.plane import DATA_TYPES, InlinePlane, ProcessPlane
+from memstore.plane import DATA_TYPES, InlinePlane, ProcessPlane, bytes_of
 from memstore.types import (
     Durability,
     Hits,
@@ -285,13 +285,14 @@ def test_a_description_has_spec_and_counts() -> None:
 def test_of_all_numbers_of_16_bits_those_within_the_limit_are_taken(dtype: torch.dtype, most: float) -> None:
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
     expected = every.view(dtype).double().abs() <= most  # false for NaN
+    content = bytes_of(every)
     step = 97
-    found = [batch._is_within(every[at : at + 1].view(dtype), most) for at in range(0, len(every), step)]
+    found = [batch._is_within(content[2 * at : 2 * at + 2], dtype, most) for at in range(0, len(every), step)]
     assert found == expected[::step].tolist()
     edges = [at for at in range(1, len(every)) if expected[at] != expected[at - 1]]
     assert len(edges) == 3, "where negative ones end, where others begin, and where they end"
     for at in (place for edge in edges for place in (edge - 1, edge)):
-        assert batch._is_within(every[at : at + 1].view(dtype), most) == expected[at]
+        assert batch._is_within(content[2 * at : 2 * at + 2], dtype, most) == expected[at]
 
 
 @pytest.mark.parametrize("most", [65504.0, 1e17, torch.finfo(torch.float32).max])
@@ -299,7 +300,7 @@ def test_of_32_bits_too(most: float) -> None:
     nearest = torch.tensor(most, dtype=torch.float64).float()
     near = torch.stack([torch.nextafter(nearest, torch.tensor(0.0)), nearest, torch.nextafter(nearest, nearest * 2)])
     for value in (*near, *-near, torch.tensor(torch.nan), torch.tensor(torch.inf), torch.tensor(0.0)):
-        assert batch._is_within(value[None], most) == (abs(value.item()) <= most)
+        assert batch._is_within(bytes_of(value), torch.float32, most) == (abs(value.item()) <= most)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
