@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import mmap
 import os
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,18 +25,36 @@ def is_available(device: torch.device) -> bool:
     return bool(_done(driver, driver.cuDeviceGetAttribute(attribute, device.index or 0)))
 
 
+_still_pinned: deque[Callable[[], None]] = deque()
+"""What unpins pages that nobody uses any more, and could not yet."""
+
+
 def pin(pages: torch.Tensor, device: torch.device) -> Callable[[], None]:
-    """Pins whole pages of the host's memory, if that can be; what is given unpins them."""
+    """Pins whole pages of the host's memory, if that can be; what is given unpins them.
+
+    That waits for all that is under way on the device, which cannot be while a CUDA graph is captured, as when garbage
+    is collected then. The pages are kept in that case, and unpinned with the next ones.
+    """
     driver = _driver(device)
     address = pages.data_ptr()
     if address % mmap.PAGESIZE or pages.nbytes % mmap.PAGESIZE:
         raise ValueError(f"{pages.nbytes} bytes at {address:#x} are no whole pages")
     is_pinned = driver.cuMemHostRegister(address, pages.nbytes, 0)[0] == driver.CUresult.CUDA_SUCCESS
 
-    def unpin() -> None:
-        torch.cuda.synchronize(device)
+    def release() -> None:
         if is_pinned:
-            _driver(device).cuMemHostUnregister(address)
+            driver.cuMemHostUnregister(pages.data_ptr())
+
+    def unpin() -> None:
+        _still_pinned.append(release)
+        if torch.cuda.is_current_stream_capturing():
+            return
+        try:
+            torch.cuda.synchronize(device)
+        except torch.AcceleratorError:  # another thread captures
+            return
+        while _still_pinned:
+            _still_pinned.popleft()()
 
     return unpin
 

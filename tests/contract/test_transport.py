@@ -305,15 +305,23 @@ def test_counters(client: Any, kind: str) -> None:
         assert stats["received_bytes"] > 3 * 16
 
 
+def prefix_read(reader: Any, keys: torch.Tensor, counts: list[int], options: Retrieval, end: int) -> Any:
+    """Hits of a read that sees all positions up to `end`: others see rows of a lease once a GPU has written them."""
+    while True:
+        result = reader.retrieve(keys, counts, options)
+        if all(sequence.as_of == end for sequence in result.sequences):
+            return result.hits
+
+
 def test_rows_that_have_come_do_not_travel_again(client: Any, kind: str, device: torch.device) -> None:
     create(client, dim=16, capacity=2048, num_layers=2, dtype=torch.float16, payloads={"n": (torch.int64, (8,))})
     session, reader = client.session("m", ["a", "b"]), client.session("m", ["a", "b"])
     options = Retrieval(8, after=1, arrays=("key", "n"))
     num_found = 0
-    for _ in range(4):
+    for number in range(4):
         keys = torch.randn(2, 512, 16, device=device).half()
         session.append(keys, [256, 256], payloads={"n": torch.randint(1 << 40, (2, 512, 8), device=device)})
-        want = reader.retrieve(keys[:, ::8], [32, 32], options).hits  # too few queries for anything to be kept
+        want = prefix_read(reader, keys[:, ::8], [32, 32], options, 256 * (number + 1))  # too few for any to be kept
         got = session.retrieve(keys, [256, 256], options).hits
         is_hit = want.index >= 0
         mine, others = got.index[:, ::8][is_hit].long(), want.index[is_hit].long()

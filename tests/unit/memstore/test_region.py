@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import mmap
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import memstore.region.cuda as cuda_module
 import memstore.region.mapping as mapping_module
 import memstore.slab as slab_module
 from memstore.region import can_share, make_region, map_region, padded, pinned
@@ -173,3 +175,51 @@ def test_what_is_pinned_is_let_go_with_the_slab(monkeypatch: pytest.MonkeyPatch)
         del slab
         gc.collect()
     assert events == ["unpinned", "unmapped"] * 2
+
+
+class FakeDriver:
+    """Notes what is pinned and what is not any more."""
+
+    class CUresult:
+        CUDA_SUCCESS = 0
+
+    def __init__(self) -> None:
+        self.pinned: list[int] = []
+
+    def cuMemHostRegister(self, address: int, num_bytes: int, flags: int) -> tuple[int]:
+        self.pinned.append(address)
+        return (0,)
+
+    def cuMemHostUnregister(self, address: int) -> tuple[int]:
+        self.pinned.remove(address)
+        return (0,)
+
+
+def test_pages_that_cannot_be_unpinned_while_a_graph_is_captured_are_kept_until_they_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or else others would lie where pages are pinned, and CUDA would copy nothing of theirs."""
+    driver, is_capturing, failures = FakeDriver(), [True], [torch.AcceleratorError("capturing")]
+
+    def synchronize(_: torch.device) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
+    first, second, third = (cuda_module.pin(region.content, torch.device("cuda", 0)) for region in regions)
+    addresses = [region.content.data_ptr() for region in regions]
+    for region in regions:
+        region.close()
+    del regions, region
+    first()  # in the thread that captures
+    is_capturing[0] = False
+    second()  # while another thread does
+    assert driver.pinned == addresses
+    assert all(is_mapped(address) for address in addresses)
+    third()
+    assert driver.pinned == []
+    del first, second, third
+    assert not any(is_mapped(address) for address in addresses)
