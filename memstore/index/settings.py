@@ -43,7 +43,7 @@ USUAL_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 MOST_MET = 128
 """Rows that a walk on a GPU keeps at most, however many are asked for."""
 
-ENTRIES = 128
+ENTRIES = 1024
 """Rows of a generation at least among which its graph is entered, where there are so many."""
 
 ENTRY_STRIDE = 16
