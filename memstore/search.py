@@ -30,6 +30,11 @@ class SearchBatch:
     ends: tuple[int, ...]
     top_k: int
 
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """(L, S): a group for each sequence in each layer, layer by layer, as a reply to this batch alone has them."""
+        return np.arange(len(self.layers) * len(self.places)).reshape(len(self.layers), -1)
+
     def sequences(self) -> Iterator[tuple[int, int, int]]:
         """(sequence, first query, end of its queries) of each sequence that has queries and sees something."""
         first = 0

@@ -270,6 +270,19 @@ def bytes_needed(spec: MemorySpec, device: torch.device | None = None, *, is_sha
     return sum(each.size_bytes for each in formats)
 
 
+def keys_spec(spec: MemorySpec, capacity: int) -> MemorySpec:
+    """Of a slab with rings of `capacity` keys as a memory has them, in its layers and places, and nothing else."""
+    return MemorySpec(
+        name=spec.name,
+        dim=spec.dim,
+        capacity=capacity,
+        num_layers=spec.num_layers,
+        max_sequences=spec.max_sequences,
+        dtype=spec.dtype,
+        metric=spec.metric,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Format:
     """One array of a slab."""

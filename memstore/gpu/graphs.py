@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from memstore.errors import DeviceMemoryFull
@@ -22,18 +21,19 @@ from memstore.gpu.ranges import joined, num_supers_of_run, runs_of, scan_many, s
 from memstore.gpu.retriever import hits_of, positions_of
 from memstore.gpu.rings import in_one_copy, tables
 from memstore.gpu.tuning import power_of_two, scan_shape
-from memstore.slab import Slab
-from memstore.types import NO_ROOM, MemorySpec
+from memstore.slab import Slab, keys_spec
+from memstore.types import NO_ROOM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from memstore.gpu.graphing import Graph, GraphShape
     from memstore.gpu.ranges import Ranges
     from memstore.search import SearchBatch
-    from memstore.types import Hits, RetrieveOptions
+    from memstore.types import Hits, MemorySpec, RetrieveOptions
 
 PLACES = 8
 """Where hits of a query are found at most, as a power of two: the walk, and four runs that are scanned."""
@@ -55,7 +55,7 @@ class GraphRetriever:
 
     def __init__(self, spec: MemorySpec, shape: GraphShape, device: torch.device) -> None:
         self._shape = shape
-        self._entries = Slab(entry_spec(spec, shape), device)
+        self._entries = Slab(keys_spec(spec, shape.num_generations * shape.num_entries), device)
         size = (spec.num_layers, spec.max_sequences, shape.num_generations, shape.span, shape.num_links)
         try:
             self._links = torch.full(size, -1, dtype=torch.int32, device=device)
@@ -85,8 +85,7 @@ class GraphRetriever:
 
     def search(self, slab: Slab, batch: SearchBatch, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor] | None:
         """See PartRetriever."""
-        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
-        found, num_short, _ = self._found(slab, batch, ranges, groups, None)
+        found, num_short, _ = self._found(slab, batch, ranges, batch.groups, None)
         return None if int(num_short) else positions_of(batch, found)
 
     def retrieve(
@@ -108,8 +107,7 @@ class GraphRetriever:
 
     def scan_once(self, slab: Slab, batch: SearchBatch, ranges: Ranges) -> None:
         """Searches for nothing in rings of many sizes, for which other kernels are compiled."""
-        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
-        scan_many(slab, self._asked(slab, batch, ranges, groups, None)[0])
+        scan_many(slab, self._asked(slab, batch, ranges, batch.groups, None)[0])
 
     def free(self) -> None:
         """See PartRetriever."""
@@ -211,19 +209,6 @@ class GraphRetriever:
     def _slot(self, number: int) -> int:
         """Of the first entry of a generation."""
         return number % self._shape.num_generations * self._shape.num_entries
-
-
-def entry_spec(spec: MemorySpec, shape: GraphShape) -> MemorySpec:
-    """Of the slab that entries lie in."""
-    return MemorySpec(
-        name=spec.name,
-        dim=spec.dim,
-        capacity=shape.num_generations * shape.num_entries,
-        num_layers=spec.num_layers,
-        max_sequences=spec.max_sequences,
-        dtype=spec.dtype,
-        metric=spec.metric,
-    )
 
 
 def _finish(

@@ -21,8 +21,8 @@ from memstore.gpu.retriever import hits_of, positions_of
 from memstore.gpu.rings import in_one_copy, tables
 from memstore.gpu.tuning import scan_shape
 from memstore.search import SearchBatch
-from memstore.slab import Slab, StagedRows
-from memstore.types import MemorySpec, RetrieveOptions
+from memstore.slab import Slab, StagedRows, keys_spec
+from memstore.types import RetrieveOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memstore.gpu.listing import Lists, ListShape
-    from memstore.types import Hits
+    from memstore.types import Hits, MemorySpec
 
 
 WARM_ROWS, WARM_COUNTS, WARM_OPTIONS = 1024, (1, 64, 512), RetrieveOptions(top_k=16, window_after=1)
@@ -43,7 +43,7 @@ class ListRetriever:
     keeps_dying = True
 
     def __init__(self, spec: MemorySpec, shape: ListShape, device: torch.device) -> None:
-        centres = Slab(centre_spec(spec, shape), device)
+        centres = Slab(keys_spec(spec, shape.num_generations * shape.num_together), device)
         rows = torch.full((centres.num_cells, shape.width), -1, dtype=torch.int32, device=device)
         self._store = ListStore(shape, centres, rows)
         self._graphs = ListGraphs()
@@ -70,8 +70,7 @@ class ListRetriever:
 
     def search(self, slab: Slab, batch: SearchBatch, ranges: Ranges) -> tuple[torch.Tensor, torch.Tensor] | None:
         """See PartRetriever."""
-        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
-        asked, lists, *scanned = self._asked(slab, batch, ranges, groups, None)
+        asked, lists, *scanned = self._asked(slab, batch, ranges, batch.groups, None)
         found = launch.found_for(asked)
         num_short = list_launch.search(slab, self._store, asked, lists, scanned, found)
         return None if int(num_short) else positions_of(batch, found)
@@ -106,8 +105,7 @@ class ListRetriever:
 
     def scan_once(self, slab: Slab, batch: SearchBatch, ranges: Ranges) -> None:
         """Searches for nothing in rings of many sizes, for which other kernels are compiled."""
-        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
-        *_, asked = self._asked(slab, batch, ranges, groups, None)
+        *_, asked = self._asked(slab, batch, ranges, batch.groups, None)
         scan_many(slab, asked)
 
     def free(self) -> None:
@@ -181,16 +179,3 @@ def warm(spec: MemorySpec, shape: ListShape, device: torch.device) -> None:
         )
         lists.retrieve_once(slab, batch, ranges, WARM_OPTIONS, np.zeros((1, 1), np.int64))
         lists.scan_once(slab, batch, ranges)
-
-
-def centre_spec(spec: MemorySpec, shape: ListShape) -> MemorySpec:
-    """Of the slab that centres lie in: they are searched by the memory's metric, in its dtype."""
-    return MemorySpec(
-        name=spec.name,
-        dim=spec.dim,
-        capacity=shape.num_generations * shape.num_together,
-        num_layers=spec.num_layers,
-        max_sequences=spec.max_sequences,
-        dtype=spec.dtype,
-        metric=spec.metric,
-    )

@@ -32,8 +32,7 @@ class GpuRetriever:
 
     def search(self, slab: Slab, batch: SearchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """See VectorIndex.search."""
-        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
-        asked = asked_for(slab, batch, groups, None)
+        asked = asked_for(slab, batch, batch.groups, None)
         found = launch.found_for(asked)
         launch.search(slab, asked, found)
         return positions_of(batch, found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from memstore.gpu import few, launch
@@ -18,6 +17,7 @@ from memstore.gpu.tuning import power_of_two, scan_shape
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from memstore.search import SearchBatch
@@ -162,8 +162,7 @@ class GpuSteady:
 
     def point(self, slab: Slab, batch: SearchBatch) -> None:
         """On the current stream."""
-        groups = np.arange(len(batch.layers) * len(batch.places)).reshape(len(batch.layers), -1)
-        self._search.lay(slab, batch, groups)
+        self._search.lay(slab, batch, batch.groups)
         self._search.send_copy()
 
     def launch(self, slab: Slab) -> None:

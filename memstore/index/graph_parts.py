@@ -6,7 +6,6 @@ one generation after the other.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import torch
 from memstore import ring
 from memstore.errors import InvalidRequest
 from memstore.gpu.graphing import Graph
+from memstore.index.build_stream import BuildStream
 from memstore.index.settings import CHUNK_ROWS, graph_shape
 from memstore.index.stored_rows import random_rows
 from memstore.search import SearchBatch
@@ -23,7 +23,6 @@ from memstore.types import RetrieveOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from memstore.index.generation import RowSource
     from memstore.types import MemorySpec
@@ -46,7 +45,7 @@ class GraphBuilder:
         self._spec = spec
         self._shape = graph_shape(spec)
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
+        self._stream = BuildStream(device)
 
     def candidates(self, top_k: int) -> int:
         """Rows are scored as they are."""
@@ -59,7 +58,7 @@ class GraphBuilder:
 
         shape, spec = replace(self._shape, num_generations=1), replace(self._spec, num_layers=1, max_sequences=1)
         rows = random_rows(spec, self._device, min(shape.span, CHUNK_ROWS))
-        with self._on_stream(), torch.no_grad():
+        with self._stream.at_work():
             self._linking.prepare(rows.slab, self._linking.num_nearest(shape.num_links), shape.span)
         graph = self.build(rows, lambda: None)
         retriever, ranges = GraphRetriever(spec, shape, self._device), Ranges(np.array([[0, 1]]), ())
@@ -81,11 +80,10 @@ class GraphBuilder:
         """On a stream of its own, which is never far ahead of the device."""
 
         def wait() -> None:
-            if self._stream is not None:
-                self._stream.synchronize()
+            self._stream.wait()
             check()
 
-        with self._on_stream(), torch.no_grad():
+        with self._stream.at_work():
             num = self._linking.num_nearest(self._shape.num_links)
             of = (rows.first, rows.end)
             nearest = self._linking.nearest_rows(rows.slab, rows.layer, rows.place, of, num, wait)
@@ -101,11 +99,3 @@ class GraphBuilder:
         positions += rows.first - rows.first % shape.span
         found = keys.index_select(0, ring.slot_of(positions, len(keys)))
         return found.masked_fill(((positions < rows.first) | (positions >= rows.end))[:, None], shape.nowhere)
-
-    def _on_stream(self) -> AbstractContextManager[object]:
-        """Of the lowest priority there is; the same one always, as torch keeps memory for each."""
-        if self._device.type != "cuda":
-            return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device, priority=0)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._stream)

@@ -6,12 +6,12 @@ all that is under way there.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from memstore.gpu.listing import listed
+from memstore.index.build_stream import BuildStream
 from memstore.index.clustering import centres, nearest_centres, pieces
 from memstore.index.settings import CHUNK_ROWS, SAMPLES_A_CENTRE, list_shape
 from memstore.index.stored_rows import random_rows
@@ -19,7 +19,6 @@ from memstore.types import Metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from memstore.gpu.listing import Lists
     from memstore.index.generation import RowSource
@@ -39,7 +38,7 @@ class ListBuilder:
         self._spec = spec
         self._device = device
         self._is_l2 = spec.metric is Metric.L2
-        self._stream: torch.cuda.Stream | None = None
+        self._stream = BuildStream(device)
 
     def candidates(self, top_k: int) -> int:
         """Rows are scored as they are."""
@@ -53,7 +52,7 @@ class ListBuilder:
         shape = self._shape
         rows = random_rows(self._spec, self._device, min(shape.span, max(CHUNK_ROWS, _num_samples(shape.num_centres))))
         found = self.build(rows, lambda: None)
-        with self._on_stream(), torch.no_grad():
+        with self._stream.at_work():
             owners = torch.randint(shape.num_centres, (shape.span,), device=self._device)
             listed(found.centres[: shape.num_centres], owners, 0, shape)
 
@@ -62,11 +61,10 @@ class ListBuilder:
         shape = self._shape
 
         def wait() -> None:
-            if self._stream is not None:
-                self._stream.synchronize()
+            self._stream.wait()
             check()
 
-        with self._on_stream(), torch.no_grad():
+        with self._stream.at_work():
             num = min(shape.num_centres, len(rows))
             found = centres(rows.sample(_num_samples(num))[None], num, CLUSTERING_ROUNDS, self._is_l2, wait)
             assigned = torch.empty(len(rows), dtype=torch.int64, device=self._device)
@@ -80,14 +78,6 @@ class ListBuilder:
             lists = listed(found[0], assigned, rows.first % shape.span, shape)
             wait()
             return lists
-
-    def _on_stream(self) -> AbstractContextManager[object]:
-        """Of the lowest priority there is; the same one always, as torch keeps memory for each."""
-        if self._device.type != "cuda":
-            return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device, priority=0)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._stream)
 
 
 def _num_samples(num_centres: int) -> int:

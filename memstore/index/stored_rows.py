@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +10,13 @@ import torch
 from memstore import ring
 from memstore.index.base import ONE_THREAD
 from memstore.index.settings import CHUNK_ROWS, HOST_CHUNK_ROWS
-from memstore.slab import Slab, inverse_norms
-from memstore.types import MemorySpec, Metric
+from memstore.slab import Slab, inverse_norms, keys_spec
+from memstore.types import Metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from memstore.types import MemorySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,7 @@ class StoredRows:
 
 def random_rows(spec: MemorySpec, device: torch.device, num_rows: int) -> StoredRows:
     """Random rows of a memory's kind, for a first build, of which nothing is kept. They may be read on any stream."""
-    small = MemorySpec(
-        name=spec.name, dim=spec.dim, capacity=num_rows, max_sequences=1, dtype=spec.dtype, metric=spec.metric
-    )
-    slab = Slab(small, device)
+    slab = Slab(replace(keys_spec(spec, num_rows), num_layers=1, max_sequences=1), device)
     slab.write(slab.stage(torch.randn(1, num_rows, spec.dim, device=device), {}), torch.arange(num_rows, device=device))
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
