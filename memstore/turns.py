@@ -18,6 +18,7 @@ LEAST_JOBS = 4
 FIRST_JOBS = 32
 """Jobs of a turn of which it is not known what they take."""
 LEAST_COST_S = 1e-6
+"""What a turn counts as at least, and a job of it where many are to fit into one: a clock may say that they took none."""
 _MARGIN = 1.1
 """For what is not known: whoever is admitted at the very limit should still be answered in time."""
 MAX_LANES = 1024
@@ -41,7 +42,8 @@ class _Lane(Generic[T]):
     def num_next(self) -> int:
         """How many of them its next turn should have."""
         job_s = self.pace.job_s
-        return min(len(self.jobs), max(LEAST_JOBS, int(TURN_S / job_s)) if job_s > 0 else FIRST_JOBS)
+        fit = int(TURN_S / max(job_s, LEAST_COST_S)) if job_s > 0 else FIRST_JOBS
+        return min(len(self.jobs), max(LEAST_JOBS, fit))
 
 
 class Turns(Generic[T]):

@@ -39,6 +39,20 @@ def test_jobs_are_served_in_order_and_a_few_at_first() -> None:
     assert len(device.turns) == 0
 
 
+def test_jobs_that_take_no_time_by_the_clock_are_served_all_the_same() -> None:
+    """What they took once is then halved with each turn, down to numbers by which nothing can be divided."""
+    device = Device(a=1e-6)
+    device.put("a", *range(4))
+    device.serve()
+    device.prices["a"] = 0.0
+    for _ in range(1100):
+        device.put("a", *range(4))
+        assert len(device.serve()) == 4
+    assert 0 < device.turns._lanes["a"].pace.job_s < 1e-310  # or else this test shows nothing
+    device.put("a", *range(100))
+    assert len(device.serve()) == 100
+
+
 def test_backlogged_tenants_get_equal_time_whatever_their_jobs_cost() -> None:
     device = Device(cheap=0.0001, dear=0.003)
     for name in device.prices:
