@@ -223,3 +223,31 @@ def test_pages_that_cannot_be_unpinned_while_a_graph_is_captured_are_kept_until_
     assert driver.pinned == []
     del first, second, third
     assert not any(is_mapped(address) for address in addresses)
+
+
+def test_pages_that_come_while_the_device_is_waited_for_are_waited_for_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copies from them may have begun after that wait did."""
+    driver, unpins = FakeDriver(), []
+
+    def synchronize(_: torch.device) -> None:
+        if len(unpins) == 2:
+            unpins.pop()()  # in another thread, which cannot wait
+        elif unpins:
+            raise torch.AcceleratorError("capturing")
+
+    monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
+    addresses = [region.content.data_ptr() for region in regions]
+    unpins += [cuda_module.pin(region.content, torch.device("cuda", 0)) for region in regions[:2]]
+    last = cuda_module.pin(regions[2].content, torch.device("cuda", 0))
+    unpins[0]()
+    assert driver.pinned == addresses[1:]
+    unpins.clear()
+    last()
+    assert driver.pinned == []
+    for region in regions:
+        region.close()
