@@ -293,7 +293,7 @@ def is_at_once(asked: Asked) -> bool:
 
 
 def has_scratch(num_queries: int, num_supers: int) -> bool:
-    """The same of so many queries and supers. What is done in pieces, by tables that are read back, cannot be captured."""
+    """The same of so many queries and supers. What is done in pieces reads its tables back: no graph can capture it."""
     return num_queries * num_supers * SUPER_BYTES <= SCRATCH_BYTES
 
 
