@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from memstore import wire
 from memstore.catalog import MemoryId
-from memstore.device import CallJob, Engine, Settling, StepJob, Ticket
 from memstore.errors import InvalidRequest, MemstoreError, NotAllowed
 from memstore.futures import done, then
+from memstore.jobs import CallJob, Engine, Settling, StepJob, Ticket
 from memstore.plane import tensor_bytes
 from memstore.sequence import REPLAY_WINDOW
 from memstore.standing import Standing

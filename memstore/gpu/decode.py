@@ -42,8 +42,10 @@ class DecodeGraphs:
     def retrieve(
         self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]
     ) -> Hits | None:
-        """See VectorIndex.retrieve. None where no graph could be captured this time."""
+        """See VectorIndex.retrieve. None where no graph can be captured, or none could this time."""
         kind = Kind.of(slab, batch, options)
+        if not kind.can_be_captured:
+            return None
         graph = self._graphs.get(kind) or self._captured(slab, kind)
         if graph is None:
             return None

@@ -62,7 +62,7 @@ def _list_index(spec: MemorySpec, device: torch.device, executor: Executor) -> G
         raise InvalidRequest("spec.index", f"{spec.index.value} needs Triton, which is not here") from error
     lists = ListRetriever(spec, list_shape(spec), device)
     executor.submit(_warm, spec, device)
-    executor.submit(builder.prepare)  # what is slow at first is done before anybody waits for it
+    executor.submit(_prepare, builder, device)
     return GenerationIndex(spec, builder, executor, lists)
 
 
@@ -74,7 +74,7 @@ def _graph_index(spec: MemorySpec, device: torch.device, executor: Executor) -> 
     from memstore.gpu.graphs import GraphRetriever
 
     graphs = GraphRetriever(spec, graph_shape(spec), device)
-    executor.submit(builder.prepare)
+    executor.submit(_prepare, builder, device)
     return GenerationIndex(spec, builder, executor, graphs)
 
 
@@ -84,3 +84,9 @@ def _warm(spec: MemorySpec, device: torch.device) -> None:
 
     with torch.cuda.device(device):
         warm(spec, list_shape(spec), device)
+
+
+def _prepare(builder: ListBuilder | GraphBuilder, device: torch.device) -> None:
+    """There as well: what is slow at first is done before anybody waits for it."""
+    with torch.cuda.device(device):  # which is not the current one of a new thread
+        builder.prepare()

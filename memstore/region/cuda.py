@@ -7,6 +7,7 @@ import importlib.util
 import mmap
 import os
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ def is_available(device: torch.device) -> bool:
     return bool(_done(driver, driver.cuDeviceGetAttribute(attribute, device.index or 0)))
 
 
-_still_pinned: deque[Callable[[], None]] = deque()
+_still_pinned: deque[tuple[torch.device, Callable[[], None]]] = deque()
 """What unpins pages that nobody uses any more, and could not yet."""
 
 
@@ -46,17 +47,27 @@ def pin(pages: torch.Tensor, device: torch.device) -> Callable[[], None]:
             driver.cuMemHostUnregister(pages.data_ptr())
 
     def unpin() -> None:
-        _still_pinned.append(release)
-        if torch.cuda.is_current_stream_capturing():
-            return
-        try:
-            torch.cuda.synchronize(device)
-        except torch.AcceleratorError:  # another thread captures
-            return
-        while _still_pinned:
-            _still_pinned.popleft()()
+        _still_pinned.append((device, release))
+        if not torch.cuda.is_current_stream_capturing():
+            _unpin_waiting()
 
     return unpin
+
+
+def _unpin_waiting() -> None:
+    """Unpins all that waits for it now; what comes to that meanwhile has copies that are not waited for here."""
+    taken: list[tuple[torch.device, Callable[[], None]]] = []
+    with suppress(IndexError):  # another thread may take some, too
+        while True:
+            taken.append(_still_pinned.popleft())
+    try:
+        for device in {device for device, _ in taken}:
+            torch.cuda.synchronize(device)
+    except torch.AcceleratorError:  # another thread captures
+        _still_pinned.extend(taken)
+        return
+    for _, release in taken:
+        release()
 
 
 class CudaRegion:
