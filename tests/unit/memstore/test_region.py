@@ -6,6 +6,7 @@ import fcntl
 import gc
 import mmap
 import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,7 @@ def test_pages_that_cannot_be_unpinned_while_a_graph_is_captured_are_kept_until_
             raise failures.pop()
 
     monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())  # without what other tests have left
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
@@ -265,6 +267,7 @@ def test_pages_that_come_while_the_device_is_waited_for_are_waited_for_themselve
             raise torch.AcceleratorError("capturing")
 
     monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())  # without what other tests have left
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
