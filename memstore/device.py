@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation, the error code of torch.AcceleratorError where pinned host memory is missing."""
+_CAPTURE = range(900, 910)
+"""cudaErrorStreamCaptureUnsupported and its like: something was done while a CUDA graph was captured that must not be.
+It spoils the capture, and nothing else.
+"""
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -300,7 +304,7 @@ class DeviceWorker:
             return error
         if isinstance(error, NO_ROOM) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return DeviceMemoryFull("no working memory is left on the device for this request")
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) not in _CAPTURE:
             self._sicken()
         trouble(_log, "request failed", error, request_id=job.ticket.request_id, device=str(self.device))
         return Internal(job.ticket.request_id)
