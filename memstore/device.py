@@ -16,7 +16,7 @@ from memstore.joining import Group
 from memstore.logs import trouble
 from memstore.standing import Guests
 from memstore.turns import SERVER, Turns
-from memstore.types import NO_ROOM
+from memstore.types import CAPTURE_ERRORS, NO_ROOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation, the error code of torch.AcceleratorError where pinned host memory is missing."""
-_CAPTURE = range(900, 910)
-"""cudaErrorStreamCaptureUnsupported and its like: something was done while a CUDA graph was captured that must not be.
-It spoils the capture, and nothing else.
-"""
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -304,7 +300,7 @@ class DeviceWorker:
             return error
         if isinstance(error, NO_ROOM) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return DeviceMemoryFull("no working memory is left on the device for this request")
-        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) not in _CAPTURE:
+        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) not in CAPTURE_ERRORS:
             self._sicken()
         trouble(_log, "request failed", error, request_id=job.ticket.request_id, device=str(self.device))
         return Internal(job.ticket.request_id)
