@@ -16,7 +16,7 @@ from memstore.joining import Group
 from memstore.logs import trouble
 from memstore.standing import Guests
 from memstore.turns import SERVER, Turns
-from memstore.types import NO_ROOM
+from memstore.types import CAPTURE_ERRORS, NO_ROOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -300,7 +300,7 @@ class DeviceWorker:
             return error
         if isinstance(error, NO_ROOM) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return DeviceMemoryFull("no working memory is left on the device for this request")
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) not in CAPTURE_ERRORS:
             self._sicken()
         trouble(_log, "request failed", error, request_id=job.ticket.request_id, device=str(self.device))
         return Internal(job.ticket.request_id)

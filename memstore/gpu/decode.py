@@ -13,7 +13,7 @@ import torch
 
 from memstore.gpu.capturing import capturing
 from memstore.gpu.steady import INDEX, POSITIONS, ROW_SPLITS, SCORES, Kind, SteadySearch
-from memstore.types import Hits
+from memstore.types import CAPTURE_ERRORS, Hits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 MOST_GRAPHS = 16
 """Graphs that are kept; the one that was not used for longest goes first."""
-
-CAPTURE_ERRORS = range(900, 910)
-"""cudaErrorStreamCaptureUnsupported and those after it, the codes of a capture that did not come about."""
 
 
 class DecodeGraphs:

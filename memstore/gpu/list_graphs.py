@@ -10,11 +10,10 @@ import torch
 
 from memstore.gpu import launch, list_launch
 from memstore.gpu.capturing import capturing
-from memstore.gpu.decode import CAPTURE_ERRORS
 from memstore.gpu.launch import Asked
 from memstore.gpu.rings import SUPER_SLOTS, AlikeRings, TableSizes
 from memstore.gpu.tuning import scan_shape
-from memstore.types import Hits
+from memstore.types import CAPTURE_ERRORS, Hits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,19 +1,19 @@
 """Building: one generation after the other, in one thread beside the device's, which reads rows and hands over parts.
 
-The thread takes what others leave: it has a low priority, and FAISS one core in eight.
+The thread takes what others leave: it rests where they want its core, and FAISS has one core in eight.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from memstore.index.courtesy import of_this_thread
 from memstore.index.generation import Generation
 from memstore.index.stored_rows import StoredRows
 from memstore.logs import trouble
@@ -21,11 +21,9 @@ from memstore.logs import trouble
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from memstore.index.courtesy import Courtesy
     from memstore.index.generation import PartBuilder
     from memstore.slab import Slab
-
-NICENESS = 10
-"""Of the build thread: beside busy threads it gets a tenth of a core, so that it comes to an end."""
 
 LONGEST_WAIT_S = 0.05
 """Of a build for retrievals that follow one another without a gap, so that it comes to an end beside them."""
@@ -34,9 +32,13 @@ _log = logging.getLogger(__name__)
 
 
 class Precedence:
-    """Retrievals go first: a build waits for the one that is under way before it begins its next piece."""
+    """Retrievals go first: a build waits for the one that is under way before it begins its next piece.
+
+    courtesy: of the build thread, towards others than them.
+    """
 
     def __init__(self) -> None:
+        self.courtesy: Courtesy | None = None
         self._is_free = threading.Event()
         self._is_free.set()
         self._num_asking = 0
@@ -55,6 +57,8 @@ class Precedence:
 
     def wait(self) -> None:
         """In the build thread, between two pieces."""
+        if self.courtesy is not None:
+            self.courtesy.give_way()
         self._is_free.wait(LONGEST_WAIT_S)
 
 
@@ -62,8 +66,11 @@ class BuildThread(ThreadPoolExecutor):
     """One thread, for all memories of a device. It begins with the first build."""
 
     def __init__(self) -> None:
-        super().__init__(1, thread_name_prefix="memstore-build", initializer=_give_way)
+        super().__init__(1, thread_name_prefix="memstore-build", initializer=self._begin)
         self.precedence = Precedence()
+
+    def _begin(self) -> None:
+        self.precedence.courtesy = of_this_thread()
 
 
 def build_thread() -> Executor:
@@ -74,12 +81,6 @@ def build_thread() -> Executor:
 def precedence_of(executor: Executor) -> Precedence:
     """Of the builds that it runs."""
     return executor.precedence if isinstance(executor, BuildThread) else Precedence()
-
-
-def _give_way() -> None:
-    """This thread, and those that it begins, leave the cores to others. (Linux has a priority a thread.)"""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class BuildStopped(Exception):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from memstore.errors import InvalidRequest
-from memstore.index.host_clustering import clustered, flat, slices
+from memstore.index.host_clustering import Centres, clustered, flat, slices
 from memstore.index.settings import CODED_ROWS, SAMPLES_A_LIST, settings_of
 from memstore.types import IndexKind, Metric
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from memstore.index.generation import RowSource
     from memstore.types import MemorySpec
 
-GRAPH_ROWS = 16
-"""Rows that a graph takes in at a time: some milliseconds of one thread."""
+GRAPH_ROWS = 8
+"""Rows that a graph takes in at a time: a millisecond of one thread."""
 
-ADDED_ROWS = 128
-"""Rows that lists take in at a time: it takes a millisecond or two to make product codes of them."""
+ADDED_ROWS = 64
+"""Rows that lists take in at a time: it takes a millisecond to make product codes of them."""
 
 CORES_A_BUILD = 8
 """One core in so many is a build's."""
@@ -109,17 +109,17 @@ class HostBuilder:
 
     def _lists(self, rows: RowSource, check: Callable[[], None]) -> HostPart:
         faiss, settings = self._faiss, self._settings
-        centres = self._centres(rows, check)
-        index = self._empty_lists(centres)
+        learnt = self._centres(rows, check)
+        index = self._empty_lists(flat(self._faiss, learnt, self._metric))
         if self._spec.index is IndexKind.FAISS_IVF_PQ:
             faiss.copy_array_to_vector(self._codes(rows, check).ravel(), index.pq.centroids)
         index.is_trained = True
         lists = np.empty(len(rows), np.int64)
+        centres = Centres(faiss, learnt, self._metric)
         first = 0
         for chunk in rows.chunks():
-            for some in slices(chunk.numpy(), settings.nlist):
-                check()
-                lists[first : first + len(some)] = centres.search(some, 1)[1][:, 0]
+            for some in slices(chunk.numpy()):
+                lists[first : first + len(some)] = centres.nearest(some, check)
                 first += len(some)
         _reserve(faiss, index, lists, check)
         first = 0
@@ -137,19 +137,19 @@ class HostBuilder:
 
         return HostPart(index, self._sign, params)
 
-    def _centres(self, rows: RowSource, check: Callable[[], None]) -> Any:
-        """A flat index of the centres of the lists, learnt from a sample."""
+    def _centres(self, rows: RowSource, check: Callable[[], None]) -> NDArray[np.float32]:
+        """(num, dim) centres of the lists, learnt from a sample."""
         nlist = min(self._settings.nlist, len(rows))
         sample = rows.sample(self._settings.nlist * SAMPLES_A_LIST).numpy()
-        return flat(self._faiss, clustered(self._faiss, sample, nlist, self._metric, check), self._metric)
+        return clustered(self._faiss, sample, nlist, self._metric, check)
 
     def _codes(self, rows: RowSource, check: Callable[[], None]) -> NDArray[np.float32]:
         """(pq_m, 2^pq_bits, width): the values of product codes, learnt from a sample."""
         settings = self._settings
         sample = rows.sample(CODED_ROWS).numpy()
-        groups = sample.reshape(len(sample), settings.pq_m, -1).swapaxes(0, 1).copy()
+        groups = sample.reshape(len(sample), settings.pq_m, -1).swapaxes(0, 1)
         num = 1 << settings.pq_bits
-        return np.stack([clustered(self._faiss, group, num, self._faiss.METRIC_L2, check) for group in groups])
+        return np.stack([clustered(self._faiss, group.copy(), num, self._faiss.METRIC_L2, check) for group in groups])
 
     def _empty_lists(self, centres: Any) -> Any:
         faiss, settings = self._faiss, self._settings

@@ -61,12 +61,13 @@ class StoredRows:
         return found
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Run by run."""
+        """Run by run, with calls of `check` as above."""
         keys = self.keys
         for run in ring.runs(self.first, self.end, len(keys)):
             for rows in torch.split(keys[run.slot : run.slot + run.length], self._together):
                 found = torch.empty(rows.shape, device=rows.device)
                 for some, target in zip(torch.split(rows, self._step), torch.split(found, self._step), strict=True):
+                    self.check()
                     target.copy_(self._widened(some))
                 yield found
 

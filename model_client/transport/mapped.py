@@ -172,8 +172,10 @@ class MappedTransport:
         return answer
 
     def _answer_here(self, answer: Future[Message], done: Future[Message]) -> None:
-        hand_on(done, answer)
-        self._ended(answer)
+        try:
+            hand_on(done, answer)
+        finally:  # also where the caller has cancelled it
+            self._ended(answer)
 
     def _ended(self, _: Future[Message]) -> None:
         with self._changed:

@@ -1,15 +1,18 @@
-"""BuildStream: one stream for all builds of a memory, and none on the host."""
+"""BuildStream: one stream for all builds of a memory, and none on the host; and what is done before the first build."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from memstore import index
 from memstore.index.build_stream import BuildStream
+from memstore.types import MemorySpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,3 +54,16 @@ def test_on_the_host_there_is_none() -> None:
         assert not torch.is_grad_enabled()
         stream.wait()
     assert torch.is_grad_enabled()
+
+
+def test_what_cannot_be_made_ready_is_said_and_harms_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on = Mock(side_effect=nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    fails, works = Mock(side_effect=RuntimeError("no such kernel")), Mock()
+    with ThreadPoolExecutor(1) as executor:
+        index._rehearse(executor, MemorySpec(name="m", dim=4, capacity=8), GPU, fails, works)
+    works.assert_called_once_with()
+    assert "could not be made ready" in caplog.text
+    on.assert_called_with(GPU)

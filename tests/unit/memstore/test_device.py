@@ -244,6 +244,17 @@ def test_no_pinned_memory_is_no_bug_either(bench: Bench) -> None:
     assert not bench.worker.is_sick
 
 
+def test_what_spoils_a_capture_fails_its_request_and_not_the_device(bench: Bench) -> None:
+    error = torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+    error.error_code = 900  # cudaErrorStreamCaptureUnsupported
+    bench.engine.failure = error
+    with pytest.raises(Internal):
+        bench.step(batch("a")).result()
+    bench.engine.failure = None
+    assert bench.step(batch("a")).result()[0].epoch == 1
+    assert not bench.worker.is_sick
+
+
 def test_a_failed_device_takes_no_more(bench: Bench) -> None:
     bench.engine.failure = torch.AcceleratorError("CUDA error: an illegal memory access")
     with pytest.raises(Internal):

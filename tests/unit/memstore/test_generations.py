@@ -13,7 +13,8 @@ import torch
 
 from memstore import index as index_module
 from memstore.index import BUILDERS, building, host_parts
-from memstore.index.building import build_thread
+from memstore.index.building import Precedence, build_thread, precedence_of
+from memstore.index.courtesy import Courtesy
 from memstore.index.generation import Generation, Line
 from memstore.index.settings import index_bytes
 from memstore.memory import Memory
@@ -293,12 +294,28 @@ def test_a_thread_that_is_gone_builds_nothing_and_fails_nothing() -> None:
     assert pair.counts.builds_under_way == 0
 
 
-def test_the_build_thread_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(building.os, "setpriority", lambda *arguments: asked.append(arguments))
+def test_the_build_thread_leaves_the_cores_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    made = Courtesy(lambda: 0.0, lambda seconds: None)
+
+    def of_this_thread() -> Courtesy:
+        threads.append(threading.get_ident())
+        return made
+
+    monkeypatch.setattr(building, "of_this_thread", of_this_thread)
     with build_thread() as builds:
-        thread = builds.submit(threading.get_native_id).result()
-    assert asked == [(building.os.PRIO_PROCESS, thread, building.NICENESS)]
+        thread = builds.submit(threading.get_ident).result()
+        assert precedence_of(builds).courtesy is made
+    assert threads == [thread]
+
+
+def test_a_build_rests_before_it_waits_for_the_retrieval_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    precedence, done = Precedence(), []
+    waited_s = iter((0.0, 1.0))
+    precedence.courtesy = Courtesy(lambda: next(waited_s), lambda seconds: done.append("rests"))
+    monkeypatch.setattr(precedence._is_free, "wait", lambda seconds: done.append("waits"))
+    precedence.wait()
+    assert done == ["rests", "waits"]
 
 
 @pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import mmap
 import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -212,12 +213,15 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.pinned: list[int] = []
+        self.refuses = False
 
     def cuMemHostRegister(self, address: int, num_bytes: int, flags: int) -> tuple[int]:
         self.pinned.append(address)
         return (0,)
 
     def cuMemHostUnregister(self, address: int) -> tuple[int]:
+        if self.refuses:
+            return (201,)
         self.pinned.remove(address)
         return (0,)
 
@@ -233,6 +237,7 @@ def test_pages_that_cannot_be_unpinned_while_a_graph_is_captured_are_kept_until_
             raise failures.pop()
 
     monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())  # without what other tests have left
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
@@ -265,6 +270,7 @@ def test_pages_that_come_while_the_device_is_waited_for_are_waited_for_themselve
             raise torch.AcceleratorError("capturing")
 
     monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())  # without what other tests have left
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
@@ -278,3 +284,26 @@ def test_pages_that_come_while_the_device_is_waited_for_are_waited_for_themselve
     assert driver.pinned == []
     for region in regions:
         region.close()
+
+
+def test_pages_that_the_driver_does_not_unpin_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, gpu = FakeDriver(), torch.device("cuda", 0)
+    monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(2)]
+    addresses = [region.content.data_ptr() for region in regions]
+    first, second = (cuda_module.pin(region.content, gpu) for region in regions)
+    for region in regions:
+        region.close()
+    del regions, region
+    driver.refuses = True
+    first()
+    del first
+    assert is_mapped(addresses[0])
+    driver.refuses = False
+    second()
+    del second
+    assert driver.pinned == []
+    assert not any(is_mapped(address) for address in addresses)
