@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PAUSE_S = 0.03
 
 RESULTS = Path(__file__).parent / "results"
+CODE = ("--", ":/", ":(top,exclude)benchmarks/results")
+"""For git: what is written while it is measured is no change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +102,10 @@ def in_rounds(functions: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
 
 def revision() -> str:
-    """The commit that is measured, with "+" where the tree has changes; "unknown" outside of a checkout."""
+    """The commit that is measured, with "+" where the tree has changes but results; "unknown" outside of a checkout."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no", *CODE) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
