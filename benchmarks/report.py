@@ -80,7 +80,12 @@ def show(row: Row) -> str:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, all called in turn once a round, so that a busy machine disturbs them alike.
+    """Median seconds of each function, all called in turn once a round; see in_rounds."""
+    return {name: statistics.median(seconds) for name, seconds in in_rounds(functions, rounds).items()}
+
+
+def in_rounds(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round: all called in turn, so that a busy machine disturbs them alike.
 
     Before each there is a pause, in which the threads of the one before stop spinning and leave it the cores.
     """
@@ -93,7 +98,7 @@ def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> d
             begun = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def revision() -> str:

@@ -66,15 +66,17 @@ class ControlBlock:
         self.lease = 0
         copies_end = _HEADER_BYTES + 2 * num_sequences * _FIELDS * _WORD_BYTES
         words: NDArray[np.int64] = region.content[:copies_end].view(torch.int64).numpy()
-        self._header = words[: _HEADER_BYTES // _WORD_BYTES]
+        self._header = words[: _HEADER_BYTES // _WORD_BYTES].data  # whose words are read and written in one step each
         self._copies = words[_HEADER_BYTES // _WORD_BYTES :].reshape(2, num_sequences, _FIELDS)
+        self._halves = [copy.data.cast("B") for copy in self._copies]
         self._states = region.content[copies_end:].numpy().reshape(num_sequences, STATE_BYTES)
 
     @classmethod
     def make(cls, lease: int, num_sequences: int) -> ControlBlock:
         """A new block of this lease. Raises OSError."""
         block = cls(make_region(block_bytes(num_sequences), _HOST), num_sequences)
-        block._header[:4] = _MAGIC, LAYOUT, lease, num_sequences
+        for at, word in enumerate((_MAGIC, LAYOUT, lease, num_sequences)):
+            block._header[at] = word
         block.lease = lease
         return block
 
@@ -82,7 +84,7 @@ class ControlBlock:
     def map(cls, descriptor: int, num_sequences: int) -> ControlBlock:
         """The block that another process made. Raises OSError, Corrupt."""
         block = cls(map_region(descriptor, block_bytes(num_sequences), _HOST), num_sequences)
-        magic, layout, block.lease, count = (int(word) for word in block._header[:4])
+        magic, layout, block.lease, count = block._header[:4]
         if (magic, layout, count) != (_MAGIC, LAYOUT, num_sequences):
             block.close()
             raise Corrupt("not a control block of this layout")
@@ -96,16 +98,16 @@ class ControlBlock:
     @property
     def is_held(self) -> bool:
         """True until the server has ended the lease."""
-        return self.lease != 0 and int(self._header[_LEASE]) == self.lease
+        return self.lease != 0 and self._header[_LEASE] == self.lease
 
     def end(self) -> None:
         """Ends the lease: its holder writes nothing from now on."""
         self._header[_LEASE] = 0
 
     def publish(self, table: NDArray[np.int64]) -> None:
-        """Makes (sequences, 4) what is published, all of it at once."""
-        turn = int(self._header[_TURN]) + 1
-        self._copies[turn & 1] = table
+        """Makes (sequences, 4), row-major, what is published, all of it at once."""
+        turn = self._header[_TURN] + 1
+        self._halves[turn & 1][:] = table.data.cast("B")
         with _fence:
             self._header[_TURN] = turn
 
@@ -132,12 +134,12 @@ class ControlBlock:
     def _turns(self) -> Iterator[int]:
         """The turn, again and again, for as often as an honest holder can overtake a reader."""
         for _ in range(_TRIES):
-            yield int(self._header[_TURN])
+            yield self._header[_TURN]
 
     def _is_still(self, turn: int) -> bool:
         """True where the copy that was just read is still not being written to."""
         with _fence:
-            return int(self._header[_TURN]) == turn
+            return self._header[_TURN] == turn
 
     def put_state(self, index: int, content: bytes) -> bool:
         """Leaves the whole state of a sequence; False where it is too long."""
@@ -158,7 +160,7 @@ class ControlBlock:
 
     def close(self) -> None:
         """Gives up the mapping."""
-        del self._header, self._copies, self._states
+        del self._header, self._halves, self._copies, self._states
         self.region.close()
 
 

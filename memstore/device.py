@@ -4,62 +4,34 @@ from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
 from memstore.config import ConfigError
 from memstore.errors import DeviceMemoryFull, Expired, Internal, MemstoreError, NotReady, Overloaded
+from memstore.jobs import CallJob, Engine, Job, StepJob, Ticket
 from memstore.joining import Group
 from memstore.logs import trouble
 from memstore.standing import Guests
 from memstore.turns import SERVER, Turns
-from memstore.types import NO_ROOM
+from memstore.types import CAPTURE_ERRORS, NO_ROOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from memstore.admission import Admission
+    from memstore.jobs import Settling
     from memstore.seams import Clock
-    from memstore.types import Hits, SequenceResult, StepBatch, StepResult
+    from memstore.types import Hits, StepBatch, StepResult
 
 _OUT_OF_MEMORY = 2
 """cudaErrorMemoryAllocation, the error code of torch.AcceleratorError where pinned host memory is missing."""
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 _log = logging.getLogger(__name__)
-
-
-class Settling(Protocol):
-    """What says when an answer may leave."""
-
-    def settle(self, answer: Callable[[MemstoreError | None], None]) -> None:
-        """See Memory.settle."""
-
-
-class Engine(Settling, Protocol):
-    """What the worker needs of a memory."""
-
-    def step(
-        self, batches: Sequence[StepBatch], carry: Callable[[int, Hits], None]
-    ) -> list[StepResult | MemstoreError]:
-        """See Memory.step."""
-
-
-class Reply(Protocol[T_co]):
-    """The answer to one step, made in two halves."""
-
-    def carry(self, hits: Hits) -> None:
-        """Takes in what was retrieved, while nothing is changed yet; may raise."""
-
-    def finish(self, sequences: Sequence[SequenceResult]) -> T_co:
-        """The whole answer, after the change."""
-
-    def discard(self) -> None:
-        """Lets go of what was taken in; the answer is not sent."""
 
 
 class Observer(Protocol):
@@ -74,54 +46,6 @@ class Unobserved:
 
     def joined(self, memory: str, num_requests: int, num_rows: int, seconds: float) -> None:
         """Nothing happens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ticket:
-    """Whose request it is, how heavy, and until when (in the clock's monotonic seconds) its answer is wanted."""
-
-    tenant: str
-    num_bytes: int
-    deadline: float | None
-    request_id: str
-
-
-class Job(Generic[T]):
-    """A request for the device thread: its ticket and the future of its answer."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
-        self.future: Future[T] = Future()
-
-
-class CallJob(Job[T]):
-    """Anything that must run in the device thread by itself. Steps before it are done first, steps after it later.
-
-    engine: what it changes or shows, which says when the answer may leave; None where that is at once.
-    """
-
-    def __init__(self, ticket: Ticket, run: Callable[[], T], engine: Settling | None = None) -> None:
-        super().__init__(ticket)
-        self.run = run
-        self.engine = engine
-
-
-class StepJob(Job[T]):
-    """A step of one memory. `decode` and `reply` are called in the device thread."""
-
-    def __init__(
-        self,
-        ticket: Ticket,
-        memory: str,
-        engine: Engine,
-        decode: Callable[[], StepBatch],
-        reply: Reply[T],
-    ) -> None:
-        super().__init__(ticket)
-        self.memory = memory
-        self.engine = engine
-        self.decode = decode
-        self.reply = reply
 
 
 Groups = dict[int, "Group[Engine, StepJob[object]]"]
@@ -168,6 +92,7 @@ class DeviceWorker:
         self.guests = Guests()
         """Who reads the device while its thread is at rest."""
         self.is_sick = False
+        self._failed = f"device {device} has failed; the server must be restarted"
         self.on_sick: Callable[[], None] = _nobody
         self._clock = clock
         self._observer = observer or Unobserved()
@@ -203,20 +128,25 @@ class DeviceWorker:
 
     def serve(self, *, waits: bool = True) -> bool:
         """Serves one turn, waiting for the first job where it shall; False where there was none, or none will come."""
-        with self._arrived:
-            self._turns.end(self._clock.monotonic(), self._num_begun)
-            while waits and not self._turns and not self._is_closed:
-                self._arrived.wait()
-            if not self._turns:
-                return False
-        self._num_begun = 0
-        self.guests.begin_turn()  # before jobs are taken: waiting for guests is no work of theirs, and others may come
+        jobs: list[Job[object]] = []
         try:
             with self._arrived:
-                jobs = self._turns.take(self._clock.monotonic())
-            self._serve(jobs)
-        finally:
-            self.guests.release()
+                self._turns.end(self._clock.monotonic(), self._num_begun)
+                while waits and not self._turns and not self._is_closed:
+                    self._arrived.wait()
+                if not self._turns:
+                    return False
+            self._num_begun = 0
+            self.guests.begin_turn()  # before jobs are taken: waiting for guests is no work, and others may come
+            try:
+                with self._arrived:
+                    jobs = self._turns.take(self._clock.monotonic())
+                self._serve(jobs)
+            finally:
+                self.guests.release()
+        except Exception as error:  # the root of the thread
+            self._give_up(error, jobs)
+            return False
         return True
 
     def _enqueue(self, job: Job[T], lane: str) -> Future[T]:
@@ -229,7 +159,7 @@ class DeviceWorker:
         self._release(job, 0.0)
         if late_s > 0:
             raise Overloaded("the device is busy until after the deadline; nothing was done", late_s)
-        raise NotReady("the server is stopping")
+        raise NotReady(self._failed if self.is_sick else "the server is stopping")
 
     def _late_s(self, ticket: Ticket) -> float:
         """How long after its deadline a job should be answered, by those before; not above 0 where it can be in time.
@@ -247,13 +177,19 @@ class DeviceWorker:
             raise Expired("the deadline passed before the device was touched; nothing was done")
 
     def _run(self) -> None:
+        try:
+            self._set_up()
+        except Exception as error:  # the root, as in `serve`
+            self._give_up(error, [])
+        with torch.no_grad():  # not inference_mode: rows handed over in process may enter the reader's autograd
+            while self.serve():
+                pass
+
+    def _set_up(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             # before what is built in the background
             torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))  # type: ignore[no-untyped-call]
-        with torch.no_grad():  # not inference_mode: rows handed over in process may enter the reader's autograd
-            while self.serve():
-                pass
 
     def _serve(self, jobs: list[Job[object]]) -> None:
         groups: Groups = {}
@@ -350,7 +286,7 @@ class DeviceWorker:
             return None
         try:
             if self.is_sick:
-                raise NotReady(f"device {self.device} has failed; the server must be restarted")
+                raise NotReady(self._failed)
             self._check_deadline(job.ticket)
             self._num_begun += 1
             return run()
@@ -364,11 +300,27 @@ class DeviceWorker:
             return error
         if isinstance(error, NO_ROOM) or getattr(error, "error_code", None) == _OUT_OF_MEMORY:
             return DeviceMemoryFull("no working memory is left on the device for this request")
-        if isinstance(error, torch.AcceleratorError) and not self.is_sick:
-            self.is_sick = True
-            self.on_sick()
+        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) not in CAPTURE_ERRORS:
+            self._sicken()
         trouble(_log, "request failed", error, request_id=job.ticket.request_id, device=str(self.device))
         return Internal(job.ticket.request_id)
+
+    def _give_up(self, error: Exception, jobs: Sequence[Job[object]]) -> None:
+        """After a bug beside the requests, as after a failure of the device: nothing is known to be as it should."""
+        trouble(_log, "the device's thread failed", error, device=str(self.device))
+        self._sicken()
+        with self._arrived:
+            self._is_closed = True
+            waiting = self._turns.clear()
+        for job in (*jobs, *waiting):
+            if not job.future.done():
+                with suppress(Exception):  # what failed may be what this needs
+                    self._fail(job, Internal(job.ticket.request_id))
+
+    def _sicken(self) -> None:
+        if not self.is_sick:
+            self.is_sick = True
+            self.on_sick()
 
     def _release(self, job: Job[T], served_s: float) -> None:
         if job.ticket is not _CONTROL:

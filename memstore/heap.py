@@ -90,6 +90,12 @@ class Trimmer:
 
     def look(self) -> bool:
         """Looks once, and gives up what is kept if it is time; True if so."""
+        try:
+            return self._look()
+        except OSError:  # no descriptor is left to read the numbers with; the next look comes soon
+            return False
+
+    def _look(self) -> bool:
         before, now = self._looked, self._clock.monotonic()
         cpu_before_s, self._cpu_s = self._cpu_s, self._usage.cpu_s()
         self._looked = now

@@ -85,6 +85,7 @@ class Lender:
             self._lifecycle.admit(names, num_new)
         if num_new > self._table.num_free:
             raise QuotaExceeded(f"sequences: {num_new} new ones, but there is room for {self._table.num_free}")
+        self._wait()
         number = secrets.randbits(63) or 1
         try:
             block = ControlBlock.make(number, len(names))
@@ -168,12 +169,16 @@ class Lender:
             sequence = part.sequence
             if sequence is None or sequence.loan is None or part.begin == part.as_of:
                 continue
-            if self._slab.device.type == "cuda":
-                torch.cuda.synchronize(self._slab.device)
+            self._wait()
             epoch = sequence.epoch
             sequence.refresh()
             if sequence.epoch != epoch or sequence.begin(self._slab.capacity) > part.begin:
                 raise NotReady(f"sequences[{part.part.sequence!r}]: its holder was writing; read it again", RECALL_S)
+
+    def _wait(self) -> None:
+        """Until a GPU has done what this thread has asked of it: other processes cannot wait for that."""
+        if self._slab.device.type == "cuda":
+            torch.cuda.current_stream(self._slab.device).synchronize()
 
     def counts(self) -> tuple[int, int, int]:
         """Rows appended and evicted under all leases, in all layers; and places that are only kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 from memstore.sequence import Sequence, SequenceTable
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 Row = tuple[int, int, int, int]
 """Epoch, next position, floor, rows appended: of one sequence, as the control block has it."""
+_ROW = struct.Struct("=4q")
 
 
 class LentTable(SequenceTable):
@@ -28,11 +30,12 @@ class LentTable(SequenceTable):
         super().__init__(0)
         self._lent = dict(sequences)
         self._by_name.update((name, sequence) for name, sequence in sequences.items() if sequence.epoch)
-        self._index = {name: index for index, name in enumerate(sequences)}
+        self._numbered = {name: (index, sequence) for index, (name, sequence) in enumerate(sequences.items())}
         self._capacity = capacity
         self._block = block
         self._on_written = on_written
         self._table = block.table()
+        self._bytes = self._table.data.cast("B")
         self._published: list[Row] = [tuple(row) for row in self._table.tolist()]
         self._written: dict[int, Row] = {}
 
@@ -57,13 +60,13 @@ class LentTable(SequenceTable):
 
     def announce(self, names: SequenceOf[str]) -> None:
         """Takes out of what is published the rows that are about to be overwritten."""
-        shrunk: dict[int, Row] = {}
+        capacity, published, shrunk = self._capacity, self._published, dict[int, Row]()
         for index, sequence in self._lent_of(names):
-            epoch, end, floor, num_appended = self._published[index]
-            begin = sequence.begin(self._capacity)
+            epoch, end, floor, num_appended = published[index]
+            begin = sequence.begin(capacity)
             if epoch != sequence.epoch:
                 shrunk[index] = sequence.epoch, 0, begin, num_appended
-            elif begin > floor and begin > end - self._capacity:
+            elif begin > floor and begin > end - capacity:
                 shrunk[index] = epoch, end, begin, num_appended
         self._put(shrunk)
 
@@ -84,8 +87,8 @@ class LentTable(SequenceTable):
         if rows:
             for index, row in rows.items():
                 self._published[index] = row
-            self._table[list(rows)] = list(rows.values())
+                _ROW.pack_into(self._bytes, index * _ROW.size, *row)
             self._block.publish(self._table)
 
     def _lent_of(self, names: SequenceOf[str]) -> list[tuple[int, Sequence]]:
-        return [(self._index[name], self._lent[name]) for name in names]
+        return [self._numbered[name] for name in names]

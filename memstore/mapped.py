@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from memstore.memory import Memory
 from memstore.region import can_share, map_region
 from memstore.seams import SystemClock, new_epoch
 from memstore.sequence import Sequence
-from memstore.service import Caller, reset_job, stand_job, step_job
+from memstore.service import Caller, let_go, reset_job, stand_job, step_job
 from memstore.slab import Slab, bytes_needed
 from memstore.v1 import memstore_pb2 as pb
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from memstore.plane import MixedPlane
     from memstore.standing import Standing
     from memstore.types import Hits, MemorySpec, StepBatch, StepResult
+
+
+_STEPS = pb.StepRequest, pb.RetrieveRequest, pb.AppendRequest
 
 
 class Mapped:
@@ -82,7 +86,7 @@ class Mapped:
         except MemstoreError as error:
             future = Future()
             future.set_exception(error)
-        future.add_done_callback(lambda _: self._plane.discard(request))
+        future.add_done_callback(partial(let_go, self._plane, request))
         return future
 
     def stand(self, request: pb.StepRequest, timeout_s: float) -> Future[Standing | None]:
@@ -131,26 +135,26 @@ class Mapped:
     def _begin(self, request: Message, caller: Caller) -> Future[Message]:
         if isinstance(request, pb.ResetRequest):
             return self._worker.submit(reset_job(request, caller, self))
-        if isinstance(request, pb.StepRequest | pb.RetrieveRequest | pb.AppendRequest):
+        if isinstance(request, _STEPS):
             return self._worker.submit(step_job(request, caller, self.spec, self))
         raise InvalidRequest("request", f"{type(request).__name__} is the server's")
 
     def _check_held(self) -> None:
-        if not self.is_held:
+        if not self._block.is_held:
             raise NotReady("the lease has ended")
 
     def _written(self) -> None:
         """Publishes at once where the device has written at once, else when it has. Runs in the device thread."""
-        if self._slab.device.type == "cuda":
-            try:
-                self._worker.control(self._settle, behind=TENANT)
-                return
-            except NotReady:  # it is being closed, and takes no more
-                pass
-        self._settle()
+        if self._slab.is_on_host:
+            self._table.settle()
+            return
+        try:
+            self._worker.control(self._settle, behind=TENANT)
+        except NotReady:  # it is being closed, and takes no more
+            self._settle()
 
     def _settle(self) -> None:
-        if self._slab.device.type == "cuda":
+        if not self._slab.is_on_host:
             torch.cuda.current_stream(self._slab.device).synchronize()
         self._table.settle()
 

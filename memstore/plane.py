@@ -226,7 +226,7 @@ class ProcessPlane:
     def read(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
         dtype, shape = element_format(tensor, field)
         if tensor.WhichOneof("payload") != "region" or tensor.region.plane != pb.PLANE_PROCESS:
-            raise InvalidRequest(f"{field}.region", "missing; within one process tensors travel by region")
+            return self._not_handed(tensor, field)
         with self._lock:
             handed = self._regions.pop(tensor.region.region, None)
         if handed is None:
@@ -236,6 +236,10 @@ class ProcessPlane:
         if handed.ready is not None:
             handed.ready.await_for(handed.tensor)
         return handed.tensor
+
+    def _not_handed(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
+        """A tensor that a message does not point to here."""
+        raise InvalidRequest(f"{field}.region", "missing; within one process tensors travel by region")
 
     def write(self, tensor: torch.Tensor) -> pb.Tensor:
         """The tensor is shared, not copied: the writer leaves it as it is from now on."""
@@ -272,9 +276,9 @@ class MixedPlane(ProcessPlane):
         super().__init__()
         self._inline = InlinePlane(self.max_reply_bytes)
 
-    def read(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
+    def _not_handed(self, tensor: pb.Tensor, field: str) -> torch.Tensor:
         is_inline = tensor.WhichOneof("payload") == "data"
-        return self._inline.read(tensor, field) if is_inline else super().read(tensor, field)
+        return self._inline.read(tensor, field) if is_inline else super()._not_handed(tensor, field)
 
 
 def tensors_of(message: Message) -> Iterator[pb.Tensor]:

@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 
 SICK = 70
 """Exit code after a failure of the device that only another process can leave behind."""
-SICK_S = 4.0
+SICK_S = 3.0
 """How long the process may take to end then."""
 
 

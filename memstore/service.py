@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from memstore import wire
 from memstore.catalog import MemoryId
-from memstore.device import CallJob, Engine, Settling, StepJob, Ticket
 from memstore.errors import InvalidRequest, MemstoreError, NotAllowed
 from memstore.futures import done, then
+from memstore.jobs import CallJob, Engine, Settling, StepJob, Ticket
 from memstore.plane import tensor_bytes
 from memstore.sequence import REPLAY_WINDOW
 from memstore.standing import Standing
@@ -83,7 +84,7 @@ class Service:
             future = Future()
             future.set_exception(error)
         if not caller.plane.has_bytes:
-            future.add_done_callback(lambda _: caller.plane.discard(request))
+            future.add_done_callback(partial(let_go, caller.plane, request))
         return future
 
     def _step(self, request: wire.StepLike, caller: Caller) -> Future[Message]:
@@ -220,6 +221,12 @@ class _Shown:
         for engine in self._engines:
             engine.settle(count)
         count(None)
+
+
+def let_go(plane: Plane, request: Message, answer: Future[Message]) -> None:
+    """Lets go of the tensors of a request that has failed; one that was answered has had all of them read."""
+    if answer.cancelled() or answer.exception() is not None:
+        plane.discard(request)
 
 
 def step_job(request: wire.StepLike, caller: Caller, spec: MemorySpec, engine: Engine) -> StepJob[Message]:

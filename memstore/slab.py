@@ -27,6 +27,7 @@ from memstore.errors import DeviceMemoryFull
 from memstore.region import make_region, padded, pinned
 from memstore.region.base import array
 from memstore.region.mapping import HUGE_BYTES
+from memstore.region.own import own_memory
 from memstore.types import KEY, NO_ROOM, MemorySpec, Metric
 
 if TYPE_CHECKING:
@@ -323,12 +324,13 @@ def _touched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         zeros = torch.empty(shape, dtype=dtype, device=device).zero_()
         torch.cuda.current_stream(device).synchronize()  # rows of a snapshot are put there by another thread
         return zeros
-    # numpy asks for huge pages, torch does not: without them a scan takes a third longer
     size = math.prod(shape) * dtype.itemsize
-    alignment = HUGE_BYTES if size >= HUGE_BYTES else _LINE
-    content = np.empty(size + alignment, np.uint8)
-    first = -content.ctypes.data % alignment
-    return torch.from_numpy(content[first : first + size]).view(dtype).view(shape).zero_()
+    if size >= HUGE_BYTES:
+        content = own_memory(size)
+    else:
+        content = torch.zeros(size + _LINE, dtype=torch.uint8)
+        content = content[-content.data_ptr() % _LINE :][:size]
+    return content.view(dtype).view(shape)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -42,8 +42,12 @@ class Guests:
         self._at_rest.acquire()
         self.turn += 1
         if self._readers:
-            for reader in tuple(self._readers):
-                reader.let_pass()
+            try:
+                for reader in tuple(self._readers):
+                    reader.let_pass()
+            except BaseException:
+                self.release()
+                raise
 
     def add(self, reader: Standing) -> None:
         """In the thread of the device: this one may come from now on."""

@@ -18,7 +18,7 @@ LEAST_JOBS = 4
 FIRST_JOBS = 32
 """Jobs of a turn of which it is not known what they take."""
 LEAST_COST_S = 1e-6
-"""What a turn counts as at least, and a job of it where many are to fit into one: a clock may say that they took none."""
+"""What a turn counts as at least, and each job of a turn that is to be filled: by the clock they may take no time."""
 _MARGIN = 1.1
 """For what is not known: whoever is admitted at the very limit should still be answered in time."""
 MAX_LANES = 1024
@@ -88,6 +88,15 @@ class Turns(Generic[T]):
             lane.jobs.clear()
             return jobs
         return [lane.jobs.popleft() for _ in range(number)]
+
+    def clear(self) -> list[T]:
+        """All jobs that wait, which wait no more."""
+        lanes = (self._server, *self._lanes.values())
+        jobs = [job for lane in lanes for job in lane.jobs]
+        for lane in lanes:
+            lane.jobs.clear()
+        self._num_jobs = 0
+        return jobs
 
     def end(self, now: float, num_served: int) -> None:
         """The turn that was taken has been served, but for those of its jobs that were late or given up."""

@@ -21,6 +21,11 @@ KEY = "key"
 NO_ROOM = (torch.OutOfMemoryError, MemoryError)
 """What torch raises where a device has no memory left, and numpy where the host has none."""
 
+CAPTURE_ERRORS = range(900, 910)
+"""cudaErrorStreamCaptureUnsupported and those after it: codes of a capture that did not come about, or of what must not
+be done while another thread captures. They harm nothing else.
+"""
+
 
 class Metric(Enum):
     """How near two vectors are; a score is larger for a nearer row."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from memstore.admission import Admission, QueueLimits
-from memstore.device import DeviceWorker, StepJob, Ticket
+from memstore.device import DeviceWorker
 from memstore.errors import Expired, MemstoreError, Overloaded
+from memstore.jobs import StepJob, Ticket
 from memstore.types import RetrieveOptions, SequencePart, StepBatch
 from tests.fakes import FakeClock, FakeEngine, FakeReply
 

@@ -13,7 +13,7 @@ import torch
 
 from memstore.gpu.capturing import capturing
 from memstore.gpu.steady import INDEX, POSITIONS, ROW_SPLITS, SCORES, Kind, SteadySearch
-from memstore.types import Hits
+from memstore.types import CAPTURE_ERRORS, Hits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 MOST_GRAPHS = 16
 """Graphs that are kept; the one that was not used for longest goes first."""
-
-CAPTURE_ERRORS = range(900, 910)
-"""cudaErrorStreamCaptureUnsupported and those after it, the codes of a capture that did not come about."""
 
 
 class DecodeGraphs:
@@ -42,8 +39,10 @@ class DecodeGraphs:
     def retrieve(
         self, slab: Slab, batch: SearchBatch, options: RetrieveOptions, groups: NDArray[np.int64]
     ) -> Hits | None:
-        """See VectorIndex.retrieve. None where no graph could be captured this time."""
+        """See VectorIndex.retrieve. None where no graph can be captured, or none could this time."""
         kind = Kind.of(slab, batch, options)
+        if not kind.can_be_captured:
+            return None
         graph = self._graphs.get(kind) or self._captured(slab, kind)
         if graph is None:
             return None

@@ -31,6 +31,9 @@ WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 SCRATCH_BYTES = 1 << 30
 """What the maxima of a batch may take, or those of one block of queries where they are more."""
 
+SUPER_BYTES = 4 * (LEAVES_OF_SUPER + 1)
+"""The maxima of a super, for each query."""
+
 FEW_QUERIES = 512
 """Up to so many, a query's rows are scored by several programs."""
 
@@ -286,17 +289,17 @@ def _scored(slab: Slab, asked: Asked, piece: Piece, maxima: Maxima) -> Scored:
 
 def is_at_once(asked: Asked) -> bool:
     """Whether the scratch has room for the maxima of all queries."""
-    return asked.sizes.num_queries * _maxima_bytes(asked) <= SCRATCH_BYTES
+    return has_scratch(asked.sizes.num_queries, asked.num_supers)
 
 
-def _maxima_bytes(asked: Asked) -> int:
-    """Of one query."""
-    return asked.num_supers * (LEAVES_OF_SUPER + 1) * 4
+def has_scratch(num_queries: int, num_supers: int) -> bool:
+    """The same of so many queries and supers. What is done in pieces reads its tables back: no graph can capture it."""
+    return num_queries * num_supers * SUPER_BYTES <= SCRATCH_BYTES
 
 
 def _pieces(asked: Asked) -> Iterator[Piece]:
     """What is done at a time, so that its maxima fit the scratch."""
-    per_query = _maxima_bytes(asked)
+    per_query = asked.num_supers * SUPER_BYTES
     num_queries, num_blocks = asked.sizes.num_queries, asked.sizes.num_blocks
     if is_at_once(asked):
         yield Piece(0, num_blocks, 0, num_queries)

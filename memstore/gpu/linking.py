@@ -112,7 +112,8 @@ def _back(forth: torch.Tensor) -> torch.Tensor:
     rank = torch.arange(len(order), device=forth.device) - (counts.cumsum(0) - counts)[ordered.long() + 1]
     back = torch.full((num_rows * num_links + 1,), -1, dtype=torch.int32, device=forth.device)
     is_kept = (ordered >= 0) & (rank < num_links)
-    back[torch.where(is_kept, ordered * num_links + rank, num_rows * num_links)] = (order % num_rows).int()
+    at = rank.add(ordered, alpha=num_links)  # in 64 bits, as rank has
+    back[torch.where(is_kept, at, num_rows * num_links)] = (order % num_rows).int()
     return back[:-1].view(num_rows, num_links)
 
 

@@ -10,11 +10,10 @@ import torch
 
 from memstore.gpu import launch, list_launch
 from memstore.gpu.capturing import capturing
-from memstore.gpu.decode import CAPTURE_ERRORS
 from memstore.gpu.launch import Asked
-from memstore.gpu.rings import FANOUT, SUPER_SLOTS, AlikeRings, TableSizes
+from memstore.gpu.rings import SUPER_SLOTS, AlikeRings, TableSizes
 from memstore.gpu.tuning import scan_shape
-from memstore.types import Hits
+from memstore.types import CAPTURE_ERRORS, Hits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,9 +34,6 @@ MOST_ASKED = 256
 
 MOST_ROWS = 16_384
 """Rows that the windows of a batch ask for, repeats counted."""
-
-SUPER_BYTES = 4 * (FANOUT * FANOUT + 1)
-"""The maxima of a super, for each query."""
 
 MOST_GRAPHS = 8
 """Graphs that are kept; the one that was not used for longest goes first."""
@@ -113,7 +109,8 @@ def _kind_of(
     if step is None or num_rings * batch.counts[0] > MOST_ASKED:
         return None
     run_supers = -(-step * store.shape.span // SUPER_SLOTS)
-    if num_rings * batch.counts[0] * run_supers * SUPER_BYTES > launch.SCRATCH_BYTES:
+    list_supers = launch.num_supers_of(store.centres, (store.centres.capacity,))
+    if not launch.has_scratch(num_rings * batch.counts[0], max(run_supers, list_supers)):
         return None
     return _Kind(num_rings, batch.counts[0], run_supers, batch.queries.dtype, options)
 

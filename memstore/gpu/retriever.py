@@ -12,7 +12,7 @@ from memstore.gpu.coded import reads_codes
 from memstore.gpu.decode import DecodeGraphs
 from memstore.gpu.launch import Asked, Found, Located
 from memstore.gpu.rings import tables
-from memstore.gpu.steady import GpuSteady, is_decode
+from memstore.gpu.steady import GpuSteady, Kind, is_decode
 from memstore.gpu.tuning import scan_shape
 from memstore.types import Hits
 
@@ -49,7 +49,8 @@ class GpuRetriever:
 
     def steady(self, slab: Slab, batch: SearchBatch, options: RetrieveOptions) -> GpuSteady | None:
         """See VectorIndex.steady."""
-        return GpuSteady(slab, batch, options) if is_decode(batch, options) else None
+        is_able = is_decode(batch, options) and Kind.of(slab, batch, options).can_be_captured
+        return GpuSteady(slab, batch, options) if is_able else None
 
     def close(self) -> None:
         """Lets go of the graphs, and with them of what they work on."""

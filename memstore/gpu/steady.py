@@ -61,6 +61,11 @@ class Kind(NamedTuple):
             options=options,
         )
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether all of it is done at once."""
+        return launch.has_scratch(self.num_rings * self.num_queries, self.num_supers)
+
 
 class SteadySearch:
     """See above. Rings beyond those of a batch see nothing. For one thread at a time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from memstore.index.graph_parts import GraphBuilder
 from memstore.index.host_parts import HostBuilder
 from memstore.index.list_parts import ListBuilder
 from memstore.index.settings import graph_shape, has_lists, index_bytes, list_shape
+from memstore.logs import trouble
 from memstore.types import IndexKind
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from memstore.index.base import VectorIndex
     from memstore.index.generation import PartBuilder
     from memstore.types import MemorySpec
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["INDEXES", "build_thread", "index_bytes", "make_index", "prepare"]
 
@@ -57,12 +61,12 @@ def _list_index(spec: MemorySpec, device: torch.device, executor: Executor) -> G
     if not index_bytes(spec, device):
         return GenerationIndex(spec, builder, executor)
     try:
-        from memstore.gpu.lists import ListRetriever
+        from memstore.gpu.lists import ListRetriever, warm
     except ImportError as error:
         raise InvalidRequest("spec.index", f"{spec.index.value} needs Triton, which is not here") from error
-    lists = ListRetriever(spec, list_shape(spec), device)
-    executor.submit(_warm, spec, device)
-    executor.submit(builder.prepare)  # what is slow at first is done before anybody waits for it
+    shape = list_shape(spec)
+    lists = ListRetriever(spec, shape, device)
+    _rehearse(executor, spec, device, lambda: warm(spec, shape, device), builder.prepare)
     return GenerationIndex(spec, builder, executor, lists)
 
 
@@ -74,13 +78,19 @@ def _graph_index(spec: MemorySpec, device: torch.device, executor: Executor) -> 
     from memstore.gpu.graphs import GraphRetriever
 
     graphs = GraphRetriever(spec, graph_shape(spec), device)
-    executor.submit(builder.prepare)
+    _rehearse(executor, spec, device, builder.prepare)
     return GenerationIndex(spec, builder, executor, graphs)
 
 
-def _warm(spec: MemorySpec, device: torch.device) -> None:
-    """In the build thread, before the first build: what retrievals need is compiled."""
-    from memstore.gpu.lists import warm
+def _rehearse(executor: Executor, spec: MemorySpec, device: torch.device, *parts: Callable[[], None]) -> None:
+    """Has done in the build thread, before the first build, what is slow the first time; it may fail without harm."""
 
-    with torch.cuda.device(device):
-        warm(spec, list_shape(spec), device)
+    def run(part: Callable[[], None]) -> None:
+        try:
+            with torch.cuda.device(device):  # which is not the current one of a new thread
+                part()
+        except Exception as error:  # a root: nobody waits for it
+            trouble(_log, "what an index needs first could not be made ready", error, memory=spec.name)
+
+    for part in parts:
+        executor.submit(run, part)

@@ -53,7 +53,7 @@ class ListBuilder:
         rows = random_rows(self._spec, self._device, min(shape.span, max(CHUNK_ROWS, _num_samples(shape.num_centres))))
         found = self.build(rows, lambda: None)
         with self._stream.at_work():
-            owners = torch.randint(shape.num_centres, (shape.span,), device=self._device)
+            owners = torch.arange(shape.span, device=self._device) % shape.num_centres
             listed(found.centres[: shape.num_centres], owners, 0, shape)
 
     def build(self, rows: RowSource, check: Callable[[], None]) -> Lists:

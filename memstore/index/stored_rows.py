@@ -77,9 +77,14 @@ class StoredRows:
 
 
 def random_rows(spec: MemorySpec, device: torch.device, num_rows: int) -> StoredRows:
-    """Random rows of a memory's kind, for a first build, of which nothing is kept. They may be read on any stream."""
+    """Random rows of a memory's kind, for a first build, of which nothing is kept. They may be read on any stream.
+
+    By numbers of their own: those of others go on as they would have, and a graph that another thread captures has the
+    common ones to itself.
+    """
     slab = Slab(replace(keys_spec(spec, num_rows), num_layers=1, max_sequences=1), device)
-    slab.write(slab.stage(torch.randn(1, num_rows, spec.dim, device=device), {}), torch.arange(num_rows, device=device))
+    rows = torch.randn(1, num_rows, spec.dim, device=device, generator=torch.Generator(device).manual_seed(0))
+    slab.write(slab.stage(rows, {}), torch.arange(num_rows, device=device))
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return StoredRows(slab, 0, 0, 0, num_rows, lambda: None)

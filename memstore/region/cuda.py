@@ -7,6 +7,7 @@ import importlib.util
 import mmap
 import os
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,15 +26,15 @@ def is_available(device: torch.device) -> bool:
     return bool(_done(driver, driver.cuDeviceGetAttribute(attribute, device.index or 0)))
 
 
-_still_pinned: deque[Callable[[], None]] = deque()
-"""What unpins pages that nobody uses any more, and could not yet."""
+_still_pinned: deque[tuple[torch.device, Callable[[], bool]]] = deque()
+"""What unpins pages that nobody uses any more, and could not yet; False where it still cannot."""
 
 
 def pin(pages: torch.Tensor, device: torch.device) -> Callable[[], None]:
     """Pins whole pages of the host's memory, if that can be; what is given unpins them.
 
     That waits for all that is under way on the device, which cannot be while a CUDA graph is captured, as when garbage
-    is collected then. The pages are kept in that case, and unpinned with the next ones.
+    is collected then. The pages are kept in that case, or where the driver refuses, and unpinned with the next ones.
     """
     driver = _driver(device)
     address = pages.data_ptr()
@@ -41,22 +42,30 @@ def pin(pages: torch.Tensor, device: torch.device) -> Callable[[], None]:
         raise ValueError(f"{pages.nbytes} bytes at {address:#x} are no whole pages")
     is_pinned = driver.cuMemHostRegister(address, pages.nbytes, 0)[0] == driver.CUresult.CUDA_SUCCESS
 
-    def release() -> None:
-        if is_pinned:
-            driver.cuMemHostUnregister(pages.data_ptr())
+    def release() -> bool:
+        return not is_pinned or driver.cuMemHostUnregister(pages.data_ptr())[0] == driver.CUresult.CUDA_SUCCESS
 
     def unpin() -> None:
-        _still_pinned.append(release)
-        if torch.cuda.is_current_stream_capturing():
-            return
-        try:
-            torch.cuda.synchronize(device)
-        except torch.AcceleratorError:  # another thread captures
-            return
-        while _still_pinned:
-            _still_pinned.popleft()()
+        _still_pinned.append((device, release))
+        if not torch.cuda.is_current_stream_capturing():
+            _unpin_waiting()
 
     return unpin
+
+
+def _unpin_waiting() -> None:
+    """Unpins all that waits for it now; what comes to that meanwhile has copies that are not waited for here."""
+    taken: list[tuple[torch.device, Callable[[], bool]]] = []
+    with suppress(IndexError):  # another thread may take some, too
+        while True:
+            taken.append(_still_pinned.popleft())
+    try:
+        for device in {device for device, _ in taken}:
+            torch.cuda.synchronize(device)
+    except torch.AcceleratorError:  # another thread captures
+        _still_pinned.extend(taken)
+        return
+    _still_pinned.extend([(device, release) for device, release in taken if not release()])
 
 
 class CudaRegion:

@@ -52,6 +52,7 @@ _FOR_NOW = (Late, NotFound, NotReady, Overloaded, QuotaExceeded, Unavailable)
 """Refusals after which a lease is asked for again."""
 _PLANES = {"auto": pb.PLANE_UNSPECIFIED, "shm": pb.PLANE_SHM, "cuda": pb.PLANE_CUDA}
 _NAMES = {pb.PLANE_SHM: "shm", pb.PLANE_CUDA: "cuda"}
+_STEPS = pb.StepRequest, pb.RetrieveRequest, pb.AppendRequest
 _log = logging.getLogger(__name__)
 
 
@@ -163,17 +164,24 @@ class MappedTransport:
         if engine is not None and _is_holders(request):
             self._stats.add(self.counted)
             answer: Future[Message] = Future()
-            engine.call(method, request, timeout_s).add_done_callback(partial(_answer, answer))
+            engine.call(method, request, timeout_s).add_done_callback(partial(self._answer_here, answer))
         else:
             self.plane.make_inline(request)
             answer = self._inner.call(method, request, timeout_s)
-        answer.add_done_callback(self._ended)
+            answer.add_done_callback(self._ended)
         return answer
+
+    def _answer_here(self, answer: Future[Message], done: Future[Message]) -> None:
+        try:
+            hand_on(done, answer)
+        finally:  # also where the caller has cancelled it
+            self._ended(answer)
 
     def _ended(self, _: Future[Message]) -> None:
         with self._changed:
             self._num_under_way -= 1
-            self._changed.notify_all()
+            if self._paused is not None:  # only then is anybody waiting for it
+                self._changed.notify_all()
 
     def _run(self) -> None:
         """The thread: asks for the lease, keeps it, and asks again when it is gone."""
@@ -354,7 +362,7 @@ def _is_holders(request: Message) -> bool:
     """True for what the holder of a lease does itself; its sequences are all that a session ever names."""
     if isinstance(request, pb.ResetRequest):
         return not request.release
-    return isinstance(request, pb.StepRequest | pb.RetrieveRequest | pb.AppendRequest)
+    return isinstance(request, _STEPS)
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from model_client.transport.pieces import PiecesPlane
 
 METHOD = "/memstore.v1.MemoryService/StepStream"
+_log = logging.getLogger(__name__)
 _numbers = itertools.count(1)
 """Of the steps of all streams, so that no two that are under way have the same."""
 
@@ -101,6 +103,10 @@ class StepStream:
         except DecodeError as error:
             self._call.cancel()
             self._end(Unavailable(f"the server's messages are none of a stream of steps: {error}"))
+        except Exception as error:  # the root of the thread: no memory for an answer, or a bug, leaves nobody waiting
+            _log.exception("answers could not be read")
+            self._call.cancel()
+            self._end(Unavailable(f"answers could not be read: {error!r}"))
 
     def _answer(self, answer: Answer) -> None:
         response = answer.message

@@ -18,7 +18,7 @@ ORDER = """
     retrieval known appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
     seating lifecycle lender planner log journal ledger refill repeated memory
     folder snapshot salvage recovery archive orphans
-    admission capacity catalog store pace turns errands joining standing device plane replies
+    admission capacity catalog store pace turns errands jobs joining standing device plane replies
     wire status access followed tokens auth quotas gate
     entries rooms removals registry snapshotter expirer metrics service
     embedded mapped lending listen arrival outcomes talk lobby door grpc_front health

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from memstore.admission import Admission, QueueLimits
-from memstore.device import CallJob, DeviceWorker, StepJob, Ticket
+from memstore.device import DeviceWorker
 from memstore.errors import (
     DeviceMemoryFull,
     Expired,
@@ -22,6 +23,7 @@ from memstore.errors import (
     Overloaded,
     QuotaExceeded,
 )
+from memstore.jobs import CallJob, StepJob, Ticket
 from memstore.joining import MAX_JOINED_ROWS
 from memstore.types import RetrieveOptions, SequencePart, SequenceResult, StepBatch
 from tests.fakes import FakeClock, FakeEngine, FakeReply, held
@@ -242,6 +244,17 @@ def test_no_pinned_memory_is_no_bug_either(bench: Bench) -> None:
     assert not bench.worker.is_sick
 
 
+def test_what_spoils_a_capture_fails_its_request_and_not_the_device(bench: Bench) -> None:
+    error = torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+    error.error_code = 900  # cudaErrorStreamCaptureUnsupported
+    bench.engine.failure = error
+    with pytest.raises(Internal):
+        bench.step(batch("a")).result()
+    bench.engine.failure = None
+    assert bench.step(batch("a")).result()[0].epoch == 1
+    assert not bench.worker.is_sick
+
+
 def test_a_failed_device_takes_no_more(bench: Bench) -> None:
     bench.engine.failure = torch.AcceleratorError("CUDA error: an illegal memory access")
     with pytest.raises(Internal):
@@ -251,6 +264,39 @@ def test_a_failed_device_takes_no_more(bench: Bench) -> None:
     with pytest.raises(NotReady, match="restarted"):
         bench.step(batch("a")).result()
     assert bench.engine.calls == []
+
+
+@pytest.mark.parametrize("where", ["take", "end"])
+def test_a_bug_beside_the_requests_hangs_nobody(bench: Bench, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known to be as it should after it, as after a failure of the device: the server is to be restarted."""
+    sick = threading.Event()
+    bench.worker.on_sick = sick.set
+    with held(bench.worker):
+        waiting = [bench.step(batch(name)) for name in "abc"]
+        monkeypatch.setattr(bench.worker._turns, where, Mock(side_effect=OverflowError("a bug")))
+    for step in waiting:
+        with pytest.raises(Internal):
+            step.result(timeout=60)
+    assert sick.wait(60)
+    monkeypatch.undo()
+    with pytest.raises(NotReady, match="restarted"):
+        bench.step(batch("a")).result(timeout=60)
+    assert bench.admission.num_requests == 0
+
+
+def test_a_bug_while_a_turn_is_served_fails_what_was_not_answered(bench: Bench) -> None:
+    bench.worker._observer = Mock(joined=Mock(side_effect=[None, ZeroDivisionError("a bug")]))
+    other = FakeEngine()
+    with held(bench.worker):
+        answered = bench.step(batch("a"))
+        not_answered = bench.worker.submit(bench.job(batch("b"), other))
+        behind = bench.step(batch("c"))
+    assert answered.result(timeout=60)[0].epoch == 1
+    with pytest.raises(Internal):
+        not_answered.result(timeout=60)
+    assert behind.result(timeout=60)[0].epoch == 1  # it was joined with the first
+    with pytest.raises(NotReady, match="restarted"):
+        bench.step(batch("a")).result(timeout=60)
 
 
 def test_a_full_queue_refuses_at_once(bench: Bench) -> None:

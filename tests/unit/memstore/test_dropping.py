@@ -31,7 +31,7 @@ from tests.serving import file_store
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from memstore.device import Settling
+    from memstore.jobs import Settling
     from memstore.rooms import Loaded
 
 DATA = Path("/data")

@@ -166,6 +166,18 @@ def test_scratch_is_bounded_by_working_in_pieces(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(whole.positions, in_pieces.positions)
 
 
+def test_a_step_that_is_done_in_pieces_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is decided by reading a table back, which would spoil the capture, step after step."""
+    from memstore.gpu import launch
+
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 1000)
+    slab, index, options = filled(), ExactIndex(), RetrieveOptions(top_k=16, window_after=1)
+    check(slab, asked(slab, (2, 2)), options, index)
+    assert index.steady(slab, asked(slab, (2, 2)), options) is None
+    assert index._gpu is not None
+    assert len(index._gpu._graphs) == 0  # which has no outer sign
+
+
 def test_the_scratch_of_a_search_does_not_grow_with_capacity_times_queries() -> None:
     from memstore.gpu import launch
 

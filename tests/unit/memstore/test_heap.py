@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import subprocess
 import sys
 import textwrap
+from unittest.mock import Mock
 
 import pytest
 
@@ -74,6 +76,16 @@ def test_what_is_in_use_is_found_out_once() -> None:
     process.used -= 500 * MB
     assert not looked(process, trimmer, clock, 0.0)
     process.kept = RISE_BYTES
+    assert looked(process, trimmer, clock, 0.0)
+
+
+def test_a_look_that_sees_nothing_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, clock = Process(), FakeClock()
+    trimmer = Trimmer(process, clock)
+    process.kept = RISE_BYTES
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "resident_bytes", Mock(side_effect=OSError(errno.EMFILE, "too many open files")))
+        assert not looked(process, trimmer, clock, 0.0)
     assert looked(process, trimmer, clock, 0.0)
 
 

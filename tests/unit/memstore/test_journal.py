@@ -10,8 +10,9 @@ import pytest
 
 from memstore.admission import Admission, QueueLimits
 from memstore.changes import Appended, Forked, Released, Renewed, decode, encode
-from memstore.device import DeviceWorker, StepJob, Ticket
+from memstore.device import DeviceWorker
 from memstore.errors import ReadOnly
+from memstore.jobs import StepJob, Ticket
 from memstore.journal import INTERVAL_S, Syncer
 from memstore.memory import Memory
 from memstore.sequence import Reply

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from memstore.device import Settling
+    from memstore.jobs import Settling
     from memstore.rooms import Loaded
     from memstore.types import MemorySpec
     from tests.serving import Serving

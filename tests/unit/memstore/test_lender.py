@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,6 +39,17 @@ def test_what_the_holder_appends_the_server_reads_and_counts(lent: Lent) -> None
     append(lent.holder, "b", [7], start=True)
     assert content(lent.server, "b") == {0: 7}
     assert counts(lent.server) == (2, 8, 28, 20)
+
+
+def test_a_gpu_has_written_what_is_lent(lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that holds it cannot wait for the server's stream."""
+    lender, leases = lent.server.lender, []
+    stream = Mock(**{"synchronize.side_effect": lambda: leases.append(len(lender))})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    gpu_slab = SimpleNamespace(device=torch.device("cuda", 0), capacity=SPEC.capacity, num_layers=SPEC.num_layers)
+    monkeypatch.setattr(lender, "_slab", gpu_slab)
+    lender.lend(["a"], "w", lent.recalled.append, lambda: None)
+    assert leases == [0]
 
 
 def test_what_was_given_back_is_the_servers_again(lent: Lent) -> None:

@@ -94,6 +94,14 @@ def test_a_build_of_lists_stops_where_it_is_told_to() -> None:
         ListBuilder(spec, CPU).build(rows, check)
 
 
+def test_a_rehearsal_leaves_the_random_numbers_of_others_as_they_are() -> None:
+    settings = IndexSettings(generation_rows=64, nlist=4, nprobe=1)
+    spec = MemorySpec(name="m", dim=8, capacity=64, index=IndexKind.FAISS_IVF_FLAT, index_settings=settings)
+    before = torch.get_rng_state()
+    ListBuilder(spec, CPU).prepare()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_lists_are_counted_in_what_is_reserved_and_few_are_read() -> None:
     gpu = torch.device("cuda", 0)
     spec = MemorySpec(name="m", dim=256, capacity=10_000_000, index=IndexKind.FAISS_IVF_FLAT)

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import mmap
 import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def can_be_huge() -> bool:
     mapping = Mapping(descriptor, HUGE_BYTES)
     os.close(descriptor)
     return mapping.advise(POPULATE_WRITE, 0, HUGE_BYTES) and mapping.advise(COLLAPSE, 0, HUGE_BYTES)
+
+
+def own_huge_bytes() -> int:
+    """Of the memory that is this process's alone."""
+    lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
+    return next(int(line[1]) << 10 for line in lines if line[0] == "AnonHugePages:")
+
+
+def can_own_be_huge() -> bool:
+    """True where the kernel makes huge pages of memory that is mapped anew, when it is asked to."""
+    before = own_huge_bytes()
+    pages = mmap.mmap(-1, 3 * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    pages[:] = bytes(len(pages))
+    return own_huge_bytes() >= before + 2 * HUGE_BYTES
 
 
 @pytest.fixture
@@ -122,6 +138,18 @@ def test_a_large_host_region_lies_where_huge_pages_can() -> None:
         each.close()
 
 
+@pytest.mark.skipif(not can_own_be_huge(), reason="this kernel makes no huge pages")
+def test_rows_lie_in_huge_pages_also_where_small_ones_were_given_back_before() -> None:
+    spec = MemorySpec(name="m", dim=128, capacity=16_384, dtype=torch.float16)
+    for sizes in ([31 << 20, 30 << 20], [5 << 20] * 4):  # by the first glibc learns to keep what the others give back
+        used = [torch.ones(size, dtype=torch.uint8) for size in sizes]
+        used.clear()
+    before = own_huge_bytes()
+    slabs = [Slab(spec, torch.device("cpu")) for _ in range(3)]
+    assert own_huge_bytes() >= before + slabs[0].keys.nbytes  # or more, as far as there are some
+    assert not any(slab.keys.any() for slab in slabs)
+
+
 @pytest.mark.skipif(not can_be_huge(), reason="this kernel makes no huge pages of shared memory")
 def test_a_host_region_is_made_of_huge_pages() -> None:
     size = 3 * HUGE_BYTES + 4096
@@ -185,12 +213,15 @@ class FakeDriver:
 
     def __init__(self) -> None:
         self.pinned: list[int] = []
+        self.refuses = False
 
     def cuMemHostRegister(self, address: int, num_bytes: int, flags: int) -> tuple[int]:
         self.pinned.append(address)
         return (0,)
 
     def cuMemHostUnregister(self, address: int) -> tuple[int]:
+        if self.refuses:
+            return (201,)
         self.pinned.remove(address)
         return (0,)
 
@@ -206,6 +237,7 @@ def test_pages_that_cannot_be_unpinned_while_a_graph_is_captured_are_kept_until_
             raise failures.pop()
 
     monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())  # without what other tests have left
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
@@ -222,4 +254,56 @@ def test_pages_that_cannot_be_unpinned_while_a_graph_is_captured_are_kept_until_
     third()
     assert driver.pinned == []
     del first, second, third
+    assert not any(is_mapped(address) for address in addresses)
+
+
+def test_pages_that_come_while_the_device_is_waited_for_are_waited_for_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Copies from them may have begun after that wait did."""
+    driver, unpins = FakeDriver(), []
+
+    def synchronize(_: torch.device) -> None:
+        if len(unpins) == 2:
+            unpins.pop()()  # in another thread, which cannot wait
+        elif unpins:
+            raise torch.AcceleratorError("capturing")
+
+    monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())  # without what other tests have left
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(3)]
+    addresses = [region.content.data_ptr() for region in regions]
+    unpins += [cuda_module.pin(region.content, torch.device("cuda", 0)) for region in regions[:2]]
+    last = cuda_module.pin(regions[2].content, torch.device("cuda", 0))
+    unpins[0]()
+    assert driver.pinned == addresses[1:]
+    unpins.clear()
+    last()
+    assert driver.pinned == []
+    for region in regions:
+        region.close()
+
+
+def test_pages_that_the_driver_does_not_unpin_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, gpu = FakeDriver(), torch.device("cuda", 0)
+    monkeypatch.setattr(cuda_module, "_driver", lambda _: driver)
+    monkeypatch.setattr(cuda_module, "_still_pinned", deque())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    regions = [make_region(mmap.PAGESIZE, torch.device("cpu")) for _ in range(2)]
+    addresses = [region.content.data_ptr() for region in regions]
+    first, second = (cuda_module.pin(region.content, gpu) for region in regions)
+    for region in regions:
+        region.close()
+    del regions, region
+    driver.refuses = True
+    first()
+    del first
+    assert is_mapped(addresses[0])
+    driver.refuses = False
+    second()
+    del second
+    assert driver.pinned == []
     assert not any(is_mapped(address) for address in addresses)

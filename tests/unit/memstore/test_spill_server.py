@@ -21,6 +21,7 @@ from memstore.types import Durability, MemorySpec, SpillSpec, StepResult
 from memstore.v1 import memstore_pb2 as pb
 from tests.calling import fails
 from tests.fakes import FakeClock, FakeDisk
+from tests.leasing import until
 from tests.lives import batch, found
 from tests.processes import Process
 from tests.serving import Setting, file_store, serving, spec, step
@@ -37,6 +38,14 @@ def _answers(stub: MemoryServiceStub, memory: str) -> dict[str, bytes]:
     """What is found in each sequence, byte for byte."""
     requests = {name: step((name,), rows=2, memory=memory, append=False, writer="") for name in NAMES}
     return {name: stub.Step(each).SerializeToString(deterministic=True) for name, each in requests.items()}
+
+
+def _num_files(data: Path) -> int:
+    return sum(path.is_file() for path in (data / "spilled").rglob("*"))
+
+
+def _num_on_disk(stub: MemoryServiceStub, memory: str) -> int:
+    return stub.DescribeMemory(pb.DescribeMemoryRequest(name=memory)).memory.status.spill.num_on_disk
 
 
 @pytest.mark.timeout(180)
@@ -61,8 +70,8 @@ def test_a_killed_server_has_lost_nothing_that_was_spilled(
     where = status.spill.num_resident, status.spill.num_on_host, status.spill.num_on_disk
     # what a snapshot is being written of keeps its place, and then the next goes on to a file
     assert where in ([(2, 1, 3), (2, 0, 4)] if takes_snapshots else [(2, 1, 3)])
-    files = [path for path in (tmp_path / "spilled").rglob("*") if path.is_file()]
-    assert len(files) == 6
+    # files that a snapshot is being written of go once it is whole
+    until(lambda: _num_files(tmp_path) == _num_on_disk(stub, "lasting") + _num_on_disk(stub, "fleeting"))
     for path in (tmp_path / "spilled").rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     started[0].tell(signal.SIGKILL)
@@ -75,9 +84,9 @@ def test_a_killed_server_has_lost_nothing_that_was_spilled(
     assert (resent.is_replay, resent.first_position) == (True, 10)
     assert stub.DescribeMemory(pb.DescribeMemoryRequest(name="lasting")).memory.status.num_pinned == 1
     assert stub.DescribeMemory(pb.DescribeMemoryRequest(name="fleeting")).memory.status.num_sequences == 0
-    assert len([path for path in (tmp_path / "spilled").rglob("*") if path.is_file()]) == 3
+    until(lambda: _num_files(tmp_path) == _num_on_disk(stub, "lasting") >= 3)
     stub.DropMemory(pb.DropMemoryRequest(name="lasting"))
-    assert not [path for path in (tmp_path / "spilled").rglob("*") if path.is_file()]
+    assert _num_files(tmp_path) == 0
     started[1].tell(signal.SIGTERM)
     assert started[1].end()[0] == 0
     assert not (tmp_path / "spilled").exists()

@@ -9,6 +9,7 @@ import textwrap
 from concurrent import futures
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -242,6 +243,18 @@ def test_a_stream_that_ends_politely_is_a_broken_one_too() -> None:
 
     with other_server(servicing(end)) as target, MemoryClient(target) as client:
         assert append(client).epoch == 7
+
+
+def test_an_answer_for_which_there_is_no_room_leaves_nobody_waiting(
+    server: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("model_client.transport.stream.Assembly.add", Mock(side_effect=MemoryError("no room")))
+    with MemoryClient(server.target, timeout_s=20.0) as client:
+        client.create_memory("crowded", dim=4, capacity=32, max_sequences=16, dtype=torch.float32)
+        for position in range(3):
+            assert append(client, memory="crowded").first_position == position  # resent by a unary call, once
+        assert client.stats.resends == 1
+    assert "answers could not be read" in caplog.text
 
 
 def test_an_answer_that_nobody_waits_for_is_passed_over() -> None:
