@@ -119,6 +119,7 @@ class Server:
             try:
                 metrics_port = self._serve_metrics(lambda: health.is_serving)
                 if await _first(asyncio.wrap_future(loading), stop.wait()):
+                    heap.settle()
                     self._announce(address, metrics_port)
                 await stop.wait()
                 event(_log, logging.INFO, "draining", grace_s=self._config.grace)
