@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ REST_RATIO = 9
 
 SHORTEST_REST_S, LONGEST_REST_S = 0.001, 0.05
 """Shorter ones come together. A longest one, so that the work comes to an end."""
+
+PIECE_S = 0.001
+"""How long a thread works on before it looks whether others want its core."""
 
 NICENESS = 10
 """Where the system does not say how long a thread has waited for a core."""
@@ -51,6 +55,25 @@ class Courtesy:
         if owed_s >= SHORTEST_REST_S:
             self._repaid_s = waited_s
             self._rest(owed_s)
+
+
+class Paced:
+    """A check between pieces of work, made once they have taken PIECE_S since the last one.
+
+    One may wait for a retrieval, a hundred times as long as a small piece takes.
+    """
+
+    def __init__(self, check: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: in seconds."""
+        self._check = check
+        self._clock = clock
+        self._next = clock()
+
+    def __call__(self) -> None:
+        """Raises what the check does."""
+        if self._clock() >= self._next:
+            self._check()
+            self._next = self._clock() + PIECE_S
 
 
 def waited_for_a_core_s() -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from memstore.errors import InvalidRequest
+from memstore.index.courtesy import Paced
 from memstore.index.host_clustering import Centres, clustered, flat, slices
 from memstore.index.settings import CODED_ROWS, SAMPLES_A_LIST, settings_of
 from memstore.types import IndexKind, Metric
@@ -84,6 +85,7 @@ class HostBuilder:
 
     def build(self, rows: RowSource, check: Callable[[], None]) -> HostPart:
         """With one core in eight."""
+        check = Paced(check)
         with _threads(self._faiss, max((os.cpu_count() or 1) // CORES_A_BUILD, 1)):
             if self._spec.index is IndexKind.FAISS_CAGRA:
                 return self._graph(rows, check)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from memstore.index import courtesy
-from memstore.index.courtesy import LONGEST_REST_S, NICENESS, REST_RATIO, Courtesy
+from memstore.index.courtesy import LONGEST_REST_S, NICENESS, PIECE_S, REST_RATIO, Courtesy, Paced
+from tests.fakes import FakeClock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,3 +105,27 @@ def test_one_whose_waiting_is_not_counted_has_a_low_one(
     counted(monkeypatch, tmp_path, text)
     assert courtesy.of_this_thread() is None
     assert asked == [(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)]
+
+
+def test_small_pieces_are_followed_by_one_check_a_millisecond() -> None:
+    """And time that the check itself takes is no piece's."""
+    clock, checked = FakeClock(), []
+
+    def check() -> None:
+        checked.append(round(clock.now, 4))
+        clock.advance(0.05)
+
+    paced = Paced(check, clock.monotonic)
+    for _ in range(25):
+        paced()
+        clock.advance(PIECE_S / 8)
+    assert checked == [pytest.approx(1000.0), pytest.approx(1000.051), pytest.approx(1000.102), pytest.approx(1000.153)]
+
+
+def test_a_piece_that_takes_long_is_followed_by_a_check() -> None:
+    clock, checked = FakeClock(), []
+    paced = Paced(lambda: checked.append(clock.now), clock.monotonic)
+    for _ in range(5):
+        paced()
+        clock.advance(2 * PIECE_S)
+    assert len(checked) == 5
