@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from memstore.index.stored_rows import StoredRows
 from memstore.logs import trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from memstore.index.courtesy import Courtesy
     from memstore.index.generation import PartBuilder
@@ -38,20 +37,15 @@ class Precedence:
     courtesy: of the build thread, towards others than them.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """clock: in seconds."""
+    def __init__(self) -> None:
         self.courtesy: Courtesy | None = None
-        self._clock = clock
         self._is_free = threading.Event()
         self._is_free.set()
         self._num_asking = 0
-        self._began_s = self._asked_s = self._seen_s = 0.0
 
     @contextmanager
     def asking(self) -> Iterator[None]:
         """While the device's thread retrieves; one may be a part of another."""
-        if not self._num_asking:
-            self._began_s = self._clock()
         self._num_asking += 1
         self._is_free.clear()
         try:
@@ -59,19 +53,13 @@ class Precedence:
         finally:
             self._num_asking -= 1
             if not self._num_asking:
-                self._asked_s += self._clock() - self._began_s
                 self._is_free.set()
 
     def wait(self) -> None:
         """In the build thread, between two pieces."""
         if self.courtesy is not None:
-            self.courtesy.give_way(excused_s=max(0.0, self._asking_s() - self._seen_s))
+            self.courtesy.give_way()
         self._is_free.wait(LONGEST_WAIT_S)
-        self._seen_s = self._asking_s()
-
-    def _asking_s(self) -> float:
-        """For how long there have been retrievals, until now."""
-        return self._asked_s + (0.0 if self._is_free.is_set() else self._clock() - self._began_s)
 
 
 class BuildThread(ThreadPoolExecutor):

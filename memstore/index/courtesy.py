@@ -45,16 +45,12 @@ class Courtesy:
         self._rest = rest
         self._repaid_s = waited_s()
 
-    def give_way(self, excused_s: float = 0.0) -> None:
-        """Rests, if others have kept the thread waiting since it rested last.
-
-        excused_s: how long it may have waited, since it was last asked, for those that it waits for anyway.
-        """
+    def give_way(self) -> None:
+        """Rests, if others have kept the thread waiting since it rested last."""
         try:
             waited_s = self._waited_s()
         except OSError:  # no descriptor is left
             return
-        self._repaid_s = min(self._repaid_s + excused_s, waited_s)
         owed_s = min(REST_RATIO * (waited_s - self._repaid_s), LONGEST_REST_S)
         if owed_s >= SHORTEST_REST_S:
             self._repaid_s = waited_s

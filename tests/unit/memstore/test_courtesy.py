@@ -74,17 +74,6 @@ def test_waiting_that_is_hardly_any_adds_up() -> None:
     assert thread.rests == [pytest.approx(3 * 0.00004 * REST_RATIO)]
 
 
-def test_waiting_for_those_that_it_waits_for_anyway_is_excused() -> None:
-    thread = Thread()
-    thread.waited_s += 0.006
-    thread.courtesy.give_way(excused_s=0.008)
-    thread.courtesy.give_way()
-    assert thread.rests == []
-    thread.waited_s += 0.006
-    thread.courtesy.give_way(excused_s=0.004)
-    assert thread.rests == [pytest.approx(0.002 * REST_RATIO)]
-
-
 def test_it_goes_on_where_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     thread = Thread()
 

@@ -14,13 +14,12 @@ import torch
 from memstore import index as index_module
 from memstore.index import BUILDERS, building, host_parts
 from memstore.index.building import Precedence, build_thread, precedence_of
-from memstore.index.courtesy import REST_RATIO, Courtesy
+from memstore.index.courtesy import Courtesy
 from memstore.index.generation import Generation, Line
 from memstore.index.settings import index_bytes
 from memstore.memory import Memory
 from memstore.types import IndexKind, IndexSettings, Metric, SequencePart, StepBatch
 from tests.building import KINDS, ROWS, Pair, spec_of
-from tests.fakes import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -317,23 +316,6 @@ def test_a_build_rests_before_it_waits_for_the_retrieval_that_is_under_way(monke
     monkeypatch.setattr(precedence._is_free, "wait", lambda seconds: done.append("waits"))
     precedence.wait()
     assert done == ["rests", "waits"]
-
-
-def test_a_build_does_not_rest_for_retrievals_that_kept_it_from_a_core() -> None:
-    """It waits for them already, and would hardly get on beside retrievals that follow one another without a gap."""
-    clock, rests, waited_s = FakeClock(), list[float](), 0.0
-    precedence = Precedence(clock.monotonic)
-    precedence.courtesy = Courtesy(lambda: waited_s, rests.append)
-    precedence.wait()
-    for _ in range(3):
-        with precedence.asking():
-            clock.advance(0.006)
-            waited_s += 0.005
-        precedence.wait()
-    assert rests == []
-    waited_s += 0.005  # for somebody else
-    precedence.wait()
-    assert rests == [pytest.approx(0.005 * REST_RATIO)]
 
 
 @pytest.mark.parametrize("metric", list(Metric), ids=lambda metric: metric.value)
