@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MOST_QUERIES = 8
 """Of one ring: for more, a product of tensor cores is quicker than as many of whole numbers."""
 
-LEAVES_A_HIT = {8: 2, 4: 2, 2: 8}
+LEAVES_A_HIT = {8: 2, 4: 4, 2: 8}
 """Leaves that are scored by their rows, for each hit asked for."""
 
 FEWEST_HITS = 8

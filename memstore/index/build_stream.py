@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+@lru_cache(maxsize=16)
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all memories of a device, as libraries keep working memory for each stream that there ever was."""
+    return torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+
+
 class BuildStream:
-    """A stream of the lowest priority there is, always the same, as torch keeps memory for each. On the host none."""
+    """The stream of a device's builds, of the lowest priority there is. On the host there is none."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,7 +29,7 @@ class BuildStream:
     def at_work(self) -> Iterator[None]:
         """This thread's work goes there."""
         if self._stream is None and self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device, priority=0)  # type: ignore[no-untyped-call]
+            self._stream = _stream(self._device)
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream), torch.no_grad():
             yield
 

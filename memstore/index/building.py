@@ -43,6 +43,10 @@ class Precedence:
         self._is_free.set()
         self._num_asking = 0
 
+    def begin(self) -> None:
+        """In the build thread, before its first build."""
+        self.courtesy = of_this_thread()
+
     @contextmanager
     def asking(self) -> Iterator[None]:
         """While the device's thread retrieves; one may be a part of another."""
@@ -63,14 +67,11 @@ class Precedence:
 
 
 class BuildThread(ThreadPoolExecutor):
-    """One thread, for all memories of a device. It begins with the first build."""
+    """One thread, for all memories of a device. It begins with the first build, and ends when nobody holds it."""
 
     def __init__(self) -> None:
-        super().__init__(1, thread_name_prefix="memstore-build", initializer=self._begin)
         self.precedence = Precedence()
-
-    def _begin(self) -> None:
-        self.precedence.courtesy = of_this_thread()
+        super().__init__(1, thread_name_prefix="memstore-build", initializer=self.precedence.begin)
 
 
 def build_thread() -> Executor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,19 +15,15 @@ if TYPE_CHECKING:
     from memstore.index.generation import Generation, Part, View
     from memstore.search import SearchBatch
 
-STREAMS = 8
-"""Of a GPU, on which parts are searched side by side."""
-
 QUERY_S = 0.002
 """What a thread of the host takes to search a generation for one query, at most, unless it is held up."""
 
 
 class Nominator:
-    """Has parts searched side by side: by threads on the host, on streams of a GPU."""
+    """Has parts searched side by side by threads of the host."""
 
     def __init__(self) -> None:
         self._crew = Crew()
-        self._streams: list[torch.cuda.Stream] = []
 
     def nominated(self, batch: SearchBatch, views: Sequence[View], num: int) -> torch.Tensor:
         """(L, N, num) int64 positions, -1 for none, without repeats in a query: the best of all generations seen."""
@@ -38,29 +33,12 @@ class Nominator:
             if views[sequence].generations
         ]
         pieces = [piece for share in shares for piece in share.pieces()]
-        if batch.queries.device.type == "cpu":
-            self._crew.do(_search_all, pieces, torch.get_num_threads(), QUERY_S * max(batch.counts))
-        else:
-            self._search_on_streams(pieces)
+        self._crew.do(_search_all, pieces, torch.get_num_threads(), QUERY_S * max(batch.counts))
         shape = (*batch.queries.shape[:2], num)
         found = torch.full(shape, -1, dtype=torch.int64, device=batch.queries.device)
         for share in shares:
             found[:, share.columns] = share.best()
         return found
-
-    def _search_on_streams(self, pieces: Sequence[_Piece]) -> None:
-        """One part alone leaves most of a GPU idle."""
-        if not self._streams:
-            self._streams = [torch.cuda.Stream(priority=-1) for _ in range(STREAMS)]  # type: ignore[no-untyped-call]
-        current = torch.cuda.current_stream()
-        ready = current.record_event()
-        for stream in self._streams[: len(pieces)]:
-            stream.wait_event(ready)
-        for piece, stream in zip(pieces, cycle(self._streams), strict=False):
-            with torch.cuda.stream(stream):
-                piece.search()
-        for stream in self._streams[: len(pieces)]:
-            current.wait_stream(stream)
 
 
 @dataclass(frozen=True, slots=True)

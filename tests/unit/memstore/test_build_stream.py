@@ -1,4 +1,4 @@
-"""BuildStream: one stream for all builds of a memory, and none on the host; and what is done before the first build."""
+"""BuildStream: one stream for all builds of a device, and none on the host; and what is done before the first build."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memstore import index
+from memstore.index import build_stream
 from memstore.index.build_stream import BuildStream
 from memstore.types import MemorySpec
 
@@ -33,6 +34,7 @@ def test_builds_work_on_one_stream_of_low_priority_and_wait_for_that_alone(monke
 
     monkeypatch.setattr(torch.cuda, "Stream", made)
     monkeypatch.setattr(torch.cuda, "stream", on)
+    build_stream._stream.cache_clear()
     stream, seen = BuildStream(GPU), []
     stream.wait()  # before anything was begun
     for _ in range(2):
@@ -46,6 +48,11 @@ def test_builds_work_on_one_stream_of_low_priority_and_wait_for_that_alone(monke
     assert seen[0] is seen[1]
     assert seen[0].synchronize.call_count == 2
     assert torch.is_grad_enabled()
+    with BuildStream(GPU).at_work():  # of another memory
+        seen += current
+    build_stream._stream.cache_clear()
+    made.assert_called_once_with(GPU, priority=0)
+    assert seen[2] is seen[0]
 
 
 def test_on_the_host_there_is_none() -> None:

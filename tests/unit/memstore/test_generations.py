@@ -309,6 +309,14 @@ def test_the_build_thread_leaves_the_cores_to_others(monkeypatch: pytest.MonkeyP
     assert threads == [thread]
 
 
+def test_a_build_thread_that_nobody_holds_ends() -> None:
+    builds = build_thread()
+    thread = builds.submit(threading.current_thread).result()
+    del builds
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_a_build_rests_before_it_waits_for_the_retrieval_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     precedence, done = Precedence(), []
     waited_s = iter((0.0, 1.0))
