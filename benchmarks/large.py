@@ -186,8 +186,8 @@ def measure(kind: IndexKind, data: Data, report: Report) -> None:
     ours.append(data.rows[:1])
     ours.timed()
     during = ours.fill(data.rows[1:])
-    add_pauses(case, during, ours.usual(), report)
     report.add(case, "build time", ours.counts().build_seconds, "s")
+    add_pauses(case, during, ours.usual(), report)
     begun = time.perf_counter()
     plain = plain_index(kind, data.rows, filled_in(kind, IndexSettings(), 8 * num_rows, DIM))
     report.add(case, "build time, plain FAISS", time.perf_counter() - begun, "s")
@@ -284,9 +284,11 @@ def main() -> None:
             gc.collect()  # what the model's libraries left: a collection that comes upon it takes a third of a second
             gc.freeze()
         begun = time.monotonic()
-        measure(kind, data, report)
+        try:
+            measure(kind, data, report)
+        finally:
+            report.write()  # what is there is not lost if the rest takes too long
         print(f"{time.monotonic() - begun:.0f} s", flush=True)
-        report.write()  # what is there is not lost if the rest takes too long
     print(report.write())
 
 

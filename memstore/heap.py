@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import threading
@@ -46,16 +45,6 @@ def tune() -> bool:
     large = 1 << 30, (1 << 31) - 1
     settings = (_ARENA_MAX, MAX_ARENAS), (_MMAP_THRESHOLD, large[0]), (_TRIM_THRESHOLD, large[1]), (_TOP_PAD, 64 << 20)
     return all(mallopt(name, value) for name, value in settings)
-
-
-def settle() -> None:
-    """Leaves what is there by now out of every later collection of garbage. For a process that begins to serve.
-
-    Most of it are modules, which stay. A full collection would look at each of their objects with Python's lock held:
-    250,000, in 0.15 s.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 class Usage(Protocol):

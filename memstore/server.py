@@ -16,7 +16,7 @@ import torch
 import uvloop
 from grpc_health.v1 import health_pb2_grpc
 
-from memstore import heap, listen, logs
+from memstore import garbage, heap, listen, logs
 from memstore.admission import Admission, CapacityBudget, QueueLimits
 from memstore.auth import authenticator_of, check_bind
 from memstore.capacity import capacity_of
@@ -119,7 +119,7 @@ class Server:
             try:
                 metrics_port = self._serve_metrics(lambda: health.is_serving)
                 if await _first(asyncio.wrap_future(loading), stop.wait()):
-                    heap.settle()
+                    garbage.settle()
                     self._announce(address, metrics_port)
                 await stop.wait()
                 event(_log, logging.INFO, "draining", grace_s=self._config.grace)

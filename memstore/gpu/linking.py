@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCORES_TOGETHER = 1 << 29
 """Rows times queries of one search: a millisecond of an H200."""
 
-LEAST_QUERIES, MOST_QUERIES = 256, 2048
+LEAST_QUERIES, MOST_QUERIES = 512, 2048
 """Of one search."""
 
 LINKED_TOGETHER = 1 << 18

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each module of memstore may import those that stand before it.
 ORDER = """
     v1 types errors futures config seams logs
-    heap descriptors
+    heap garbage descriptors
     ring window places codes region slab control lease search host gpu index sequence lent
     retrieval known appending row_bytes reply_bytes spill_file filed tiers still arrivals spill changes
     seating lifecycle lender planner log journal ledger refill repeated memory

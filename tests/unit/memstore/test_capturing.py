@@ -28,17 +28,6 @@ def _streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.enable()
 
 
-def test_garbage_waits_for_the_end_of_the_last_capture() -> None:
-    first, second = capturing(Mock(), DEVICE), capturing(Mock(), DEVICE)
-    first.__enter__()
-    second.__enter__()
-    assert not gc.isenabled()
-    first.__exit__(None, None, None)
-    assert not gc.isenabled()
-    second.__exit__(None, None, None)
-    assert gc.isenabled()
-
-
 @pytest.mark.parametrize("failing", ["capture_begin", "work", "capture_end"])
 def test_garbage_is_collected_after_a_capture_that_fails(failing: str) -> None:
     error = torch.AcceleratorError("spoilt")
@@ -48,10 +37,3 @@ def test_garbage_is_collected_after_a_capture_that_fails(failing: str) -> None:
         if failing == "work":
             raise error
     assert gc.isenabled()
-
-
-def test_who_collects_no_garbage_at_all_is_left_to_that() -> None:
-    gc.disable()
-    with capturing(Mock(), DEVICE):
-        pass
-    assert not gc.isenabled()

@@ -116,30 +116,6 @@ PROGRAM = """
 """
 
 
-SETTLED = """
-    import gc
-    import weakref
-    from memstore import heap
-
-    class Circle:
-        def __init__(self):
-            self.itself = self
-
-    before = weakref.ref(Circle())
-    heap.settle()
-    known, circle = len(gc.get_objects()), weakref.ref(Circle())
-    gc.collect()
-    print(before() is None, circle() is None, known < 1000 < gc.get_freeze_count())
-"""
-
-
-def test_a_process_that_has_settled_looks_through_what_came_since_alone() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SETTLED)], capture_output=True, timeout=60, check=True, text=True
-    )
-    assert done.stdout.split() == ["True", "True", "True"], done.stderr
-
-
 @GLIBC
 def test_what_many_threads_gave_back_is_kept_until_it_is_trimmed() -> None:
     done = subprocess.run(
