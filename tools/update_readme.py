@@ -272,6 +272,7 @@ BLOCKS: Sequence[tuple[str, str, Callable[[Path], str]]] = (
     ("docs/performance.md", "GPU_PLANES", block("gpu-planes", PLANE_COLUMNS)),
     ("docs/performance.md", "LARGE", block("large", LARGE_COLUMNS)),
     ("docs/performance.md", "GPU_LARGE", block("gpu-large", LARGE_COLUMNS)),
+    ("docs/performance.md", "GPU_LARGE_10M", block("gpu-large-10m", LARGE_COLUMNS)),
     ("docs/operations.md", "RELIABILITY", reliability),
     ("docs/data.md", "DISJOINT", disjoint(BASE_TEXT)),
     ("docs/data.md", "DISJOINT_ADAPTER", disjoint(ADAPTER_TEXT)),
