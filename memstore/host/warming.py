@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from memstore.host.compiling import folder, tell_once
+from memstore.host.grouping import add_to, add_to_nearest
 from memstore.host.helpers import NONE
 from memstore.host.merge import find
 from memstore.host.placing import norms_of, put
@@ -26,7 +27,7 @@ WORTH_A_LINE_S = 2.0
 
 
 def warm() -> None:
-    """Retrieves in a small slab for few and for many queries, and appends; does nothing of what helpers do.
+    """Retrieves in a small slab for few and for many queries, appends, groups points; does nothing of what helpers do.
 
     Takes a fraction of a second where a process before this one has left compiled code, else up to a minute of a core.
     """
@@ -35,6 +36,7 @@ def warm() -> None:
     begun = time.monotonic()
     _retrieve()
     _place()
+    _group()
     seconds = time.monotonic() - begun
     if seconds > WORTH_A_LINE_S:
         event(_log, logging.INFO, "search compiled", seconds=round(seconds, 1))
@@ -60,6 +62,13 @@ def _retrieve() -> None:
 def _place() -> None:
     slab = Slab(MemorySpec(name="warm", dim=16, capacity=4), torch.device("cpu"))
     put(slab, slab.stage(torch.ones(1, 1, slab.dim), {}, norms_of), np.zeros(1, np.int64))
+
+
+def _group() -> None:
+    points = np.ones((1, 4), np.float32)
+    sums = points.copy(), np.zeros(1, np.float32)
+    add_to_nearest(points, np.ascontiguousarray(points.T), *sums)
+    add_to(np.zeros(1, np.int64), points, *sums)
 
 
 def _help(slab: Slab, batch: SearchBatch) -> None:

@@ -1,13 +1,18 @@
-"""k-means on the host in slices of about a millisecond, between which others get their turn, by FAISS."""
+"""k-means on the host in slices of about a millisecond, between which others get their turn.
+
+The nearest centres of wide points are found by FAISS's matrix products, those of narrow ones by compiled code.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
 
     from numpy.typing import NDArray
 
@@ -19,6 +24,10 @@ SLICE_POINTS = 512
 
 SLICE_CENTRES = 256
 """Centres that they are compared with at a time: with 256 elements each, a millisecond of one thread."""
+
+
+NARROW, NARROW_POINTS = 32, 2048
+"""Elements up to which points are narrow, as those that product codes are learnt from, and how many come at a time."""
 
 
 class Centres:
@@ -52,11 +61,20 @@ def clustered(
     """
     step = len(points) // num
     found = points[: step * num : step].copy()
+    compiled = _grouping()
+    is_narrow = compiled is not None and metric == faiss.METRIC_L2 and points.shape[1] <= NARROW
+    add_to = _add_to if compiled is None else compiled.add_to
     for _ in range(CLUSTERING_ROUNDS):
-        centres = Centres(faiss, found, metric)
         sums, counts = np.zeros_like(found), np.zeros(num, np.float32)
-        for some in slices(points):
-            _add(sums, counts, some, centres.nearest(some, check))
+        if compiled is not None and is_narrow:
+            turned = np.ascontiguousarray(found.T)
+            for some in slices(points, NARROW_POINTS):
+                check()
+                compiled.add_to_nearest(some, turned, sums, counts)
+        else:
+            centres = Centres(faiss, found, metric)
+            for some in slices(points):
+                add_to(centres.nearest(some, check), some, sums, counts)
         check()
         means = sums / np.maximum(counts, 1)[:, None]
         if metric != faiss.METRIC_L2:
@@ -72,14 +90,24 @@ def flat(faiss: Any, centres: NDArray[np.float32], metric: int) -> Any:
     return index
 
 
-def slices(points: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+def slices(points: NDArray[np.float32], step: int = SLICE_POINTS) -> Iterator[NDArray[np.float32]]:
     """The points, so many at a time that it does not take long to compare them with a slice of centres."""
-    for first in range(0, len(points), SLICE_POINTS):
-        yield points[first : first + SLICE_POINTS]
+    for first in range(0, len(points), step):
+        yield points[first : first + step]
 
 
-def _add(
-    sums: NDArray[np.float32], counts: NDArray[np.float32], points: NDArray[np.float32], nearest: NDArray[np.int64]
+@cache
+def _grouping() -> ModuleType | None:
+    """None where numba cannot be used."""
+    try:
+        from memstore.host import grouping
+    except ImportError:
+        return None
+    return grouping
+
+
+def _add_to(
+    nearest: NDArray[np.int64], points: NDArray[np.float32], sums: NDArray[np.float32], counts: NDArray[np.float32]
 ) -> None:
     """Adds points to the sums of their centres, and counts them."""
     order = nearest.argsort()
