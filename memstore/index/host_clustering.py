@@ -62,15 +62,15 @@ def clustered(
     step = len(points) // num
     found = points[: step * num : step].copy()
     compiled = _grouping()
-    is_narrow = compiled is not None and metric == faiss.METRIC_L2 and points.shape[1] <= NARROW
+    narrow = compiled if metric == faiss.METRIC_L2 and points.shape[1] <= NARROW else None
     add_to = _add_to if compiled is None else compiled.add_to
     for _ in range(CLUSTERING_ROUNDS):
         sums, counts = np.zeros_like(found), np.zeros(num, np.float32)
-        if compiled is not None and is_narrow:
+        if narrow is not None:
             turned = np.ascontiguousarray(found.T)
             for some in slices(points, NARROW_POINTS):
                 check()
-                compiled.add_to_nearest(some, turned, sums, counts)
+                narrow.add_to_nearest(some, turned, sums, counts)
         else:
             centres = Centres(faiss, found, metric)
             for some in slices(points):
