@@ -27,7 +27,9 @@ SLICE_CENTRES = 256
 
 
 NARROW, NARROW_POINTS = 32, 2048
-"""Elements up to which points are narrow, as those that product codes are learnt from, and how many come at a time."""
+"""Elements up to which points are narrow, as those that product codes are learnt from, and how many come at a time
+where there are no more centres than SLICE_CENTRES; else fewer.
+"""
 
 
 class Centres:
@@ -68,7 +70,7 @@ def clustered(
         sums, counts = np.zeros_like(found), np.zeros(num, np.float32)
         if narrow is not None:
             turned = np.ascontiguousarray(found.T)
-            for some in slices(points, NARROW_POINTS):
+            for some in slices(points, max(NARROW_POINTS * SLICE_CENTRES // max(num, SLICE_CENTRES), 1)):
                 check()
                 narrow.add_to_nearest(some, turned, sums, counts)
         else:

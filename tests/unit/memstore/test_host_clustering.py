@@ -79,6 +79,13 @@ def test_compiled_code_gives_the_same_centres(dim: int, num_slices: int, monkeyp
     np.testing.assert_allclose(compiled, clustered(faiss, points, 16, faiss.METRIC_L2, lambda: None), atol=1e-3)
 
 
+def test_the_more_centres_there_are_the_fewer_narrow_points_come_at_a_time() -> None:
+    points = np.random.default_rng(1).standard_normal((NARROW_POINTS, 2), np.float32)
+    checks: list[int] = []
+    clustered(faiss, points, 4 * SLICE_CENTRES, faiss.METRIC_L2, lambda: checks.append(1))
+    assert len(checks) == (4 + 1) * host_clustering.CLUSTERING_ROUNDS
+
+
 def _grouped(points: NDArray[np.float32], centres: NDArray[np.float32]) -> tuple[NDArray[np.float32], ...]:
     sums, counts = np.zeros_like(centres), np.zeros(len(centres), np.float32)
     add_to_nearest(points, np.ascontiguousarray(centres.T), sums, counts)
